@@ -1,0 +1,1 @@
+"""sftcore: find out what a base model remembers, then fine-tune it on exactly the data that pays."""

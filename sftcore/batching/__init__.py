@@ -1,0 +1,1 @@
+"""Which samples run together, on which rank, in which step: pure functions on integers until `collate`."""

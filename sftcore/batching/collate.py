@@ -1,0 +1,114 @@
+"""Collate: the samples of a pack -> one (1, T) batch whose documents can't see each other.
+
+In: samples (input_ids, labels already shifted). Out: `Batch` of tensors on the CPU.
+Invariant: positions restart at each document; a label is only ever a target inside its own document, since
+the shift happened per sample; weights of all batches of a step sum to 1, so partial losses add up to the
+step's loss.
+Trade-off: documents are laid end to end (no pads), so shapes change from pack to pack; `bucket` rounds T up
+to a multiple for compiled runs, with pads as a document of their own (at most bucket - 1 tokens a pack).
+
+    input_ids     [a0 a1 a2 | b0 b1 | . . .]        three pads with bucket=8
+    position_ids  [ 0  1  2 |  0  1 | 0 1 2]
+    cu_seqlens    [0, 3, 5, 8]    max_seqlen 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from sftcore.data.prompts import Sample
+
+UNTRAINED = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One pack, ready for the model.
+
+    Args:
+        input_ids: (1, T) int64.
+        position_ids: (1, T) int64, restarting at each document.
+        cu_seqlens: (num_documents + 1,) int32, where documents begin and end.
+        max_seqlen: longest document in tokens, a Python int (no device sync).
+        document_lengths: the same as Python ints, for host-side planning.
+        trained_index: (K,) int64, positions with a target.
+        targets: (K,) int64, token ids.
+        weights: (K,) float32, share of each position in the step's loss.
+        num_tokens: T without pads.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    document_lengths: tuple[int, ...]
+    trained_index: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    num_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; copies don't block the host."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            trained_index=self.trained_index.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            weights=self.weights.to(device, non_blocking=True),
+        )
+
+
+def collate(
+    samples: Sequence[Sample],
+    *,
+    normalise: Literal["token", "sample"],
+    num_trained_in_step: int,
+    num_samples_in_step: int,
+    bucket: int = 1,
+    idle: bool = False,
+) -> Batch:
+    """Lay samples end to end.
+
+    Weights: `token`: 1 / (trained tokens of the step). `sample`: 1 / (samples of the step * trained tokens of
+    the sample), the mean over samples of their mean cross-entropy.
+
+    Args:
+        bucket: round T up to a multiple of this.
+        idle: give every position weight 0 (the rank has no work but must join the collectives).
+    """
+    lengths = [len(s.input_ids) for s in samples]
+    padding = -sum(lengths) % bucket
+    documents = [*lengths, padding] if padding else lengths
+    labels = np.concatenate([s.labels for s in samples])
+    trained = np.flatnonzero(labels != UNTRAINED)
+    weights = _weights(samples, normalise, num_trained_in_step, num_samples_in_step)
+    input_ids = np.concatenate([*(s.input_ids for s in samples), np.zeros(padding, np.int32)])
+    return Batch(
+        input_ids=torch.from_numpy(input_ids.astype(np.int64))[None],
+        position_ids=torch.cat([torch.arange(n) for n in documents])[None],
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *documents], dtype=np.int32)),
+        max_seqlen=max(documents),
+        document_lengths=tuple(documents),
+        trained_index=torch.from_numpy(trained),
+        targets=torch.from_numpy(labels[trained].astype(np.int64)),
+        weights=torch.from_numpy(weights * (0.0 if idle else 1.0)).float(),
+        num_tokens=0 if idle else sum(lengths),
+    )
+
+
+def _weights(
+    samples: Sequence[Sample], normalise: str, num_trained_in_step: int, num_samples_in_step: int
+) -> np.ndarray:
+    """(K,) float64, one weight per trained position, in order."""
+    counts = np.array([int(np.count_nonzero(np.asarray(s.labels) != UNTRAINED)) for s in samples])
+    if normalise == "token":
+        return np.full(int(counts.sum()), 1.0 / num_trained_in_step)
+    return np.repeat(1.0 / (num_samples_in_step * counts), counts)

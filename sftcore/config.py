@@ -1,0 +1,233 @@
+"""The recipe: every setting of a run, its default and its meaning.
+
+In: plain values. Out: a frozen `Recipe`; its field descriptions are the JSON schema of `sftcore schema`.
+Invariant: a `Recipe` that exists is complete and consistent in itself (recipe.py reads files and checks
+paths).
+Trade-off: unknown keys are refused rather than kept for plug-ins, since a silently ignored `learning_rat`
+costs a run.
+Parsing needs no torch (import in about 0.2 s), so `sftcore --help` and `sftcore plan` start at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    """Which model, and how it is held."""
+
+    path: str = Field(
+        description="folder (absolute, else relative to the recipe, then to here) or a hub name"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the trained weights")
+    attention: Literal["auto", "sdpa_docs"] = Field("auto", description="attention backend for training")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class AdapterSettings(Settings):
+    """What is trained: all weights."""
+
+    kind: Literal["none"] = Field("none", description="none: full fine-tuning")
+
+
+class Columns(Settings):
+    """Column names (or 0-based numbers) of a `pairs` file."""
+
+    a: str | int = Field("sentence1", description="first text")
+    b: str | int = Field("sentence2", description="second text")
+    label: str | int = Field("label", description="label: 0 or 1, or a label word of the recipe")
+
+
+class Source(Settings):
+    """One group of files."""
+
+    format: Literal["entityquestions", "facts", "pairs", "jsonl"] = Field(
+        description="how the files are read"
+    )
+    path: str = Field(
+        description="file or glob; relative to the recipe, then to here; `assets:` for shipped data"
+    )
+    limit: Positive | None = Field(None, description="take only the first N rows over the source's files")
+    columns: Columns = Field(default_factory=lambda: Columns(), description="pairs only")
+
+
+class InlineTemplate(Settings):
+    """A prompt template in the recipe, e.g. {prompt: "Q: {question}\\nA: ", completion: "{answer}"}."""
+
+    prompt: str
+    completion: str
+
+
+class DataSettings(Settings):
+    """What is read, and how it becomes samples."""
+
+    train: list[Source] = Field(min_length=1, description="training sources")
+    test: list[Source] = Field([], description="held-out sources, in domain")
+    ood: list[Source] = Field([], description="held-out sources, out of domain; reported apart")
+    template: str | InlineTemplate = Field("qa-plain", description="name in sftcore/assets, or inline")
+    max_length: Positive | None = Field(None, description="tokens; defaults to batch.capacity")
+    overlength: Literal["reject", "trim_prompt", "error"] = Field(
+        "reject", description="what to do with a sample over max_length; an answer is never cut"
+    )
+    max_reject_fraction: Fraction = Field(0.01, description="more rejected rows than this share is an error")
+    deduplicate: bool = Field(False, description="drop exact duplicates of prompt and answer")
+
+
+class ProbeSettings(Settings):
+    """How memory is measured (arXiv 2409.15825: 21 templates x 10 samples, temperature 0.7, 32 tokens)."""
+
+    templates: Positive = Field(21, description="completion templates per relation")
+    samples: Positive = Field(10, description="sampled completions per template")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        0.7, description="sampling temperature; no top-k, no top-p"
+    )
+    max_new_tokens: Positive = Field(32, description="tokens per completion")
+    backend: Literal["auto", "hf"] = Field("auto", description="what runs the model")
+    batch_rows: Positive = Field(160, description="sequences decoded together")
+
+
+class SelectSettings(Settings):
+    """Which facts are trained on."""
+
+    levels: list[Annotated[int, Field(ge=0, le=4)]] = Field([2], min_length=1, description="memory levels")
+    n: Positive = Field(60, description="number of facts")
+    balance: Literal["relation", "none"] = Field("relation", description="equal shares per relation, or none")
+    draw: Annotated[int, Field(ge=0)] = Field(0, description="number of the random draw")
+
+
+class BatchSettings(Settings):
+    """How samples become steps; exactly one of samples_per_step and tokens_per_step."""
+
+    samples_per_step: Positive | None = Field(None, description="samples per optimizer step")
+    tokens_per_step: Positive | None = Field(
+        None, description="tokens per optimizer step, a multiple of capacity"
+    )
+    capacity: Positive = Field(4096, description="tokens in a pack at most")
+
+    @model_validator(mode="after")
+    def _one_mode(self) -> BatchSettings:
+        if (self.samples_per_step is None) == (self.tokens_per_step is None):
+            raise ValueError("give exactly one of samples_per_step and tokens_per_step")
+        if self.tokens_per_step is not None and self.tokens_per_step % self.capacity:
+            raise ValueError(
+                f"tokens_per_step ({self.tokens_per_step}) must be a multiple of capacity ({self.capacity})"
+            )
+        return self
+
+
+class TrainSettings(Settings):
+    """The optimisation."""
+
+    epochs: Positive = Field(1, description="passes over the training samples")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-5, description="peak learning rate")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="decay to 0 after warm-up"
+    )
+    warmup_ratio: Fraction = Field(0.0, description="share of the steps with a rising rate")
+    weight_decay: NonNegative = Field(0.0, description="not applied to norms and biases")
+    max_grad_norm: NonNegative = Field(1.0, description="gradient norm is clipped to this; 0 does not clip")
+    optimizer: Literal["adamw"] = Field("adamw", description="betas 0.9, 0.999; eps 1e-8")
+    normalise: Literal["token", "sample"] = Field(
+        "token", description="mean over trained tokens, or over samples"
+    )
+    activation_checkpointing: Literal["none", "full"] = Field(
+        "none", description="recompute layers in backward"
+    )
+    z_loss: NonNegative = Field(0.0, description="weight of log(Z)^2 per trained token")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of uniform target")
+
+
+class CheckpointSettings(Settings):
+    """How often the state is saved, and how many are kept."""
+
+    save_every_steps: Positive = Field(50, description="optimizer steps between checkpoints")
+    keep: Positive = Field(2, description="newest committed checkpoints kept")
+
+
+class EvaluateSettings(Settings):
+    """Greedy decoding of the held-out items."""
+
+    max_new_tokens: Positive = Field(16, description="tokens per answer")
+    batch_size: Positive = Field(32, description="sequences decoded together")
+
+
+class LabelWords(Settings):
+    """The label's text per language: [text of label 0, text of label 1]."""
+
+    zh: tuple[str, str] = ("不同", "相同")
+    en: tuple[str, str] = ("different", "same")
+
+
+class MatchingSettings(Settings):
+    """Text matching as text generation: the pair in a prompt -> the label's text."""
+
+    mode: Literal["generative"] = Field("generative", description="predict the label as text")
+    prompt: Literal["concise", "complex"] = Field(
+        "concise", description="bare pair, or full task description"
+    )
+    language: Literal["auto", "zh", "en"] = Field(
+        "auto", description="prompt language; auto: by each pair's script"
+    )
+    labels: LabelWords = Field(default_factory=lambda: LabelWords(), description="label words")
+
+
+class TrackingSettings(Settings):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard event files")
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="the run's name; its folder is runs/NAME")
+    run: str | None = Field(None, description="run folder, if not runs/NAME")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        17, description="of shuffles, packs, draws and sampling"
+    )
+    model: ModelSettings
+    adapter: AdapterSettings = Field(default_factory=lambda: AdapterSettings())
+    task: Literal["qa", "matching", "chat"] = Field("qa", description="qa | matching | chat")
+    data: DataSettings
+    probe: ProbeSettings = Field(default_factory=lambda: ProbeSettings())
+    select: SelectSettings | None = Field(
+        None, description="draw training facts by memory level; null: train on all"
+    )
+    batch: BatchSettings
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings())
+    deepspeed: str = Field("zero1", description="a name from ds_configs/ or a path")
+    checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())
+    evaluate: EvaluateSettings = Field(default_factory=lambda: EvaluateSettings())
+    matching: MatchingSettings = Field(default_factory=lambda: MatchingSettings())
+    tracking: TrackingSettings = Field(default_factory=lambda: TrackingSettings())
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Recipe:
+        if self.data.max_length is not None and self.data.max_length > self.batch.capacity:
+            raise ValueError(
+                f"data.max_length ({self.data.max_length}) is over batch.capacity ({self.batch.capacity})"
+            )
+        return self
+
+    @property
+    def max_length(self) -> int:
+        """Tokens in a sample at most."""
+        return self.data.max_length or self.batch.capacity
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run's files go."""
+        return Path(self.run) if self.run else Path("runs") / self.name

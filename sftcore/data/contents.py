@@ -1,0 +1,229 @@
+"""What one row says: a fact, a pair, a completion or a chat.
+
+In: a `RawRow` of known format. Out: the frozen noun that later stages work on, or `OddRow` with the reason.
+Invariant: each text in a noun is non-empty where it has to be, valid Unicode and free of NUL.
+Trade-off: whole numbers are taken as text (a year as answer, counted in the ledger), but 1.5, true and null
+are refused: Python's spelling of them need not be the one that the file's author meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sftcore.config import LabelWords
+from sftcore.data.ledger import Alteration, Change, Reason
+from sftcore.data.rows import Note, RawRow, has_surrogates
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+NOT_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "weight")  # each changes what is trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """A (subject, relation, object) triple.
+
+    Args:
+        relation: Wikidata property such as "P17", or the user's own name.
+        subject: whom the fact is about.
+        answers: the object's accepted names, at least one; the first is trained on, all count when scoring.
+        question: the file's own question, or None: the relation's question pattern is used.
+    """
+
+    relation: str
+    subject: str
+    answers: tuple[str, ...]
+    question: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two texts and whether they mean the same (`label`: 0 different, 1 same)."""
+
+    a: str
+    b: str
+    label: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A prompt and what follows it, both verbatim."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation with at least one assistant turn; assistant turns are trained."""
+
+    messages: tuple[Message, ...]
+
+
+Content = Fact | Pair | Completion | Chat
+
+
+class OddRow(Exception):
+    """A row that becomes a `Rejection`; `read_source` turns it into one."""
+
+    def __init__(self, reason: Reason, detail: str, excerpt: str = "") -> None:
+        self.reason, self.detail, self.excerpt = reason, detail, excerpt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fields:
+    """A row's fields, checked on access; notes what had to be changed."""
+
+    row: RawRow
+    file: str
+    note: Note
+
+    def has(self, name: str) -> bool:
+        return isinstance(self.row.value, dict) and name in self.row.value
+
+    def get(self, name: str) -> Any:
+        if not isinstance(self.row.value, dict):
+            raise OddRow(Reason.WRONG_TYPE, f"a JSON object is expected, not {type(self.row.value).__name__}")
+        if self.row.value.get(name) is None:
+            raise OddRow(Reason.MISSING_FIELD, f"no {name!r}")
+        return self.row.value[name]
+
+    def text(self, name: str, *, verbatim: bool = False) -> str:
+        return self.checked(self.get(name), name, verbatim=verbatim)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self.get(name)
+        values = value if isinstance(value, list) else [value]
+        return tuple(self.checked(item, name) for item in values)
+
+    def checked(self, value: Any, name: str, *, verbatim: bool = False) -> str:
+        """`value` as text that a tokenizer can take."""
+        if isinstance(value, int) and not isinstance(value, bool) and not verbatim:
+            self.changed(Change.NUMBER_AS_TEXT, name)
+            value = str(value)
+        if not isinstance(value, str):
+            raise OddRow(Reason.WRONG_TYPE, f"{name!r} must be text, not {type(value).__name__}")
+        if "\0" in value:
+            raise OddRow(Reason.NUL_CHARACTER, f"in {name!r}", value)
+        if has_surrogates(value):
+            raise OddRow(Reason.UNDECODABLE_BYTES, f"{name!r} is not UTF-8", value)
+        text: str = value if verbatim else value.strip()
+        if text != value:
+            self.changed(Change.WHITESPACE_TRIMMED, name)
+        return text
+
+    def changed(self, change: Change, name: str) -> None:
+        self.note(Alteration(file=self.file, row=self.row.number, change=change, detail=name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """A row's content with its own id, if it has one (`row`: as in `RawRow.number`)."""
+
+    id: str | None
+    row: int
+    content: Content
+
+
+def parse_id(fields: Fields) -> str | None:
+    """The row's `id`, text or whole number; None without one."""
+    if not fields.has("id"):
+        return None
+    if not (text := fields.text("id")):
+        raise OddRow(Reason.WRONG_TYPE, "'id' is empty")
+    return text
+
+
+def parse_question(fields: Fields) -> Fact:
+    """An EntityQuestions row: question and answers; the whole file tells relation and subject."""
+    question = fields.text("question")
+    if not question:
+        raise OddRow(Reason.EMPTY_PROMPT, "'question' is empty")
+    return Fact(relation="", subject="", answers=_answers(fields), question=question)
+
+
+def parse_fact(fields: Fields) -> Fact:
+    """A row of a `facts` file: relation, subject, answers (text or list), and perhaps its own question."""
+    relation, subject = fields.text("relation"), fields.text("subject")
+    if not relation or not subject:
+        raise OddRow(Reason.EMPTY_PROMPT, "'relation' or 'subject' is empty")
+    question = fields.text("question") if fields.has("question") else None
+    return Fact(relation=relation, subject=subject, answers=_answers(fields), question=question or None)
+
+
+def _answers(fields: Fields) -> tuple[str, ...]:
+    answers = fields.texts("answers")
+    if not answers or not all(answers):
+        raise OddRow(
+            Reason.EMPTY_ANSWER, "'answers' is empty" if not answers else "one of 'answers' is empty"
+        )
+    return answers
+
+
+def label_numbers(labels: LabelWords) -> dict[str, int]:
+    """Every spelling of a label, case-folded, with its number.
+
+    >>> label_numbers(LabelWords())["same"]
+    1
+    """
+    words = {word.strip().casefold(): i for pair in (labels.zh, labels.en) for i, word in enumerate(pair)}
+    return {"0": 0, "1": 1} | words
+
+
+def parse_pair(fields: Fields, labels: Mapping[str, int]) -> Pair:
+    """A row of a `pairs` file; `labels` is from `label_numbers`."""
+    a, b = fields.text("a"), fields.text("b")
+    if not a or not b:
+        raise OddRow(Reason.EMPTY_PROMPT, "one of the two texts is empty")
+    label = fields.get("label")
+    spelling = "" if isinstance(label, bool) else str(label).strip().casefold()
+    if spelling not in labels:
+        raise OddRow(Reason.UNKNOWN_LABEL, f"label {label!r}")
+    return Pair(a=a, b=b, label=labels[spelling])
+
+
+def parse_example(fields: Fields) -> Completion | Chat:
+    """A row of a `jsonl` file: prompt and completion, or messages."""
+    if fields.has("messages"):
+        if fields.has("prompt") or fields.has("completion"):
+            raise OddRow(Reason.WRONG_TYPE, "'messages' together with 'prompt' or 'completion'")
+        return _parse_chat(fields)
+    prompt, completion = (fields.text(name, verbatim=True) for name in ("prompt", "completion"))
+    if not prompt.strip():
+        raise OddRow(Reason.EMPTY_PROMPT, "'prompt' is empty")
+    if not completion.strip():
+        raise OddRow(Reason.EMPTY_ANSWER, "'completion' is empty")
+    return Completion(prompt=prompt, completion=completion)
+
+
+def _parse_chat(fields: Fields) -> Chat:
+    turns = fields.get("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise OddRow(Reason.WRONG_TYPE, "'messages' must be a list of {role, content}")
+    messages = tuple(_parse_message(fields, turn) for turn in turns)
+    answers = [message.content for message in messages if message.role == "assistant"]
+    if not answers:
+        raise OddRow(Reason.EMPTY_ANSWER, "no assistant turn")
+    if not all(answer.strip() for answer in answers):
+        raise OddRow(Reason.EMPTY_ANSWER, "an assistant turn is empty")
+    if messages[0].role == "assistant":
+        raise OddRow(Reason.EMPTY_PROMPT, "the first turn is the assistant's")
+    return Chat(messages=messages)
+
+
+def _parse_message(fields: Fields, turn: dict[str, Any]) -> Message:
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ROLES:
+        raise OddRow(Reason.WRONG_TYPE, f"role {role!r} is none of {', '.join(ROLES)}")
+    if unsupported := [key for key in NOT_IN_A_TURN if turn.get(key) is not None]:
+        raise OddRow(Reason.WRONG_TYPE, f"a turn with {unsupported[0]!r}, which is not supported")
+    return Message(role=role, content=fields.checked(content, "content", verbatim=True))

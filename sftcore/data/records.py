@@ -1,0 +1,234 @@
+"""From data files to `Record`s: what a row says, whatever format it came in.
+
+In: a `Source` of the recipe. Out: `Record`s and `Rejection`s in file order.
+Invariant: each row read yields exactly one of the two; white space around the texts of facts and pairs is
+trimmed and counted, `jsonl` is verbatim.
+Trade-off: `limit` is shared evenly among a glob's files, so that 2,000 rows of `P*.train.json` hold every
+relation; that costs a first pass that counts up to `limit` rows per file (1 s for 176,560 questions).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from sftcore.config import LabelWords, Source
+from sftcore.data.contents import (
+    Chat,
+    Completion,
+    Content,
+    Fact,
+    Fields,
+    Message,
+    OddRow,
+    Pair,
+    Parsed,
+    label_numbers,
+    parse_example,
+    parse_fact,
+    parse_id,
+    parse_pair,
+    parse_question,
+)
+from sftcore.data.ledger import Ledger, Rejection, printable
+from sftcore.data.rows import Note, RawRow, damaged, ignore, json_line_rows, json_list_rows
+from sftcore.data.subjects import recover_subjects
+from sftcore.data.tables import pair_rows
+from sftcore.errors import Problem, UserInputError
+from sftcore.recipe import source_files
+
+__all__ = ["Chat", "Completion", "Content", "Fact", "Message", "Pair", "Record", "id_prefixes", "read_source"]
+RELATION_IN_NAME = re.compile(r"(P\d+)\b")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One usable row.
+
+    Args:
+        id: the row's own id, else "<file stem>:<row>"; unique within a split.
+        split: "train", "test" or "ood".
+        file: path of the file it stands in.
+        row: 1-based; header lines do not count.
+        content: what it says.
+    """
+
+    id: str
+    split: str
+    file: str
+    row: int
+    content: Content
+
+
+def read_source(
+    source: Source,
+    *,
+    split: str,
+    labels: LabelWords,
+    prefixes: Mapping[Path, str] | None = None,
+    ledger: Ledger | None = None,
+) -> Iterator[Record | Rejection]:
+    """The rows of a source, in file order; ids are not yet checked for uniqueness.
+
+    Args:
+        source: of a resolved recipe.
+        split: "train", "test" or "ood".
+        labels: words that stand for 0 and 1 in `pairs` files.
+        prefixes: what ids of each file begin with, if the split has other sources (`id_prefixes`).
+        ledger: takes the alterations; the caller deals with rejections.
+
+    Raises:
+        UserInputError: no file, or one that is unreadable, empty or without a usable row.
+    """
+    files = source_files(source)
+    if not files:
+        raise UserInputError(Problem(what="no file matches", where=f"data.{split}", got=source.path))
+    prefixes = prefixes or id_prefixes(files)
+    note = ledger.alter if ledger else ignore
+    for file, share in zip(files, _shares(source, files, labels), strict=True):
+        rows = islice(_contents(source, file, labels, note), share)
+        if share != 0:
+            yield from _file_records(rows, file, split=split, prefix=prefixes[file])
+
+
+def id_prefixes(files: Sequence[Path]) -> dict[Path, str]:
+    """What the ids of each file's rows begin with: the stem, or as much of the path as tells them apart.
+
+    >>> id_prefixes([Path("x/P17.train.json"), Path("x/P19.train.json.gz")]).values()
+    dict_values(['P17.train', 'P19.train'])
+    >>> id_prefixes([Path("x/a.jsonl"), Path("y/a.jsonl")]).values()
+    dict_values(['x/a', 'y/a'])
+    """
+    choices = {file: _prefix_choices(file) for file in files}
+    chosen = dict.fromkeys(choices, 0)
+    while True:
+        prefixes = {file: choices[file][chosen[file]] for file in choices}
+        uses = Counter(prefixes.values())
+        clashing = [
+            file for file in choices if uses[prefixes[file]] > 1 and chosen[file] + 1 < len(choices[file])
+        ]
+        if not clashing:
+            return prefixes
+        for file in clashing:
+            chosen[file] += 1
+
+
+def _prefix_choices(file: Path) -> list[str]:
+    """Stem, folder/stem, ..., and at last the whole path with its extension."""
+    parts = (*file.parts[:-1], Path(file.name.removesuffix(".gz")).stem)
+    return ["/".join(parts[-depth:]) for depth in range(1, len(parts) + 1)] + [str(file)]
+
+
+def _shares(source: Source, files: Sequence[Path], labels: LabelWords) -> list[int | None]:
+    """Rows to take from each file; None: all."""
+    if source.limit is None or len(files) == 1:
+        return [source.limit] * len(files)
+    counts = [sum(1 for _ in islice(_raw_rows(source, file, labels, ignore), source.limit)) for file in files]
+    return list(even_shares(counts, source.limit))
+
+
+def even_shares(counts: Sequence[int], total: int) -> list[int]:
+    """Shares of `total` that differ by at most 1, except where a file has too few rows.
+
+    >>> even_shares([10, 2, 10], 9)
+    [4, 2, 3]
+    """
+    shares = [0] * len(counts)
+    for position, i in enumerate(sorted(range(len(counts)), key=lambda i: (counts[i], -i))):
+        shares[i] = min(counts[i], (total - sum(shares)) // (len(counts) - position))
+    return shares
+
+
+def _file_records(
+    rows: Iterator[Parsed | Rejection], file: Path, *, split: str, prefix: str
+) -> Iterator[Record | Rejection]:
+    """Name the rows of one file; refuse a file without a usable one."""
+    rejected: list[Rejection] = []
+    num_records = 0
+    for row in rows:
+        if isinstance(row, Rejection):
+            rejected = [*rejected, row][:3]
+            yield row
+            continue
+        num_records += 1
+        name = row.id or f"{prefix}:{row.row}"
+        yield Record(id=name, split=split, file=str(file), row=row.row, content=row.content)
+    if not num_records:
+        what = "no usable row" if rejected else "the file holds no rows"
+        raise damaged(file, what, got="\n      ".join(str(rejection) for rejection in rejected))
+
+
+def _raw_rows(source: Source, file: Path, labels: LabelWords, note: Note) -> Iterator[RawRow | Rejection]:
+    if source.format == "entityquestions":
+        return json_list_rows(file, note)
+    if source.format == "pairs":
+        numbers = label_numbers(labels)
+        return pair_rows(
+            file, source.columns, is_label=lambda text: text.strip().casefold() in numbers, note=note
+        )
+    return json_line_rows(file, note)
+
+
+def _contents(source: Source, file: Path, labels: LabelWords, note: Note) -> Iterator[Parsed | Rejection]:
+    rows = _raw_rows(source, file, labels, note)
+    if source.format == "entityquestions":
+        return _with_subjects(file, _parsed(rows, file, parse_question, note))
+    if source.format == "facts":
+        return _parsed(rows, file, parse_fact, note)
+    if source.format == "pairs":
+        numbers = label_numbers(labels)
+        return _parsed(rows, file, lambda fields: parse_pair(fields, numbers), note)
+    return _parsed(rows, file, parse_example, note)
+
+
+def _parsed(
+    rows: Iterator[RawRow | Rejection], file: Path, parse: Callable[[Fields], Content], note: Note
+) -> Iterator[Parsed | Rejection]:
+    """Apply `parse` to each row; what it refuses becomes a `Rejection`."""
+    for row in rows:
+        if isinstance(row, Rejection):
+            yield row
+            continue
+        fields = Fields(row=row, file=str(file), note=note)
+        try:
+            yield Parsed(id=parse_id(fields), row=row.number, content=parse(fields))
+        except OddRow as odd:
+            excerpt = odd.excerpt or json.dumps(row.value, ensure_ascii=False)
+            yield Rejection(
+                file=str(file),
+                row=row.number,
+                reason=odd.reason,
+                excerpt=printable(excerpt),
+                detail=printable(odd.detail),
+            )
+
+
+def _with_subjects(file: Path, rows: Iterator[Parsed | Rejection]) -> Iterator[Parsed | Rejection]:
+    """Add what EntityQuestions leaves out: relation (from the file's name), subjects (from the questions)."""
+    relation = RELATION_IN_NAME.match(file.name)
+    if relation is None:
+        remedy = "name it like P17.train.json, or use format: facts"
+        raise damaged(file, "the relation is read from the file's name, which has none", remedy=remedy)
+    parsed = list(rows)
+    facts = [row.content for row in parsed if isinstance(row, Parsed) and isinstance(row.content, Fact)]
+    subjects = iter(_subjects(file, [fact.question or "" for fact in facts]))
+    for row in parsed:
+        if isinstance(row, Rejection):
+            yield row
+            continue
+        subject = next(subjects)
+        assert isinstance(row.content, Fact)
+        content = replace(row.content, relation=relation[1], subject=subject)
+        yield replace(row, content=content)
+
+
+def _subjects(file: Path, questions: list[str]) -> list[str]:
+    try:
+        return recover_subjects(questions) if questions else []
+    except UserInputError as error:
+        raise UserInputError(*(replace(problem, where=str(file)) for problem in error.problems)) from error

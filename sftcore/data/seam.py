@@ -1,0 +1,112 @@
+"""From pieces of text, untrained and trained in turn, to ids and shifted labels.
+
+In: `Draft`s. Out: `Encoded`: ids, and for each position the id to predict there, or -100.
+Invariant: the ids before each trained piece are those that inference feeds at that place; the last label is -100;
+each trained piece has a token before it and at least one of its own.
+Trade-off: the text up to each border is encoded by itself to see that the border falls between tokens, so a
+prompt is encoded twice (EntityQuestions under SmolLM2: 30,000 samples/s on two cores instead of 50,000).
+
+One sample, prompt "Q: why? A:" and answer " so" (· marks -100):
+
+    input_ids   Q   :   why   ?   A   :   so   <eos>
+    trained     .   .   .     .   .   .   x    x
+    labels      ·   ·   ·     ·   ·   so  eos  ·
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from sftcore.data.ledger import Change
+from sftcore.data.tokens import Codec
+
+IGNORED = -100  # torch's cross-entropy skips this target by default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A sample's text.
+
+    Args:
+        pieces: untrained, trained, untrained, trained, ...; ends with a trained one; none is empty.
+        is_bare: the tokenizer's own prefix (bos) and the stop token are still to be added; a chat template
+            writes both itself.
+    """
+
+    pieces: tuple[str, ...]
+    is_bare: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A sample's ids.
+
+    Args:
+        ids: T ids.
+        labels: T targets after the shift: `labels[i]` is to be predicted at position i; -100 where untrained.
+        num_prompt: ids before the first trained one: what inference feeds.
+        changes: what was done on the way, for the ledger.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    num_prompt: int
+    changes: tuple[Change, ...]
+
+
+def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]:
+    """Encode drafts, all texts in one batch; None where a piece yields no tokens.
+
+    Where the ids of the text up to a border are a prefix of the ids of the whole, the whole is taken. Where a
+    token straddles a border ("A: " + "Paris": " Paris" is one token), each piece is encoded by itself.
+    """
+    texts = [list(accumulate(draft.pieces)) for draft in drafts]
+    encoded = iter(codec.encode([text for group in texts for text in group]))
+    results = [_cut([next(encoded) for _ in group]) for group in texts]
+    torn = [i for i, pieces in enumerate(results) if pieces is None]
+    encoded = iter(codec.encode([piece for i in torn for piece in drafts[i].pieces]))
+    for i in torn:
+        results[i] = [next(encoded) for _ in drafts[i].pieces]
+    apart = frozenset(torn)
+    return [_finish(codec, drafts[i], pieces or [], i in apart) for i, pieces in enumerate(results)]
+
+
+def _cut(prefixes: list[list[int]]) -> list[list[int]] | None:
+    """The whole's ids cut at each border, or None where a border does not fall between tokens.
+
+    >>> _cut([[1, 2], [1, 2, 3], [1, 2, 3, 4]])
+    [[1, 2], [3], [4]]
+    >>> _cut([[1, 9], [1, 2, 3]]) is None
+    True
+    """
+    whole = prefixes[-1]
+    if any(whole[: len(ids)] != ids for ids in prefixes):
+        return None
+    borders = [0, *(len(ids) for ids in prefixes)]
+    return [whole[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+
+
+def _finish(codec: Codec, draft: Draft, pieces: list[list[int]], is_apart: bool) -> Encoded | None:
+    changes = [Change.SEAM_APART] if is_apart else []
+    if not all(pieces[1::2]):
+        return None
+    if draft.is_bare:
+        changes += list(_add_own_tokens(codec, pieces))
+    if not pieces[0]:
+        return None
+    ids = [i for piece in pieces for i in piece]
+    targets = [i if number % 2 else IGNORED for number, piece in enumerate(pieces) for i in piece]
+    return Encoded(ids=ids, labels=[*targets[1:], IGNORED], num_prompt=len(pieces[0]), changes=tuple(changes))
+
+
+def _add_own_tokens(codec: Codec, pieces: list[list[int]]) -> Iterator[Change]:
+    """Put the prefix before the first piece and the stop token after the last, in place, once each."""
+    if codec.prefix and codec.starts_with_prefix(pieces[0]):
+        yield Change.BOS_IN_TEXT
+    pieces[0] = codec.with_prefix(pieces[0])
+    if pieces[-1][-1] == codec.stop_id:
+        yield Change.STOP_IN_TEXT
+    else:
+        pieces[-1] = [*pieces[-1], codec.stop_id]

@@ -1,0 +1,145 @@
+"""From a table's cells to the three texts of a pair: which columns, and is there a header?
+
+In: rows of a TSV, CSV or JSONL file and the recipe's `columns`. Out: rows {"a", "b", "label"}.
+Invariant: a first line is taken for a header only if it names the columns, or if its label cell is neither a
+label nor a number; either way the decision is noted in the ledger when the recipe did not state it.
+Trade-off: a row with another number of cells than the first is rejected rather than guessed at: a stray tab
+in one text would otherwise shift the label (cost: that row).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sftcore.config import Columns
+from sftcore.data.ledger import Alteration, Change, Reason, Rejection, printable
+from sftcore.data.rows import Note, RawRow, csv_rows, damaged, ignore, json_line_rows, tsv_rows
+
+EXTENSIONS = {".tsv": tsv_rows, ".txt": tsv_rows, ".csv": csv_rows, ".jsonl": json_line_rows}
+FIELDS = ("a", "b", "label")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where a table's fields stand.
+
+    Args:
+        positions: 0-based cells of a, b and label.
+        num_cells: cells in each row.
+        has_header: whether the first row is one.
+        assumption: what was decided without being told, if anything.
+    """
+
+    positions: tuple[int, int, int]
+    num_cells: int
+    has_header: bool
+    assumption: Change | None = None
+
+
+def pair_rows(
+    path: Path, columns: Columns, *, is_label: Callable[[str], bool], note: Note = ignore
+) -> Iterator[RawRow | Rejection]:
+    """Rows of a `pairs` file as {"a": ..., "b": ..., "label": ...}; a JSON row may lack some.
+
+    Raises:
+        UserInputError: an extension that isn't known, or columns that the file doesn't have.
+    """
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix not in EXTENSIONS:
+        allowed = ", ".join(EXTENSIONS)
+        raise damaged(path, f"pairs are read from {allowed} (also .gz)", got=suffix or "no extension")
+    rows = EXTENSIONS[suffix](path, note)
+    if suffix == ".jsonl":
+        return _object_rows(path, columns, rows)
+    return _table_rows(path, columns, is_label, rows, note)
+
+
+def _object_rows(
+    path: Path, columns: Columns, rows: Iterator[RawRow | Rejection]
+) -> Iterator[RawRow | Rejection]:
+    names = {"a": columns.a, "b": columns.b, "label": columns.label, "id": "id"}
+    if not all(isinstance(name, str) for name in names.values()):
+        raise damaged(path, "columns by number need a TSV or CSV file", remedy="name the fields in `columns`")
+    for row in rows:
+        if isinstance(row, RawRow) and isinstance(row.value, dict):
+            value = {field: row.value[name] for field, name in names.items() if name in row.value}
+            yield RawRow(number=row.number, value=value)
+        else:
+            yield row
+
+
+def _table_rows(
+    path: Path,
+    columns: Columns,
+    is_label: Callable[[str], bool],
+    rows: Iterator[RawRow | Rejection],
+    note: Note,
+) -> Iterator[RawRow | Rejection]:
+    first = next(rows, None)
+    if first is None:
+        return
+    if isinstance(first, Rejection):
+        raise damaged(path, f"the first line can't be read: {first.detail}", got=first.excerpt)
+    layout = find_layout(path, first.value, columns, is_label)
+    if layout.assumption:
+        detail = printable(" | ".join(first.value))
+        note(Alteration(file=str(path), row=1, change=layout.assumption, detail=detail))
+    if not layout.has_header:
+        yield _pair_of(path, first, layout, number=first.number)
+    for row in rows:
+        number = (row.number if isinstance(row, RawRow) else row.row) - layout.has_header
+        yield _pair_of(path, row, layout, number=number)
+
+
+def _pair_of(path: Path, row: RawRow | Rejection, layout: Layout, *, number: int) -> RawRow | Rejection:
+    """One row's cells by field; `number` leaves the header out of the count."""
+    if isinstance(row, Rejection):
+        return replace(row, row=number)
+    if len(row.value) != layout.num_cells:
+        return Rejection(
+            file=str(path),
+            row=number,
+            reason=Reason.WRONG_FIELD_COUNT,
+            excerpt=printable(" | ".join(row.value)),
+            detail=f"{len(row.value)} fields, not {layout.num_cells}",
+        )
+    return RawRow(
+        number=number, value={f: row.value[p] for f, p in zip(FIELDS, layout.positions, strict=True)}
+    )
+
+
+def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callable[[str], bool]) -> Layout:
+    """Decide from the first row where the fields are.
+
+    Three columns whose last holds a label are read as (a, b, label) when none of the names is found: a corpus
+    with and without header lines (LCQMC is spread both ways) then needs one recipe only.
+
+    Raises:
+        UserInputError: a named or numbered column is not there.
+    """
+    wanted = (columns.a, columns.b, columns.label)
+    header = [cell.strip() for cell in cells]
+    missing = [c for c in wanted if (c not in header if isinstance(c, str) else not 0 <= c < len(cells))]
+    if len(missing) == 3 == len(cells) and all(isinstance(c, str) for c in missing) and is_label(cells[2]):
+        return Layout(positions=(0, 1, 2), num_cells=3, has_header=False, assumption=Change.HEADER_ABSENT)
+    if missing:
+        near = [n for c in missing for n in difflib.get_close_matches(str(c), header, n=1)]
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise damaged(
+            path,
+            f"no column {missing[0]!r}",
+            got=f"first row: {printable(' | '.join(cells))}",
+            remedy=f"{hint}set `columns: {{a:, b:, label:}}` of the source: header names or 0-based numbers",
+        )
+    a, b, label = (header.index(c) if isinstance(c, str) else c for c in wanted)
+    named = any(isinstance(c, str) for c in wanted)
+    assumed = not named and not is_label(cells[label]) and not cells[label].strip().lstrip("-").isdigit()
+    return Layout(
+        positions=(a, b, label),
+        num_cells=len(cells),
+        has_header=named or assumed,
+        assumption=Change.HEADER_ASSUMED if assumed else None,
+    )

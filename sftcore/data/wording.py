@@ -1,0 +1,159 @@
+"""Prompt templates: where the texts of a record go.
+
+In: a name in assets/prompts.yaml or an inline template of the recipe. Out: a checked `Template`.
+Invariant: a template holds exactly the placeholders that its task has, each one it needs, and text that is
+put in is never read as a placeholder again.
+Trade-off: placeholders are plain names, no format specs or attributes: str.format on a user's text would let
+`{question.__class__}` through (cost: about 1 microsecond per text for joining the parts ourselves).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import yaml
+
+from sftcore.config import InlineTemplate
+from sftcore.data.contents import Pair
+from sftcore.errors import Problem, UserInputError
+from sftcore.recipe import ASSETS
+
+CJK_LETTER_SHARE = 0.1  # of a pair's letters; 5 of the 4,000 PAWS-X Chinese pairs lie below it (2026-11)
+WHERE = "data.template"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placeholders:
+    """What a task's templates may and must hold (of `prompt_needs`, one is enough)."""
+
+    prompt_needs: tuple[tuple[str, ...], ...]
+    prompt_allows: tuple[str, ...]
+    completion_needs: str
+
+
+PLACEHOLDERS = {
+    "qa": Placeholders(
+        prompt_needs=(("question", "subject"),),
+        prompt_allows=("question", "subject"),
+        completion_needs="answer",
+    ),
+    "matching": Placeholders(
+        prompt_needs=(("a",), ("b",)),
+        prompt_allows=("a", "b", "label_0", "label_1"),
+        completion_needs="label",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """A prompt and a completion with {placeholders}; "{{" stands for a brace."""
+
+    name: str
+    prompt: str
+    completion: str
+
+    def fill(self, values: Mapping[str, str]) -> tuple[str, str]:
+        """Prompt and completion with `values` put in.
+
+        >>> Template(name="t", prompt="Q: {question}", completion=" {answer}").fill(
+        ...     {"question": "Is {answer} a word?", "answer": "Yes"}
+        ... )
+        ('Q: Is {answer} a word?', ' Yes')
+        """
+        return _filled(self.prompt, values), _filled(self.completion, values)
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    return "".join(part + (values[name] if name else "") for part, name in _parts(text))
+
+
+@cache
+def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
+    return tuple((literal, name) for literal, name, _, _ in string.Formatter().parse(text))
+
+
+@cache
+def _shipped() -> dict[str, dict[str, str]]:
+    templates: dict[str, dict[str, str]] = yaml.safe_load(
+        (ASSETS / "prompts.yaml").read_text(encoding="utf-8")
+    )
+    return templates
+
+
+def load_template(setting: str | InlineTemplate, *, task: str) -> Template:
+    """The template that `setting` means, checked for `task` ("qa" or "matching").
+
+    Raises:
+        UserInputError: no such name, or placeholders that are unknown or missing (all of them at once).
+    """
+    if isinstance(setting, InlineTemplate):
+        template = Template(name="inline", prompt=setting.prompt, completion=setting.completion)
+    else:
+        if setting not in _shipped():
+            near = difflib.get_close_matches(setting, _shipped(), n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else "name one of these, or write it inline"
+            names = ", ".join(_shipped())
+            raise UserInputError(
+                Problem(what="no such template", where=WHERE, got=setting, allowed=names, remedy=remedy)
+            )
+        template = Template(name=setting, **_shipped()[setting])
+    if problems := _problems(template, PLACEHOLDERS[task], task):
+        raise UserInputError(*problems)
+    return template
+
+
+def _problems(template: Template, known: Placeholders, task: str) -> list[Problem]:
+    where = f"{WHERE} {template.name}"
+    checks = (
+        ("prompt", template.prompt, known.prompt_needs, known.prompt_allows),
+        ("completion", template.completion, ((known.completion_needs,),), (known.completion_needs,)),
+    )
+    problems = []
+    for part, text, needs, allows in checks:
+        allowed = ", ".join(f"{{{name}}}" for name in allows)
+        try:
+            fields = list(string.Formatter().parse(text))
+        except ValueError as error:
+            problems.append(
+                Problem(what=f"{part}: {error}", where=where, got=text, remedy="write {{ for a brace")
+            )
+            continue
+        names = [_spelling(field) for field in fields if field[1] is not None]
+        unknown = [name for name in names if name not in allows]
+        missing = [group for group in needs if not set(group) & set(names)]
+        whats = [f"unknown placeholder {{{name}}} in the {part} of task {task}" for name in unknown]
+        whats += [f"no {{{'} or {'.join(group)}}} in the {part} of task {task}" for group in missing]
+        problems += [Problem(what=what, where=where, got=text, allowed=allowed) for what in whats]
+    return problems
+
+
+def _spelling(field: tuple[str, str | None, str | None, str | None]) -> str:
+    """A placeholder with its format spec and conversion, neither of which is allowed."""
+    _, name, spec, conversion = field
+    return f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
+
+
+def language_of(pair: Pair, setting: str) -> str:
+    """ "zh" or "en": `matching.language`, or by the pair's script if that is "auto".
+
+    >>> language_of(Pair(a="北京 Beijing", b="上海", label=0), "auto")
+    'zh'
+    """
+    if setting != "auto":
+        return setting
+    letters = [char for char in pair.a + pair.b if char.isalpha()]
+    num_cjk = sum("\u3400" <= char <= "\u9fff" or "\U00020000" <= char <= "\U0003ffff" for char in letters)
+    return "zh" if letters and num_cjk >= CJK_LETTER_SHARE * len(letters) else "en"
+
+
+def question_patterns() -> dict[str, str]:
+    """Question pattern with {subject} of each relation in assets/relations.json, e.g. of "P17"."""
+    relations: dict[str, Any] = json.loads((ASSETS / "relations.json").read_text(encoding="utf-8"))
+    return {relation: entry["question"] for relation, entry in relations.items()}

@@ -1,0 +1,81 @@
+"""Ranks: who this process is, and the few collectives that planning and saving need.
+
+In: the environment that a launcher sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Out:
+rank, world size, sums and maxima over ranks.
+Invariant: without a launcher a process is rank 0 of 1, through the same code as any other world size.
+Trade-off: a single process also makes a process group (0.1 s), so that there is no second code path to
+trust.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # model loading may differ by minutes between ranks
+
+
+def rank() -> int:
+    """This process's number among all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine; chooses the GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device() -> torch.device:
+    """The device that this rank computes on."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def fill_environment() -> None:
+    """Give a process without a launcher the variables that a launcher would set for rank 0 of 1."""
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def sums_and_maxima(sums: list[float], maxima: list[float]) -> tuple[list[float], list[float]]:
+    """Sum the first values over ranks and take the maximum of the second; float64."""
+    total = torch.tensor(sums, dtype=torch.float64, device=device())
+    largest = torch.tensor(maxima, dtype=torch.float64, device=device())
+    if world_size() > 1:
+        torch_dist.all_reduce(total)
+        torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
+    return total.tolist(), largest.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        torch_dist.barrier()

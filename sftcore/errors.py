@@ -1,0 +1,77 @@
+"""The errors a user sees, and the exit code that goes with each.
+
+In: facts about what went wrong (what, got, allowed, where, remedy). Out: one readable message, one exit
+code.
+Invariant: every foreseeable failure is an `SftError`; a traceback on the terminal is always our bug.
+Trade-off: problems are collected and raised together, so one round of edits mends a recipe with three
+mistakes (the price is that a check must not rely on an earlier one having passed).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_INPUT = 2
+EXIT_ENVIRONMENT = 3
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: requeue me
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong.
+
+    Args:
+        what: the sentence a user reads first.
+        where: file:line or config key.
+        got: the offending value, shortened by the caller.
+        allowed: what would have been accepted.
+        remedy: what to do about it.
+    """
+
+    what: str
+    where: str = ""
+    got: str = ""
+    allowed: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        lines = [head]
+        for label, text in (("got", self.got), ("allowed", self.allowed), ("do", self.remedy)):
+            if text:
+                lines.append(f"    {label}: {text}")
+        return "\n".join(lines)
+
+
+class SftError(Exception):
+    """A failure with a message fit for a terminal; holds one or more `Problem`s."""
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems = tuple(p if isinstance(p, Problem) else Problem(what=p) for p in problems)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class UserInputError(SftError):
+    """The user's input is wrong: recipe, data, arguments, a run folder in use."""
+
+    exit_code = EXIT_USER_INPUT
+
+
+class MissingEnvironmentError(SftError):
+    """The environment lacks something: a package, disk space, a file with the right checksum."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
+class StoppedOnRequest(SftError):
+    """Stopped by a signal after a checkpoint was committed; the job should be queued again."""
+
+    exit_code = EXIT_STOPPED
+
+
+class TrainingFailed(SftError):
+    """The run itself failed, e.g. a loss that is not finite."""

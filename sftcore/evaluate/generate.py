@@ -1,0 +1,85 @@
+"""Evaluation: held-out items + a model -> greedy predictions, each marked right or wrong.
+
+In: records, a model, its tokenizer, levels if known. Out: rows of predictions.jsonl.
+Invariant: the prompt is the one that training conditioned on; batches are a function of the items alone.
+Trade-off: the whole completion is judged, not its first line: a base model that has not learnt to stop may
+hit an answer late in its 16 tokens, so accuracy before training is rather over- than underestimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sftcore.config import EvaluateSettings
+from sftcore.data.contents import Completion, Fact, Pair
+from sftcore.data.prompts import Prompter
+from sftcore.data.records import Record
+from sftcore.errors import Problem, UserInputError
+from sftcore.knowledge.containment import AliasTable, AnswerMatcher
+from sftcore.log import progress
+from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
+
+
+def predict(
+    records: Sequence[Record],
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompter: Prompter,
+    settings: EvaluateSettings,
+    *,
+    levels: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """Rows of predictions.jsonl, in the records' order.
+
+    Args:
+        levels: memory level by record id; items without one get no `level`.
+
+    Raises:
+        UserInputError: a record has no single right answer (chats).
+    """
+    prompts = [prompter.prompt_ids(record) for record in records]
+    texts = [""] * len(records)
+    with progress("evaluating", len(records)) as advance:
+        for batch in batches_by_length(prompts, prompts_per_batch=settings.batch_size):
+            completions = decode_batch(
+                model,
+                [prompts[i] for i in batch],
+                max_new_tokens=settings.max_new_tokens,
+                stop_ids=stop_ids(model, tokenizer),
+            )
+            for i, tokens in zip(batch, completions, strict=True):
+                texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+            advance(len(batch))
+    aliases = AliasTable.load()
+    return [
+        _row(record, tokenizer.decode(prompt), text, prompter, levels, aliases)
+        for record, prompt, text in zip(records, prompts, texts, strict=True)
+    ]
+
+
+def _row(
+    record: Record, prompt: str, text: str, prompter: Prompter, levels: Mapping[str, int], aliases: AliasTable
+) -> dict[str, Any]:
+    """One row; `correct` by containment for facts, by the exact text otherwise."""
+    row: dict[str, Any] = {"id": record.id, "prompt": prompt, "prediction": text, "split": record.split}
+    content = record.content
+    if isinstance(content, Fact):
+        correct = AnswerMatcher(content.answers, aliases).matches(text)
+        row |= {"answers": list(content.answers), "relation": content.relation, "correct": correct}
+    elif isinstance(content, Pair | Completion):
+        label = prompter.answer_text(record).strip()
+        row |= {"label": label, "correct": text.strip() == label}
+    else:
+        raise UserInputError(
+            Problem(
+                what="a chat has no single right answer to score",
+                where=f"{record.file}:{record.row}",
+                remedy="give data.test as facts, pairs, or prompt and completion",
+            )
+        )
+    if record.id in levels:
+        row["level"] = levels[record.id]
+    return row

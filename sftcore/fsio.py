@@ -1,0 +1,198 @@
+"""Files that are whole or absent: atomic writes, JSON lines, checksums, folder locks.
+
+In: bytes, JSON values, paths. Out: files that a crash or a full disk can't leave half-written under their
+real name.
+Invariant: the final name appears only by `os.replace` of a flushed temporary sibling.
+Trade-off: each atomic write costs one fsync (about 1 ms on an SSD, 10 ms on network storage), so per-step
+metrics are appended line by line instead, and readers drop a torn last line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+
+
+@contextlib.contextmanager
+def disk_errors_explained(path: Path) -> Iterator[None]:
+    """Turn "no space left" and "read-only" into a message that names the folder and the remedy.
+
+    Raises:
+        MissingEnvironmentError: on ENOSPC, EDQUOT, EROFS or EACCES.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "free space there, or point --run / the cache to another disk",
+            errno.EDQUOT: "your quota there is used up: free space, or use another disk",
+            errno.EROFS: "the file system is read-only: choose another folder",
+            errno.EACCES: "you may not write there: choose another folder or mend its permissions",
+        }
+        if error.errno not in remedies:
+            raise
+        raise MissingEnvironmentError(
+            Problem(what=f"can't write: {error.strerror}", where=str(path), remedy=remedies[error.errno])
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary sibling of `path`; on success it is flushed and renamed to `path`, else removed.
+
+    Args:
+        path: final name; its folder is created.
+        mode: "w" (UTF-8, newline kept) or "wb".
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    with disk_errors_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, mode, encoding=encoding, newline=newline) as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder; on success it becomes `path` (an old one is removed), else it goes."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with disk_errors_explained(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            sync_folder(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            sync_entry(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file below `folder`, then the folder itself, so that a rename can't outrun the data."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    sync_entry(folder)
+
+
+def sync_entry(folder: Path) -> None:
+    """fsync one directory's entries."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinity are refused (they are not JSON)."""
+    with atomic_file(path) as handle:
+        json.dump(value, handle, ensure_ascii=False, indent=1, allow_nan=False)
+        handle.write("\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object a line, atomically; returns the number of lines."""
+    count = 0
+    with atomic_file(path) as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON object as one line in a single write."""
+    with disk_errors_explained(path), open(path, "a", encoding="utf-8", newline="\n") as handle:
+        handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that sftcore wrote.
+
+    Raises:
+        UserInputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserInputError(Problem(what="no such file", where=str(path))) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserInputError(Problem(what=f"not valid JSON: {error}", where=str(path))) from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines that sftcore wrote; a torn last line (a crash during an append) is left out."""
+    with open(path, encoding="utf-8") as handle:
+        lines = handle.read().split("\n")
+    rows = [json.loads(line) for line in lines[:-1] if line]
+    with contextlib.suppress(json.JSONDecodeError):
+        rows += [json.loads(lines[-1])] if lines[-1] else []
+    return rows
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """Open a file for reading bytes, through gzip where its name ends in .gz."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes as a hex string."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def fingerprint_of(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of `value` as canonical JSON: stable over runs and machines."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, *, purpose: str) -> Iterator[None]:
+    """Hold an exclusive lock on `folder`/.lock while the block runs; the kernel drops it if the process dies.
+
+    Raises:
+        UserInputError: another process holds it (its pid is named).
+    """
+    with disk_errors_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "a+", encoding="utf-8")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise UserInputError(
+                Problem(
+                    what=f"in use for {purpose} by {holder}",
+                    where=str(folder),
+                    remedy="wait for it to end, or choose another folder (--run DIR)",
+                )
+            ) from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+        handle.flush()
+        yield

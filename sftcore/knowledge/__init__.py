@@ -1,0 +1,1 @@
+"""What a model remembers: facts, completion templates, containment, memory levels, selection by level."""

@@ -1,0 +1,195 @@
+"""Loading: a model folder or hub name -> a model that trains on packs, or one that decodes.
+
+In: the recipe's model section. Out: a transformers model; for training, wrapped so that it maps a `Batch`
+to a loss.
+Invariant: before a model is trained its packs are proven: two documents packed give the hidden states that
+each gives alone, and our head gives the model's own logits; a model for which that fails is refused.
+Trade-off: the proof costs three forwards of 12 tokens at every start (0.2 s for 135M on two cores), and
+holds for any architecture, where a list of known ones would be out of date.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sftcore.batching.collate import Batch
+from sftcore.config import ModelSettings
+from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.model.attention import choose_attention
+from sftcore.model.loss import TrainedTokenHead
+
+log = logging.getLogger(__name__)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TOLERANCES = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # of the proof, relative to the largest state
+
+
+class LossModel(nn.Module):
+    """A causal LM that maps a `Batch` to the pack's share of the step's loss.
+
+    Hidden states of all positions come from the decoder; only trained ones meet the head.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Scalar float32 loss."""
+        hidden_1TD = decode_states(self.causal_lm, batch)
+        trained_KD = hidden_1TD[0].index_select(0, batch.trained_index)
+        return self.causal_lm.get_output_embeddings()(trained_KD, batch.targets, batch.weights)
+
+
+def decode_states(causal_lm: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """(1, T, D) last hidden states of a pack."""
+    output = causal_lm.get_decoder()(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        use_cache=False,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=batch.max_seqlen,
+        max_length_k=batch.max_seqlen,
+        document_lengths=batch.document_lengths,
+    )
+    return output.last_hidden_state
+
+
+def load_for_training(settings: ModelSettings, *, z_loss: float, label_smoothing: float) -> LossModel:
+    """The model with per-document attention and the trained-token head, proven on packs.
+
+    Raises:
+        UserInputError: no model there, or one that can't be trained in packs.
+    """
+    config = load_config(settings)
+    model = _load(
+        settings, dtype=DTYPES[settings.dtype], attention=choose_attention(config, settings.attention)
+    )
+    model.config.use_cache = False
+    prove_head_and_packs(model, z_loss=z_loss, label_smoothing=label_smoothing)
+    return LossModel(model)
+
+
+def load_for_decoding(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
+    """The model as transformers decodes with it, on the GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _load(
+        settings, dtype=DTYPES[dtype or settings.dtype], attention="sdpa" if device == "cuda" else "eager"
+    )
+    return model.eval().to(device)
+
+
+def load_config(settings: ModelSettings) -> Any:
+    """The model's configuration.
+
+    Raises:
+        UserInputError: there is none, or it is not a causal LM's.
+    """
+    try:
+        return AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(settings.path, error) from error
+
+
+def _load(settings: ModelSettings, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            settings.path,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(settings.path, error) from error
+
+
+def _not_loadable(path: str, error: Exception) -> UserInputError | MissingEnvironmentError:
+    """A hub name that can't be reached is the environment's lack; a folder without a model is the user's."""
+    first_line = str(error).strip().split("\n")[0]
+    if path.startswith("/"):
+        return UserInputError(
+            Problem(
+                what=f"no causal LM can be loaded from this folder: {first_line}",
+                where=f"model.path {path}",
+                remedy="it needs config.json, *.safetensors and tokenizer files as Hugging Face saves them",
+            )
+        )
+    return MissingEnvironmentError(
+        Problem(
+            what=f"can't get this model from the hub: {first_line}",
+            where=f"model.path {path}",
+            remedy="fetch it where there is a network (sftcore model pull NAME --to DIR), give the folder",
+        )
+    )
+
+
+def prove_head_and_packs(model: PreTrainedModel, *, z_loss: float, label_smoothing: float) -> None:
+    """Install the trained-token head, and check it and the packing against the model itself.
+
+    Raises:
+        UserInputError: the head's logits differ from the model's (it edits logits in a way we don't know),
+            or a packed document's states differ from the document alone (it mixes documents).
+    """
+    config = model.config.get_text_config()
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise _unfit(model, f"its output layer is a {type(linear).__name__}, not a linear layer")
+    softcap = config.to_dict().get("final_logit_softcapping")
+    head = TrainedTokenHead.from_linear(
+        linear, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing
+    )
+    model.set_output_embeddings(head)
+    tolerance = TOLERANCES[model.dtype]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        ids = torch.arange(1, 13, device=model.device) * 7 % config.vocab_size
+        states, alone = (decode_states(model, _bare_batch(ids, documents)) for documents in ([5, 7], [5]))
+        second = decode_states(model, _bare_batch(ids[5:], [7]))
+        own = model(input_ids=ids[None, :5], document_lengths=(5,)).logits.float()
+        ours = head(alone).float()
+        ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
+    model.train(was_training)
+    if not _close(ours, own, tolerance):
+        raise _unfit(model, "it changes its logits after the output layer in a way that the loss would miss")
+    if not _close(states, torch.cat([alone, second], 1), tolerance):
+        raise _unfit(
+            model, "its layers mix documents of one pack (state-space or bidirectional layers do that)"
+        )
+
+
+def _unfit(model: PreTrainedModel, why: str) -> UserInputError:
+    return UserInputError(
+        Problem(
+            what=f"model type {model.config.model_type!r} can't train in packs: {why}",
+            where="model.path",
+        )
+    )
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    scale = b.abs().max().clamp(min=1e-6)
+    return bool(((a - b).abs().max() / scale) < tolerance)
+
+
+def _bare_batch(ids: torch.Tensor, documents: list[int]) -> Batch:
+    """A batch without targets over the first sum(documents) of `ids`."""
+    total = sum(documents)
+    nothing = torch.empty(0, dtype=torch.int64)
+    return Batch(
+        input_ids=ids[None, :total],
+        position_ids=torch.cat([torch.arange(n, device=ids.device) for n in documents])[None],
+        cu_seqlens=torch.tensor([0, *documents], device=ids.device).cumsum(0).int(),
+        max_seqlen=max(documents),
+        document_lengths=tuple(documents),
+        trained_index=nothing,
+        targets=nothing,
+        weights=nothing.float(),
+        num_tokens=total,
+    )

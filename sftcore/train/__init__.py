@@ -1,0 +1,1 @@
+"""Training: the engine (DeepSpeed), the loop, checkpoints, export."""

@@ -1,0 +1,179 @@
+"""The engine: one optimizer step from the packs of a step, through DeepSpeed.
+
+In: a loss model, a recipe, this rank's batches. Out: the step's exact loss and gradient norm; updated
+weights.
+Invariant: R ranks x M micro-batches take the same step as one process with one batch.
+Trade-off: DeepSpeed also runs for one process (about 1 % of a 135M step), so what is debugged is what is
+scaled.
+
+The divisors. Batch weights already hold the step's divisor (collate), so a rank's loss is its exact share
+and the step's loss is the plain sum over packs and ranks:
+
+    L = sum_r sum_m L_rm          (what we want the gradient of)
+
+DeepSpeed averages gradients over `world` ranks: it would step along (1 / world) sum_r grad L_r.
+`Engine.step` therefore runs backward on world * L_rm, and asks for no division by accumulation steps
+(scale_wrt_gas=False).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from sftcore import dist
+from sftcore.batching.collate import Batch
+from sftcore.config import Recipe, TrainSettings
+from sftcore.errors import TrainingFailed
+from sftcore.model.load import LossModel
+from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
+
+NO_DECAY_NDIM = 1  # norms' weights and biases are vectors
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step gave, the same on every rank.
+
+    Args:
+        loss: exact loss over all trained tokens of the step.
+        grad_norm: L2 norm of the step's gradient before clipping.
+        rank_imbalance: slowest rank's compute seconds / mean - 1.
+    """
+
+    loss: float
+    grad_norm: float
+    rank_imbalance: float
+
+
+def init_process_group() -> None:
+    """Join the other ranks; a process without a launcher becomes rank 0 of 1."""
+    dist.fill_environment()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=dist.RENDEZVOUS_TIMEOUT, verbose=False)
+
+
+class Engine:
+    """DeepSpeed behind three verbs: step, save, load."""
+
+    def __init__(self, model: LossModel, recipe: Recipe, ds_config: dict[str, Any]) -> None:
+        """Wrap `model`; must be called by all ranks after `init_process_group`.
+
+        Args:
+            ds_config: as read by `read_ds_config`.
+        """
+        self._quiet_deepspeed()
+        self.stage = zero_stage(ds_config)
+        self.autocasts = autocasts(ds_config, recipe)
+        self.save_dtype = model.causal_lm.dtype
+        if self.autocasts:
+            model = model.float()
+        optimizer = make_optimizer(model, recipe.train)
+        self._hooked_norm: float | None = None
+        if self.stage == 0:
+            self._clip_in_optimizer(optimizer, model, recipe.train.max_grad_norm)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=complete_ds_config(ds_config, recipe)
+        )
+        self.device = self.deepspeed.device
+
+    @property
+    def loss_model(self) -> LossModel:
+        """The wrapped model (its parameters are sharded under ZeRO-3)."""
+        return self.deepspeed.module
+
+    def step(self, batches: Sequence[Batch], *, seeds: Sequence[int], lr: float) -> StepResult:
+        """Forward and backward over this rank's packs, then one optimizer step over all ranks.
+
+        Args:
+            batches: this rank's packs; as many on every rank (idle ones have zero weights).
+            seeds: one per pack, for dropout.
+            lr: learning rate of this step.
+
+        Raises:
+            TrainingFailed: the loss is not finite; weights and optimizer are untouched.
+        """
+        self.deepspeed.train()
+        started = time.perf_counter()
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocasts):
+                loss = self.deepspeed(batch.to(self.device))
+            self.deepspeed.backward(loss * dist.world_size(), scale_wrt_gas=False)
+            total += loss.detach()
+        rank_loss = total.item()
+        seconds = time.perf_counter() - started
+        (loss_sum, seconds_sum), (seconds_max,) = dist.sums_and_maxima([rank_loss, seconds], [seconds])
+        if not abs(loss_sum) < float("inf"):
+            raise TrainingFailed(f"the loss is {loss_sum}; the weights were not updated")
+        for group in self.deepspeed.basic_optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        return StepResult(
+            loss=loss_sum,
+            grad_norm=self._grad_norm(),
+            rank_imbalance=seconds_max * dist.world_size() / seconds_sum - 1,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer state below `folder`; all ranks must call it."""
+        self.deepspeed.save_checkpoint(str(folder), tag="ds", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, at the same world size; all ranks must call it."""
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag="ds")
+        if path is None:
+            raise TrainingFailed(f"DeepSpeed found no state in {folder}")
+
+    def gather_weights(self) -> dict[str, torch.Tensor]:
+        """The causal LM's weights by name on rank 0's CPU, in the recipe's dtype; empty on other ranks.
+
+        All ranks must call it: under ZeRO-3 each parameter is gathered in turn, one at a time.
+        """
+        weights = {}
+        for name, parameter in self.loss_model.causal_lm.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                if dist.rank() == 0:
+                    weights[name] = parameter.detach().to("cpu", self.save_dtype, copy=True)
+        return weights
+
+    def close(self) -> None:
+        """Give up DeepSpeed's hooks and buffers."""
+        self.deepspeed.destroy()
+
+    def _grad_norm(self) -> float:
+        norm = self._hooked_norm if self.stage == 0 else self.deepspeed.get_global_grad_norm()
+        assert norm is not None
+        return float(norm)
+
+    def _clip_in_optimizer(self, optimizer: torch.optim.Optimizer, model: LossModel, max_norm: float) -> None:
+        """At stage 0 gradients are whole on each rank when the optimizer steps: clip them there."""
+
+        def before_step(*_: Any) -> None:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+            self._hooked_norm = norm.item()
+
+        optimizer.register_step_pre_hook(before_step)
+
+    @staticmethod
+    def _quiet_deepspeed() -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW (torch, fused) over the trainable parameters; no decay for vectors: norms and biases."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > NO_DECAY_NDIM], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= NO_DECAY_NDIM], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
