@@ -71,20 +71,33 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder; on success it becomes `path` (an old one is removed), else it goes."""
+def atomic_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling folder; on success it becomes `path`, else it goes.
+
+    Args:
+        keep_existing: a `path` that exists by then stays (for caches, whose content its name decides);
+            otherwise it is replaced.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with disk_errors_explained(path):
         try:
             temporary.mkdir(parents=True)
             yield temporary
             sync_folder(temporary)
-            if path.exists():
+            if path.exists() and not keep_existing:
                 shutil.rmtree(path)
-            os.replace(temporary, path)
+            _rename_folder(temporary, path, keep_existing=keep_existing)
             sync_entry(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_folder(temporary: Path, path: Path, *, keep_existing: bool) -> None:
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if not keep_existing or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -170,8 +183,11 @@ def fingerprint_of(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, *, purpose: str) -> Iterator[None]:
+def folder_lock(folder: Path, *, purpose: str, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on `folder`/.lock while the block runs; the kernel drops it if the process dies.
+
+    Args:
+        wait: wait for another holder instead of refusing.
 
     Raises:
         UserInputError: another process holds it (its pid is named).
@@ -181,7 +197,7 @@ def folder_lock(folder: Path, *, purpose: str) -> Iterator[None]:
         handle = open(folder / ".lock", "a+", encoding="utf-8")
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             handle.seek(0)
             holder = handle.read().strip() or "another process"

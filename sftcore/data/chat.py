@@ -1,8 +1,8 @@
 """A conversation as text through the tokenizer's chat template, and where its assistant turns stand in it.
 
 In: messages. Out: the rendered text in pieces, untrained and trained in turn.
-Invariant: each trained piece starts exactly where inference starts to write (the template's rendering of the turns
-before, with its generation prompt, is a true prefix of the whole) and ends with the end-of-turn token.
+Invariant: each trained piece starts exactly where inference starts to write (the template's rendering of the
+turns before, with its generation prompt, is a true prefix of the whole) and ends with the end-of-turn token.
 Trade-off: a conversation is rendered once more per assistant turn to verify this (0.1 ms each, SmolLM2's
 template); a template that can't be verified is refused rather than trained askew.
 """
@@ -78,7 +78,7 @@ class ChatRenderer:
         turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
         starts = [self._verified_start(text, chat.messages[:i]) for i in turns]
         if self._has_masks:
-            ends = self._masked_ends(chat, starts)
+            ends = self._masked_ends(chat, text, starts)
         else:
             contents = [chat.messages[i].content for i in turns]
             ends = [self._content_end(text, start, c) for start, c in zip(starts, contents, strict=True)]
@@ -118,7 +118,7 @@ class ChatRenderer:
             position = text.find(content, position + 1)
         raise ChatRefused("an assistant turn, followed by an end-of-turn token, is not in the rendered text")
 
-    def _masked_ends(self, chat: Chat, starts: list[int]) -> list[int]:
+    def _masked_ends(self, chat: Chat, text: str, starts: list[int]) -> list[int]:
         """Ends of the {% generation %} blocks, which must start where inference starts."""
         rendered: dict[str, Any] = self.tokenizer.apply_chat_template(
             [{"role": message.role, "content": message.content} for message in chat.messages],
@@ -129,7 +129,8 @@ class ChatRenderer:
         mask, offsets = [0, *rendered["assistant_masks"], 0], rendered["offset_mapping"]
         first = [i for i in range(len(offsets)) if mask[i + 1] and not mask[i]]
         last = [i for i in range(len(offsets)) if mask[i + 1] and not mask[i + 2]]
-        if [offsets[i][0] for i in first] != starts:
+        # offsets leave out a token's leading space
+        if [_skip_space(text, offsets[i][0]) for i in first] != [_skip_space(text, i) for i in starts]:
             raise ChatRefused("the {% generation %} blocks don't start where the generation prompt ends")
         return [int(offsets[i][1]) for i in last]
 

@@ -1,8 +1,8 @@
 """What a training set must not hold: items of the test sets, and pairs that carry both labels.
 
 In: training and held-out records. Out: per training record, the reason to drop it, or None.
-Invariant: a training item that reads like a held-out one (Unicode NFKC, case-folded, white space collapsed, the
-two texts of a pair in either order) is dropped, whatever its answer; of a pair with both labels no copy stays.
+Invariant: a training item that reads like a held-out one (Unicode NFKC, case-folded, white space collapsed,
+a pair in either order) is dropped, whatever its answer; of a pair with both labels no copy stays.
 Trade-off: texts are compared by 64-bit hashes in numpy arrays: 33 bytes a record instead of its text (330 MB
 for 10 million), and one false match in 2^65 / n^2 (n = 10 million: 1 in 370,000).
 """

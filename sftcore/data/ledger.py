@@ -45,11 +45,14 @@ class Reason(StrEnum):
     LEAK = "leak"
     UNKNOWN_RELATION = "unknown_relation"
     REFUSED_BY_TEMPLATE = "refused_by_template"
+    NO_TOKENS = "no_tokens"
     OVERLENGTH = "overlength"
 
 
 HYGIENE = frozenset({Reason.DUPLICATE, Reason.CONTRADICTORY_LABEL, Reason.LEAK})
-PROMPTING = frozenset({Reason.UNKNOWN_RELATION, Reason.REFUSED_BY_TEMPLATE, Reason.OVERLENGTH})
+PROMPTING = frozenset(
+    {Reason.UNKNOWN_RELATION, Reason.REFUSED_BY_TEMPLATE, Reason.NO_TOKENS, Reason.OVERLENGTH}
+)
 READING = frozenset(Reason) - HYGIENE - PROMPTING
 
 REMEDIES = {
@@ -126,6 +129,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.num_rows_read = 0
+        self.num_not_selected = 0
         self.rejected_by_reason: Counter[str] = Counter()
         self.altered_by_reason: Counter[str] = Counter()
         self._first: dict[Reason, list[Rejection]] = {}

@@ -1,8 +1,8 @@
 """From pieces of text, untrained and trained in turn, to ids and shifted labels.
 
 In: `Draft`s. Out: `Encoded`: ids, and for each position the id to predict there, or -100.
-Invariant: the ids before each trained piece are those that inference feeds at that place; the last label is -100;
-each trained piece has a token before it and at least one of its own.
+Invariant: the ids before each trained piece are those that inference feeds at that place; the last label is
+-100; each trained piece has a token before it and at least one of its own.
 Trade-off: the text up to each border is encoded by itself to see that the border falls between tokens, so a
 prompt is encoded twice (EntityQuestions under SmolLM2: 30,000 samples/s on two cores instead of 50,000).
 

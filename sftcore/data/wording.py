@@ -13,13 +13,13 @@ import difflib
 import json
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import yaml
 
-from sftcore.config import InlineTemplate
+from sftcore.config import DataSettings, InlineTemplate, MatchingSettings, Recipe
 from sftcore.data.contents import Pair
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import ASSETS
@@ -58,6 +58,11 @@ class Template:
     name: str
     prompt: str
     completion: str
+
+    @property
+    def placeholders(self) -> frozenset[str]:
+        """Names in the prompt."""
+        return frozenset(name for _, name in _parts(self.prompt) if name)
 
     def fill(self, values: Mapping[str, str]) -> tuple[str, str]:
         """Prompt and completion with `values` put in.
@@ -138,6 +143,61 @@ def _spelling(field: tuple[str, str | None, str | None, str | None]) -> str:
     """A placeholder with its format spec and conversion, neither of which is allowed."""
     _, name, spec, conversion = field
     return f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions:
+    """What of a recipe decides a sample's text.
+
+    Args:
+        task: "qa", "matching" or "chat".
+        templates: by language ("zh", "en"); "any" where the language doesn't matter.
+        matching: label words and language.
+        max_length: tokens in a sample at most.
+        overlength: "reject", "trim_prompt" or "error" (an error is a rejection here; prepare raises it).
+    """
+
+    task: str
+    templates: Mapping[str, Template]
+    matching: MatchingSettings
+    max_length: int
+    overlength: str
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> PromptOptions:
+        """The options of a recipe.
+
+        Raises:
+            UserInputError: an unknown template or wrong placeholders.
+        """
+        return cls(
+            task=recipe.task,
+            templates=_templates(recipe),
+            matching=recipe.matching,
+            max_length=recipe.max_length,
+            overlength=recipe.data.overlength,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """All of it as JSON values, for fingerprints."""
+        return {
+            "task": self.task,
+            "templates": {language: asdict(template) for language, template in self.templates.items()},
+            "matching": self.matching.model_dump(mode="json"),
+            "max_length": self.max_length,
+            "overlength": self.overlength,
+        }
+
+
+def _templates(recipe: Recipe) -> dict[str, Template]:
+    """`data.template`; for matching, `matching.prompt` in both languages unless a template was given."""
+    setting = recipe.data.template
+    if recipe.task == "chat":
+        return {}
+    if recipe.task == "matching" and setting == DataSettings.model_fields["template"].default:
+        kind = recipe.matching.prompt
+        return {lang: load_template(f"matching-{kind}-{lang}", task="matching") for lang in ("zh", "en")}
+    return {"any": load_template(setting, task=recipe.task)}
 
 
 def language_of(pair: Pair, setting: str) -> str:

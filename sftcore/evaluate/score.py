@@ -41,7 +41,9 @@ def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low = 0.0 if correct == 0 else (centre - spread) / scale  # exact at both ends, where rounding
+    high = 1.0 if correct == n else (centre + spread) / scale  # would leave 1e-17 on either side
+    return low, high
 
 
 def score(rows: Sequence[Row], *, where: str = "predictions.jsonl") -> dict[str, Any]:

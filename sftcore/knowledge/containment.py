@@ -175,7 +175,7 @@ class _Name:
         return False
 
     def _settling_distance(self) -> int:
-        """Characters after a find that must be there: the border, one that fixes it, what `_counts_at` reads."""
+        """Characters that must follow a find: its border, one that fixes that, what `_counts_at` reads."""
         tails = (len(phrase) - offset - len(self.text) for phrase, offset in self.vetoes)
         return 2 + self.dotted + max(tails, default=0)
 

@@ -167,7 +167,7 @@ def loss_figure(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.grid(axis="y")
         axes.tick_params(length=0)
         axes.figure.legend(loc="outside upper left", ncols=3, frameon=False, handlelength=1.6)
-        return _svg(figure, "loss", "Training loss and learning rate by step")
+        return _svg(figure, "loss", "Training loss by step")
 
 
 def _draw_losses(axes: Axes, steps: Sequence[float], losses: Sequence[float], *, bin_steps: int) -> None:

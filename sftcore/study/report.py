@@ -105,7 +105,7 @@ def summarise(files: RunFiles) -> dict[str, Any]:
     splits = {split: _compare_split(files, split) for split in _split_names(files)}
     report = {
         "name": files.name,
-        "model": short_model_name(files.recipe),
+        "model": _model_name(files),
         **(splits.get(MAIN_SPLIT) or {**side_by_side(None, None), "paired_change": None}),
         "ood": splits.get("ood"),
         "splits": splits,
@@ -151,9 +151,9 @@ def _sources(files: RunFiles) -> dict[str, str]:
     return found
 
 
-def short_model_name(recipe: Mapping[str, Any]) -> str:
+def _model_name(files: RunFiles) -> str:
     """The model as people call it: a hub name as it is, the last part of a folder's absolute path."""
-    path = str((recipe.get("model") or {}).get("path") or "unknown model")
+    path = str(files.setting("model", "path") or "unknown model")
     return Path(path).name if path.startswith("/") else path
 
 

@@ -69,7 +69,8 @@ def list_notes(report: Mapping[str, Any], files: RunFiles) -> list[str]:
         {key.rsplit(".", 1)[-1]: value for key, value in flatten(files.mapping(file))}
         for file in ("environment.json", "levels.manifest.json")
     )
-    notes = [*_weights_notes(files.recipe, environment, probe), *_probe_notes(probe)]
+    adapter = files.setting("adapter", "kind")
+    notes = [*_weights_notes(environment, probe, adapter=adapter), *_probe_notes(probe)]
     few = [
         f"level {level} ({cell['n']})" for level, cell in report["by_level"].items() if cell["n"] < FEW_ITEMS
     ]
@@ -88,8 +89,7 @@ def list_notes(report: Mapping[str, Any], files: RunFiles) -> list[str]:
     return notes
 
 
-def _weights_notes(*settings: Mapping[str, Any]) -> list[str]:
-    recipe, environment, probe = settings
+def _weights_notes(environment: Mapping[str, Any], probe: Mapping[str, Any], *, adapter: Any) -> list[str]:
     notes = []
     quantised = environment.get("quantised_weights") or probe.get("quantised_weights")
     if quantised:
@@ -97,7 +97,7 @@ def _weights_notes(*settings: Mapping[str, Any]) -> list[str]:
             f"The base model's weights were quantised ({quantised}) and dequantised again: levels and "
             "accuracies are this checkpoint's, not the original release's."
         )
-    if (recipe.get("adapter") or {}).get("kind") == "qlora":
+    if adapter == "qlora":
         notes.append("QLoRA: the base weights were held in 4 bits during training.")
     fingerprints = environment.get("model_fingerprint"), probe.get("model_fingerprint")
     if None not in fingerprints and fingerprints[0] != fingerprints[1]:

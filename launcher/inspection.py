@@ -1,0 +1,86 @@
+"""`sftcore inspect`: what the model will really see, token by token.
+
+In: a recipe. Out: lines of text: samples with trained tokens marked, packs drawn, the first step explained.
+Invariant: everything is read back from the token store and the schedule, the very ones that training uses.
+Trade-off: tokens are decoded one by one (a split character shows as a replacement sign), so that each can
+be marked by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from sftcore.data.store import TokenStore
+
+from launcher.preflight import measure_recipe
+from launcher.stages import prepare
+from sftcore.batching.collate import UNTRAINED
+from sftcore.batching.schedule import Schedule, Step
+from sftcore.config import Recipe
+from sftcore.train.loop import learning_rate, make_schedule
+
+GREEN, DIM, RESET = "\033[32;1m", "\033[2m", "\033[0m"
+DRAWN_COLUMNS = 60
+
+
+def inspect_recipe(recipe: Recipe, *, num_samples: int, colour: bool) -> Iterator[str]:
+    """Lines to print.
+
+    Args:
+        colour: mark trained tokens by colour; else by [brackets].
+    """
+    tokenizer, store = prepare(recipe)
+    schedule = make_schedule(recipe, store, world=1, cost=measure_recipe(recipe).coefficients)
+    first = schedule.step(0)
+    mark = (GREEN, RESET) if colour else ("[", "]")
+    yield f"{len(store)} samples; {mark[0]}trained{mark[1]} targets are marked"
+    for number in first.samples[:num_samples].tolist():
+        yield ""
+        length, trained = store.lengths[number], store.num_trained[number]
+        yield f"sample {store.ids[number]}: {length} tokens, {trained} trained"
+        yield "  " + marked_text(store[number], tokenizer, mark)
+    yield ""
+    yield from _draw_step(store, schedule, first)
+    yield ""
+    yield from _explain_step(recipe, schedule, first)
+
+
+def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
+    """The sample's text with every trained target in `mark`.
+
+    Position i predicts token i + 1, so token i + 1 is marked where labels[i] is trained.
+    """
+    trained = np.concatenate([[False], np.asarray(sample.labels[:-1]) != UNTRAINED])
+    pieces = [tokenizer.decode([int(token)]).replace("\n", "\\n") for token in sample.input_ids]
+    return "".join(
+        f"{mark[0]}{piece}{mark[1]}" if is_trained else piece
+        for piece, is_trained in zip(pieces, trained, strict=True)
+    )
+
+
+def _draw_step(store: TokenStore, schedule: Schedule, step: Step) -> Iterator[str]:
+    """One line per pack: documents end to end, # where a target is trained."""
+    yield f"first step: {len(step.packs)} pack(s), capacity {schedule.capacity} tokens"
+    longest = max(int(schedule.lengths[pack].sum()) for pack in step.packs)
+    per_column = max(1, -(-longest // DRAWN_COLUMNS))
+    yield f"one column is {per_column} token(s); . prompt  # trained  | next document"
+    for pack in step.packs:
+        drawn = []
+        for number in pack.tolist():
+            trained = np.asarray(store[number].labels) != UNTRAINED
+            chunks = [trained[i : i + per_column] for i in range(0, len(trained), per_column)]
+            drawn.append("".join("#" if chunk.any() else "." for chunk in chunks))
+        yield f"  {int(schedule.lengths[pack].sum()):>6} tokens  {'|'.join(drawn)}"
+
+
+def _explain_step(recipe: Recipe, schedule: Schedule, step: Step) -> Iterator[str]:
+    """The numbers that step 1 will use, with their arithmetic."""
+    rate = learning_rate(0, schedule.num_steps, recipe.train)
+    yield f"step 1 of {schedule.num_steps}: {step.num_samples} samples, {step.num_tokens} tokens"
+    if recipe.train.normalise == "token":
+        yield f"  loss = sum of cross-entropies / {step.num_trained_tokens} trained tokens of the step"
+    else:
+        yield f"  loss = mean over {step.num_samples} samples of each one's mean cross-entropy"
+    yield f"  learning rate {rate:.3g} ({recipe.train.scheduler}, peak {recipe.train.lr:.3g})"

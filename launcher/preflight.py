@@ -1,0 +1,107 @@
+"""`sftcore plan`: what a run will do and what it needs, before any GPU is touched.
+
+In: a recipe and a number of ranks. Out: RUN/plan.json and a table.
+Invariant: the plan shown is the plan run: both come from the same `Schedule`.
+Trade-off: totals walk over every step of the run (10 us a pack), so a plan of a million packs takes 10 s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sftcore.data.store import TokenStore
+
+from sftcore.batching.schedule import IDLE, Schedule, Step
+from sftcore.config import Recipe
+from sftcore.model.cost import ModelCost, measure_model
+from sftcore.model.load import DTYPES, load_config
+from sftcore.recipe import deepspeed_file
+from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
+
+MAX_STEPS_LISTED = 1000
+
+
+def measure_recipe(recipe: Recipe) -> ModelCost:
+    """Sizes of the recipe's model."""
+    return measure_model(load_config(recipe.model))
+
+
+def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict[str, Any]:
+    """The content of plan.json: totals, predictions, and the first `MAX_STEPS_LISTED` steps."""
+    cost = measure_recipe(recipe)
+    steps = [schedule.step(number) for number in range(schedule.num_steps)]
+    loads = np.array([_rank_costs(schedule, step) for step in steps])  # (steps, world) predicted FLOPs
+    ds_config = read_ds_config(deepspeed_file(recipe))
+    num_packs = sum(len(step.packs) for step in steps)
+    num_tokens = sum(step.num_tokens for step in steps)
+    weight_bytes = 4 if autocasts(ds_config, recipe) else DTYPES[recipe.model.dtype].itemsize
+    return {
+        "fingerprint": schedule.fingerprint,
+        "store": store.fingerprint,
+        "world": schedule.world,
+        "totals": {
+            "num_steps": schedule.num_steps,
+            "epochs": schedule.epochs,
+            "num_samples": schedule.num_samples,
+            "num_packs": num_packs,
+            "num_tokens": num_tokens,
+            "num_trained_tokens": sum(step.num_trained_tokens for step in steps),
+            "num_pad_tokens": 0,
+            "utilisation": num_tokens / (num_packs * schedule.capacity),
+            "imbalance": float(loads.max(1).sum() / loads.mean(1).sum() - 1),
+            "flops": float(loads.sum()),
+            "largest_pack_tokens": max(int(schedule.lengths[p].sum()) for s in steps for p in s.packs),
+        },
+        "predictions": {
+            "num_parameters": cost.num_parameters,
+            "state_bytes_per_rank": cost.state_bytes_per_rank(
+                stage=zero_stage(ds_config), world=schedule.world, weight_bytes=weight_bytes
+            ),
+        },
+        "steps": [_describe_step(schedule, step) for step in steps[:MAX_STEPS_LISTED]],
+    }
+
+
+def _rank_costs(schedule: Schedule, step: Step) -> list[float]:
+    """Predicted FLOPs of each rank in a step."""
+    costs = [schedule.pack_cost(pack) for pack in step.packs]
+    return [sum(costs[p] for p in row if p != IDLE) for row in schedule.deal(step)]
+
+
+def _describe_step(schedule: Schedule, step: Step) -> dict[str, Any]:
+    return {
+        "step": step.number + 1,
+        "epoch": step.epoch,
+        "num_samples": step.num_samples,
+        "num_packs": len(step.packs),
+        "num_tokens": step.num_tokens,
+        "num_trained_tokens": step.num_trained_tokens,
+        "num_micro_batches": schedule.deal(step).shape[1],
+    }
+
+
+def plan_table(plan: dict[str, Any]) -> str:
+    """The plan's totals as lines for a terminal, each derived number with its arithmetic."""
+    t, p = plan["totals"], plan["predictions"]
+    state = p["state_bytes_per_rank"]
+    share = t["num_trained_tokens"] / t["num_tokens"]
+    lines = [
+        ("steps", f"{t['num_steps']} over {t['epochs']} epoch(s) of {t['num_samples']} samples"),
+        ("packs", f"{t['num_packs']} on {plan['world']} rank(s), largest {t['largest_pack_tokens']} tokens"),
+        ("tokens", f"{t['num_tokens']:,}, no pads"),
+        (
+            "trained tokens",
+            f"{t['num_trained_tokens']:,} = {share:.1%} of the tokens; only these meet the head",
+        ),
+        ("utilisation", f"{t['utilisation']:.1%} of packs x capacity"),
+        ("imbalance", f"{t['imbalance']:.1%} = sum of slowest rank / sum of mean rank - 1, predicted"),
+        ("compute", f"{t['flops']:.3g} FLOPs, forward and backward"),
+        ("model", f"{p['num_parameters']:,} parameters"),
+        (
+            "state per rank",
+            " + ".join(f"{name} {size / 1e9:.2f} GB" for name, size in state.items())
+            + f" = {sum(state.values()) / 1e9:.2f} GB, plus activations",
+        ),
+    ]
+    return "\n".join(f"{name:<16}{text}" for name, text in lines)

@@ -1,0 +1,178 @@
+"""The stages of a run on one machine: prepare, probe, select, evaluate.
+
+In: a resolved recipe. Out: a token store; RUN/levels.jsonl, selection.jsonl, ledger.jsonl, eval/*.
+Invariant: a stage whose inputs have not changed finds its files and does nothing.
+Trade-off: stages hand over through files, not objects, so each can be run, killed and looked at alone;
+reading them again costs under a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from sftcore.data.prepare import load_records, load_tokenizer, make_prompter, prepare_store
+from sftcore.data.store import TokenStore
+
+from launcher.run_folder import open_run, record_seconds
+from sftcore.config import Recipe
+from sftcore.data.ledger import Ledger
+from sftcore.data.records import Record
+from sftcore.errors import Problem, UserInputError
+from sftcore.evaluate.generate import predict
+from sftcore.evaluate.score import score
+from sftcore.fsio import fingerprint_of, read_json, read_jsonl, write_json, write_jsonl
+from sftcore.knowledge.levels import FactLevel, level_counts
+from sftcore.knowledge.probe import fingerprint_model, probe_facts, read_levels
+from sftcore.knowledge.selection import select_facts
+from sftcore.model.load import load_for_decoding
+
+log = logging.getLogger("sftcore.stages")
+SPLITS = ("train", "test", "ood")
+
+
+def prepare(recipe: Recipe) -> tuple[Any, TokenStore]:
+    """The tokenizer and the token store of the training samples; selects by memory level first, if asked.
+
+    Raises:
+        UserInputError: bad data; or `select` is set and nothing was probed yet.
+    """
+    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+    chosen = None if recipe.select is None else {level.id for level in select(recipe)}
+    return tokenizer, prepare_store(recipe, tokenizer, only_ids=chosen)
+
+
+def select(recipe: Recipe) -> list[FactLevel]:
+    """Draw the training facts by memory level; RUN/selection.jsonl lists them."""
+    assert recipe.select is not None
+    run = recipe.run_folder
+    levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
+    chosen = select_facts(
+        [level for level in levels if level.split == "train"],
+        levels_wanted=recipe.select.levels,
+        n=recipe.select.n,
+        balance=recipe.select.balance,
+        seed=recipe.seed,
+        draw=recipe.select.draw,
+    )
+    rows = [level.to_row() for level in chosen]
+    path = run / "selection.jsonl"
+    if not path.is_file() or read_jsonl(path) != rows:
+        write_jsonl(path, rows)
+    return chosen
+
+
+def probe(recipe: Recipe) -> list[FactLevel]:
+    """Measure the memory levels of all facts of the recipe; RUN/levels.jsonl."""
+    with open_run(recipe, purpose="probing") as run:
+        started = time.perf_counter()
+        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+        records = [record for split in SPLITS for record in _records(recipe, split)]
+        levels = probe_facts(
+            records,
+            load_for_decoding(recipe.model),
+            tokenizer,
+            recipe.probe,
+            seed=recipe.seed,
+            run=run,
+            model_fingerprint=fingerprint_model(recipe.model.path),
+        )
+        record_seconds(run, "probe", time.perf_counter() - started)
+        return levels
+
+
+def describe_levels(levels: list[FactLevel]) -> str:
+    """A small table: facts per level and split."""
+    lines = ["split   " + "".join(f"{f'level {level}':>10}" for level in range(5)) + f"{'n':>10}"]
+    for split in SPLITS:
+        counts = level_counts([level for level in levels if level.split == split])
+        total = sum(counts.values())
+        if total:
+            lines.append(
+                f"{split:<8}" + "".join(f"{counts[level]:>10}" for level in range(5)) + f"{total:>10}"
+            )
+    return "\n".join(lines)
+
+
+def evaluate(recipe: Recipe, *, model: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Score the base and the trained model (or `model` alone) on the held-out items; RUN/eval/NAME.
+
+    Returns:
+        scores by name: base, tuned, or the folder name of `model`.
+
+    Raises:
+        UserInputError: the recipe has no held-out data, or there is no such model.
+    """
+    with open_run(recipe, purpose="evaluation") as run:
+        folders = _models_to_evaluate(recipe, run, model)
+        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+        records = [record for split in ("test", "ood") for record in _records(recipe, split)]
+        if not records:
+            raise UserInputError(
+                Problem(
+                    what="nothing to evaluate on", where="data.test", remedy="give held-out sources there"
+                )
+            )
+        levels = _known_levels(recipe, run)
+        return {
+            name: _evaluate_one(recipe, run, name, folder, tokenizer, records, levels)
+            for name, folder in folders.items()
+        }
+
+
+def _records(recipe: Recipe, split: str) -> list[Record]:
+    if not getattr(recipe.data, split):
+        return []
+    return load_records(recipe, split, Ledger())
+
+
+def _models_to_evaluate(recipe: Recipe, run: Path, model: Path | None) -> dict[str, str]:
+    if model is not None:
+        if not (model / "config.json").is_file():
+            raise UserInputError(Problem(what="no model in this folder", where=f"--model {model}"))
+        return {model.resolve().name: str(model.resolve())}
+    tuned = {"tuned": str((run / "model").resolve())} if (run / "model").is_dir() else {}
+    return {"base": recipe.model.path, **tuned}
+
+
+def _known_levels(recipe: Recipe, run: Path) -> dict[str, int]:
+    if not (run / "levels.jsonl").is_file():
+        return {}
+    levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
+    return {level.id: level.level for level in levels}
+
+
+def _evaluate_one(
+    recipe: Recipe,
+    run: Path,
+    name: str,
+    folder: str,
+    tokenizer: Any,
+    records: list[Record],
+    levels: dict[str, int],
+) -> dict[str, Any]:
+    """Predictions and scores of one model; found again if model, items, prompts and settings are the same."""
+    prompter = make_prompter(recipe, tokenizer)
+    target = run / "eval" / name
+    manifest = {
+        "model_fingerprint": fingerprint_model(folder),
+        "prompts_fingerprint": fingerprint_of([[r.id, r.split, prompter.prompt_ids(r)] for r in records]),
+        "levels_fingerprint": fingerprint_of(levels),
+        "settings": recipe.evaluate.model_dump(),
+    }
+    if (target / "manifest.json").is_file() and read_json(target / "manifest.json") == manifest:
+        log.info("%s: already evaluated in %s", name, target)
+        return dict(read_json(target / "scores.json"))
+    log.info("evaluating %s (%s) on %d items", name, folder, len(records))
+    started = time.perf_counter()
+    settings = recipe.model.model_copy(update={"path": folder})
+    rows = predict(records, load_for_decoding(settings), tokenizer, prompter, recipe.evaluate, levels=levels)
+    scores = score(rows)
+    (target / "manifest.json").unlink(missing_ok=True)
+    write_jsonl(target / "predictions.jsonl", rows)
+    write_json(target / "scores.json", scores)
+    write_json(target / "manifest.json", manifest)
+    record_seconds(run, f"evaluate_{name}", time.perf_counter() - started)
+    return scores

@@ -1,0 +1,137 @@
+"""What every rank runs: a recipe -> a trained model.
+
+In: `deepspeed launcher/worker.py RECIPE`, or `train_recipe` called in this process. Out: a finished run
+folder.
+Invariant: everything that takes long on the CPU (selection, tokenising) is done before ranks wait for each
+other; one rank does it, under a lock, and the others find it done.
+Trade-off: every rank reads the recipe and plans for itself (milliseconds) instead of being sent a plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from launcher.preflight import describe_plan, measure_recipe
+from launcher.run_folder import open_run, record_seconds, with_run
+from launcher.stages import prepare
+from sftcore import dist
+from sftcore.batching.schedule import Schedule
+from sftcore.config import Recipe
+from sftcore.errors import Problem, SftError, UserInputError
+from sftcore.fsio import folder_lock, write_json
+from sftcore.log import setup_logging
+from sftcore.model.load import load_for_training
+from sftcore.recipe import deepspeed_file, load_recipe
+from sftcore.train.checkpoint import check_resumable, newest_usable, read_state, why_not_usable
+from sftcore.train.ds_config import read_ds_config
+from sftcore.train.engine import Engine, init_process_group
+from sftcore.train.export import export_model
+from sftcore.train.loop import make_schedule, run_steps
+
+log = logging.getLogger("sftcore.worker")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of a rank; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Train a recipe as one of several ranks.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides")
+    parser.add_argument("--run", default=None, metavar="DIR")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by the launcher")
+    options = parser.parse_args(arguments)
+    setup_logging(rank=dist.rank())
+    try:
+        recipe = with_run(load_recipe(options.recipe, options.overrides), options.run)
+        train_recipe(recipe, resume=options.resume)
+    except SftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def train_recipe(recipe: Recipe, *, resume: str = "auto") -> Path:
+    """Train, or say that the run is finished; all ranks call it.
+
+    Args:
+        resume: "auto" (newest checkpoint that verifies, if any), "never" (refuses a run that has steps), or a
+            checkpoint folder.
+
+    Returns:
+        RUN/model.
+
+    Raises:
+        SftError: see the exit codes of DESIGN.
+    """
+    owner = open_run(recipe, purpose="training") if dist.rank() == 0 else nullcontext(recipe.run_folder)
+    with owner as run:
+        if (run / "model").is_dir():
+            log.info("%s is finished; its model is in %s", run, run / "model")
+            return run / "model"
+        started = time.perf_counter()
+        _train(recipe, run, resume)
+        if dist.rank() == 0:
+            record_seconds(run, "train", time.perf_counter() - started)
+        return run / "model"
+
+
+def _train(recipe: Recipe, run: Path, resume: str) -> None:
+    ds_config = read_ds_config(deepspeed_file(recipe))
+    start = _checkpoint_to_resume(run, resume)
+    with folder_lock(Path(".cache"), purpose="preparing a store", wait=True):
+        tokenizer, store = prepare(recipe)
+    schedule = make_schedule(recipe, store, world=dist.world_size(), cost=measure_recipe(recipe).coefficients)
+    if dist.rank() == 0:
+        write_json(run / "plan.json", describe_plan(recipe, store, schedule))
+    init_process_group()
+    model = load_for_training(
+        recipe.model, z_loss=recipe.train.z_loss, label_smoothing=recipe.train.label_smoothing
+    )
+    if recipe.train.activation_checkpointing == "full":
+        model.causal_lm.activation_checkpointing_enable()
+    engine = Engine(model, recipe, ds_config)
+    first = _resume(engine, start, schedule)
+    run_steps(recipe, engine, schedule, store, first=first)
+    export_model(engine, tokenizer, run / "model", name_or_path=recipe.name)
+    engine.close()
+
+
+def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:
+    """The checkpoint folder to go on from, or None to start anew.
+
+    Raises:
+        UserInputError: `never` on a run that has steps, or a folder that is no whole checkpoint.
+    """
+    if resume == "auto":
+        return newest_usable(run)
+    if resume == "never":
+        if any((run / "checkpoints").glob("step-*")):
+            remedy = "resume it (--resume auto), or choose another name or --run DIR"
+            raise UserInputError(Problem(what="this run has checkpoints", where=str(run), remedy=remedy))
+        return None
+    reason = why_not_usable(Path(resume))
+    if reason:
+        raise UserInputError(
+            Problem(what=f"can't resume: {reason}", where=resume, remedy="try --resume auto")
+        )
+    return Path(resume)
+
+
+def _resume(engine: Engine, checkpoint: Path | None, schedule: Schedule) -> int:
+    """Load a checkpoint; returns the number of steps done."""
+    if checkpoint is None:
+        return 0
+    state = read_state(checkpoint)
+    check_resumable(checkpoint, state, plan_fingerprint=schedule.fingerprint)
+    engine.load(checkpoint)
+    log.info("resuming after step %d from %s", state.step, checkpoint)
+    return state.step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

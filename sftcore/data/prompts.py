@@ -1,0 +1,242 @@
+"""From `Record`s to `Sample`s: the text that a model sees, and which of its tokens are trained.
+
+In: records, a tokenizer, the recipe's template and lengths. Out: `Sample`s, or `Rejection`s.
+Invariant: the ids before a sample's first trained token equal `prompt_ids` of the same record, which is what
+inference feeds; answer and stop token are trained, whatever the pad token is, and never cut.
+Trade-off: over-long prompts under `overlength: trim_prompt` lose characters at the left of their longest
+text; finding the smallest cut re-encodes such a sample about 12 times.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftcore.data.chat import ChatRefused, ChatRenderer
+from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
+from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
+from sftcore.data.records import Record
+from sftcore.data.rows import ignore
+from sftcore.data.seam import IGNORED, Draft, Encoded, encode_drafts
+from sftcore.data.tokens import Tokenizer, codec_of
+from sftcore.data.trimming import cut_left, prompt_texts, with_prompt_texts
+from sftcore.data.wording import PromptOptions, Template, language_of, load_template, question_patterns
+from sftcore.errors import Problem, UserInputError
+
+__all__ = ["PromptOptions", "Prompter", "Sample", "Template", "load_template", "question_patterns"]
+
+BATCH_RECORDS = 1024  # encoded together; EntityQuestions: 0.3 MB of text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """One training sample; T tokens.
+
+    Args:
+        id: of its record.
+        input_ids: (T,) int32.
+        labels: (T,) int32; `labels[i]` is the target of position i, after the shift; -100 where untrained, so
+            always at the end.
+        num_trained: targets that are not -100; at least 1.
+        file: path of the file that the record stands in.
+        row: its 1-based row there.
+    """
+
+    id: str
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    num_trained: int
+    file: str = ""
+    row: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Refusal:
+    """Why a record can't become a sample."""
+
+    reason: Reason
+    detail: str
+
+
+class Prompter:
+    """Turns records into prompts and samples.
+
+    Args:
+        options: of the recipe.
+        tokenizer: a fast tokenizer.
+        patterns: question pattern with {subject} per relation, for facts without a question of their own.
+
+    Raises:
+        UserInputError: the tokenizer has no eos token; a record that is a chat meets a tokenizer without chat
+            template, or with one that can't be trained on.
+    """
+
+    def __init__(
+        self, options: PromptOptions, tokenizer: Tokenizer, patterns: Mapping[str, str] | None = None
+    ) -> None:
+        self.options = options
+        self.codec = codec_of(tokenizer)
+        self.patterns = question_patterns() if patterns is None else patterns
+        self._chat: ChatRenderer | None = None
+
+    def prompt_text(self, record: Record) -> str:
+        """The prompt as text, without the tokenizer's own prefix.
+
+        Raises:
+            UserInputError: the template refuses the record (training would have rejected it).
+        """
+        draft = self._draft(record.content)
+        if isinstance(draft, _Refusal):
+            where = f"{record.file}:{record.row}"
+            raise UserInputError(Problem(what=f"no prompt can be made: {draft.detail}", where=where))
+        return (
+            self._renderer().prompt(record.content) if isinstance(record.content, Chat) else draft.pieces[0]
+        )
+
+    def prompt_ids(self, record: Record) -> list[int]:
+        """Exactly what inference feeds."""
+        return self.prompt_ids_batch([record])[0]
+
+    def prompt_ids_batch(self, records: Sequence[Record]) -> list[list[int]]:
+        """`prompt_ids` of each record, encoded in one batch."""
+        encoded = self.codec.encode([self.prompt_text(record) for record in records])
+        return [
+            ids if isinstance(record.content, Chat) else self.codec.with_prefix(ids)
+            for record, ids in zip(records, encoded, strict=True)
+        ]
+
+    def label_ids(self, record: Record) -> tuple[list[int], list[int]]:
+        """What would be trained after a pair's prompt for label 0 and for label 1, stop token included."""
+        assert isinstance(record.content, Pair)
+        pairs = [replace(record.content, label=label) for label in (0, 1)]
+        both = [encoded for encoded in self._encode(pairs) if isinstance(encoded, Encoded)]
+        different, same = (encoded.ids[encoded.num_prompt :] for encoded in both)
+        return different, same
+
+    def sample(self, record: Record, ledger: Ledger | None = None) -> Sample | Rejection:
+        """One record's sample; alterations go to the ledger, the rejection is returned."""
+        return self.sample_batch([record], ledger)[0]
+
+    def samples(self, records: Iterable[Record], ledger: Ledger) -> Iterator[Sample]:
+        """Samples in the order of the records; rejections go to the ledger."""
+        records = iter(records)
+        while batch := list(islice(records, BATCH_RECORDS)):
+            for result in self.sample_batch(batch, ledger):
+                if isinstance(result, Rejection):
+                    ledger.reject(result)
+                else:
+                    yield result
+
+    def sample_batch(
+        self, records: Sequence[Record], ledger: Ledger | None = None
+    ) -> list[Sample | Rejection]:
+        """`sample` of each record, encoded in one batch."""
+        encoded = self._encode([record.content for record in records])
+        results = [self._fitted(record.content, e) for record, e in zip(records, encoded, strict=True)]
+        return [self._noted(record, result, ledger) for record, result in zip(records, results, strict=True)]
+
+    def _encode(self, contents: Sequence[Content]) -> list[Encoded | _Refusal]:
+        drafts = [self._draft(content) for content in contents]
+        encoded = iter(encode_drafts(self.codec, [d for d in drafts if isinstance(d, Draft)]))
+        nothing = _Refusal(reason=Reason.NO_TOKENS, detail="prompt or answer has no tokens")
+        return [(next(encoded) or nothing) if isinstance(d, Draft) else d for d in drafts]
+
+    def _draft(self, content: Content) -> Draft | _Refusal:
+        if isinstance(content, Chat):
+            try:
+                return Draft(pieces=self._renderer().pieces(content), is_bare=False)
+            except ChatRefused as error:
+                return _Refusal(reason=Reason.REFUSED_BY_TEMPLATE, detail=str(error))
+        if isinstance(content, Fact):
+            content = self._asked(content)
+            if content.question is None and "question" in self.options.templates["any"].placeholders:
+                detail = f"no question, and no pattern for relation {content.relation!r}"
+                return _Refusal(reason=Reason.UNKNOWN_RELATION, detail=detail)
+        return Draft(pieces=self._texts(content), is_bare=True)
+
+    def _asked(self, fact: Fact) -> Fact:
+        """The fact with its relation's question if it has none of its own."""
+        if fact.question is not None or fact.relation not in self.patterns:
+            return fact
+        return replace(fact, question=self.patterns[fact.relation].replace("{subject}", fact.subject))
+
+    def _renderer(self) -> ChatRenderer:
+        if self._chat is None:
+            self._chat = ChatRenderer(self.codec)
+        return self._chat
+
+    def _texts(self, content: Fact | Pair | Completion) -> tuple[str, str]:
+        """Prompt and completion of a record that isn't a chat."""
+        match content:
+            case Completion():
+                return content.prompt, content.completion
+            case Fact():
+                values = {"question": content.question or "", "subject": content.subject}
+                return self.options.templates["any"].fill(values | {"answer": content.answers[0]})
+            case Pair():
+                language = language_of(content, self.options.matching.language)
+                templates = self.options.templates
+                template = templates["any"] if "any" in templates else templates[language]
+                different, same = words = self._label_words(language)
+                values = {"a": content.a, "b": content.b, "label_0": different, "label_1": same}
+                return template.fill(values | {"label": words[content.label]})
+
+    def _label_words(self, language: str) -> tuple[str, str]:
+        labels = self.options.matching.labels
+        return labels.zh if language == "zh" else labels.en
+
+    def _fitted(self, content: Content, encoded: Encoded | _Refusal) -> Encoded | _Refusal:
+        """`encoded`, cut to `max_length` if the recipe says so, or a refusal."""
+        if isinstance(encoded, _Refusal) or len(encoded.ids) <= self.options.max_length:
+            return encoded
+        detail = f"{len(encoded.ids)} tokens, {self.options.max_length} fit"
+        if self.options.overlength == "trim_prompt":
+            trimmed = self._trimmed(content)
+            if trimmed is not None:
+                return replace(trimmed, changes=(*trimmed.changes, Change.PROMPT_TRIMMED))
+            detail += "; answer, markers and stop token alone are too long"
+        return _Refusal(reason=Reason.OVERLENGTH, detail=detail)
+
+    def _trimmed(self, content: Content) -> Encoded | None:
+        """The sample after the smallest cut of prompt characters that makes it fit, or None."""
+        if isinstance(content, Fact):
+            content = self._asked(content)
+        texts = prompt_texts(content)
+
+        def encode(num_characters: int) -> Encoded | _Refusal:
+            return self._encode([with_prompt_texts(content, cut_left(texts, num_characters))])[0]
+
+        def fits(num_characters: int) -> bool:
+            result = encode(num_characters)
+            return isinstance(result, Encoded) and len(result.ids) <= self.options.max_length
+
+        most = sum(len(text) - 1 for text in texts if text)
+        result = encode(bisect_left(range(most), True, key=fits))
+        return result if isinstance(result, Encoded) and len(result.ids) <= self.options.max_length else None
+
+    def _noted(self, record: Record, result: Encoded | _Refusal, ledger: Ledger | None) -> Sample | Rejection:
+        if isinstance(result, _Refusal):
+            return Rejection(
+                file=record.file,
+                row=record.row,
+                reason=result.reason,
+                excerpt=printable(record.id),
+                detail=printable(result.detail),
+            )
+        note = ledger.alter if ledger else ignore
+        for change in result.changes:
+            note(Alteration(file=record.file, row=record.row, change=change))
+        labels = np.array(result.labels, np.int32)
+        return Sample(
+            id=record.id,
+            input_ids=np.array(result.ids, np.int32),
+            labels=labels,
+            num_trained=int(np.count_nonzero(labels != IGNORED)),
+            file=record.file,
+            row=record.row,
+        )

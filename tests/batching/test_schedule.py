@@ -1,0 +1,96 @@
+"""What a step holds does not depend on the world size; each sample runs once per epoch; dealing is even."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sftcore.batching.schedule import IDLE, CostCoefficients, Schedule, deal
+
+MODES = [{"samples_per_step": 5}, {"samples_per_step": 1}, {"tokens_per_step": 64}, {"tokens_per_step": 32}]
+
+
+def make(lengths, world=1, **changes) -> Schedule:
+    settings_ = {"capacity": 32, "seed": 1, "epochs": 2, "samples_per_step": 5} | changes
+    if "tokens_per_step" in changes:
+        settings_.pop("samples_per_step")
+    return Schedule(lengths=lengths, num_trained=[1 + n // 4 for n in lengths], world=world, **settings_)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(1, 32), min_size=1, max_size=60),
+    st.sampled_from(MODES),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+def test_content_is_independent_of_the_world_and_complete(lengths, mode, world, seed):
+    alone, many = make(lengths, seed=seed, **mode), make(lengths, world=world, seed=seed, **mode)
+    assert alone.fingerprint == many.fingerprint
+    assert alone.num_steps == many.num_steps
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    for number in range(alone.num_steps):
+        one, other = alone.step(number), many.step(number)
+        assert sorted(one.samples) == sorted(other.samples)
+        assert (
+            one.num_trained_tokens
+            == other.num_trained_tokens
+            == sum(1 + lengths[i] // 4 for i in one.samples)
+        )
+        assert one.num_tokens == sum(lengths[i] for i in one.samples)
+        assert all(sum(lengths[i] for i in p) <= 32 for p in other.packs)
+        seen[one.epoch] += one.samples.tolist()
+        dealt = many.deal(other)
+        assert sorted(dealt[dealt != IDLE]) == list(range(len(other.packs)))
+        assert dealt.shape == (world, -(-len(other.packs) // world))
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(len(lengths)))
+
+
+def test_no_rank_idles_while_a_step_has_samples():
+    step = (schedule := make([2] * 8, world=4, samples_per_step=8)).step(0)
+    assert len(step.packs) == 4
+    assert (schedule.deal(step) != IDLE).all()
+    few = make([2] * 8, world=6, samples_per_step=3).step(0)
+    assert len(few.packs) == 3
+
+
+def test_the_last_step_is_smaller_and_nothing_is_dropped():
+    schedule = make([4] * 12, samples_per_step=5)
+    assert [schedule.step(s).num_samples for s in range(schedule.num_steps)] == [5, 5, 2, 5, 5, 2]
+
+
+def test_epochs_are_shuffled_anew():
+    schedule = make(list(range(1, 31)), samples_per_step=30)
+    assert schedule.step(0).samples.tolist() != schedule.step(1).samples.tolist()
+
+
+def test_steps_are_random_access():
+    schedule = make(np.random.default_rng(0).integers(1, 32, 200), tokens_per_step=64)
+    late = schedule.num_steps - 1
+    fresh = make(np.random.default_rng(0).integers(1, 32, 200), tokens_per_step=64)
+    assert fresh.step(late).samples.tolist() == schedule.step(late).samples.tolist()
+    with pytest.raises(IndexError, match="outside 0"):
+        schedule.step(schedule.num_steps)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=60), st.integers(1, 8))
+def test_dealing_is_never_worse_than_one_largest_pack_above_the_mean(costs, world):
+    dealt = deal(costs, world=world)
+    loads = [sum(costs[p] for p in row if p != IDLE) for row in dealt]
+    assert max(loads) <= sum(costs) / world + max(costs) + 1e-9
+
+
+def test_dealing_evens_out_a_heavy_tail_better_than_dealing_in_order():
+    costs = np.random.default_rng(0).pareto(1.5, 64) + 1
+    dealt = deal(costs, world=8)
+    in_order = costs.reshape(8, 8).sum(1)
+    loads = costs[dealt].sum(1)
+    assert loads.max() / loads.mean() < in_order.max() / in_order.mean()
+
+
+def test_cost_counts_tokens_squares_and_trained_tokens():
+    schedule = make([3, 4], cost=CostCoefficients(per_token=1, per_square=10, per_trained=100))
+    assert schedule.pack_cost(np.array([0, 1])) == 7 + 10 * 25 + 100 * (1 + 2)

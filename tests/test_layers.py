@@ -1,0 +1,87 @@
+"""Imports go down the levels only; heavy and optional packages stay where the design puts them."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ORDER = [  # a module imports from its own group or an earlier one
+    "sftcore.errors",
+    "sftcore.fsio",
+    "sftcore.log",
+    "sftcore.config",
+    "sftcore.recipe",
+    "sftcore.dist",
+    "sftcore.data",
+    "sftcore.knowledge",
+    "sftcore.batching",
+    "sftcore.model",
+    "sftcore.knowledge.probe",
+    "sftcore.train",
+    "sftcore.evaluate",
+    "sftcore.study",
+    "launcher",
+]
+TORCH_FREE = ["sftcore.config", "sftcore.recipe", "sftcore.errors", "sftcore.fsio", "sftcore.log"]
+DEEPSPEED_IMPORTERS = {"sftcore/train/engine.py", "sftcore/train/checkpoint.py"}
+
+
+def modules() -> dict[str, Path]:
+    files = [f for top in ("sftcore", "launcher") for f in sorted((ROOT / top).rglob("*.py"))]
+    return {
+        str(f.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): f for f in files
+    }
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def place(module: str) -> int:
+    """Position of the longest group of ORDER that holds `module`; -1 for none."""
+    groups = [g for g in ORDER if module == g or module.startswith(g + ".")]
+    return ORDER.index(max(groups, key=len)) if groups else -1
+
+
+def test_imports_go_down_only():
+    checked = 0
+    for name, file in modules().items():
+        for target in imported(file):
+            if place(target) >= 0 and place(name) >= 0:
+                checked += 1
+                assert place(target) <= place(name), f"{name} imports {target}, which is above it"
+    assert checked > 100
+
+
+def test_every_module_has_a_place():
+    assert [m for m in modules() if place(m) < 0 and m not in ("sftcore", "sftcore.assets.make_facts")] == []
+
+
+def test_only_the_engine_and_checkpoints_import_deepspeed():
+    users = {
+        str(file.relative_to(ROOT))
+        for file in modules().values()
+        if any(name.split(".")[0] == "deepspeed" for name in imported(file))
+    }
+    assert users and users <= DEEPSPEED_IMPORTERS
+
+
+def test_base_modules_and_help_need_no_torch():
+    code = f"import sys, {', '.join(TORCH_FREE)}, launcher.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_no_folder_or_module_is_a_junk_drawer():
+    words = {part for name in modules() for part in name.split(".")}
+    assert not words & {"utils", "util", "common", "helpers", "helper", "misc", "manager"}
