@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sftcore.data.prepare import load_records, load_tokenizer, make_prompter, prepare_store
-from sftcore.data.store import TokenStore
-
 from launcher.run_folder import open_run, record_seconds
 from sftcore.config import Recipe
 from sftcore.data.ledger import Ledger
+from sftcore.data.prepare import load_records, prepare_store
+from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
+from sftcore.data.store import TokenStore
+from sftcore.data.tokens import Tokenizer, load_tokenizer
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.generate import predict
 from sftcore.evaluate.score import score
@@ -33,13 +34,13 @@ log = logging.getLogger("sftcore.stages")
 SPLITS = ("train", "test", "ood")
 
 
-def prepare(recipe: Recipe) -> tuple[Any, TokenStore]:
+def prepare(recipe: Recipe) -> tuple[Tokenizer, TokenStore]:
     """The tokenizer and the token store of the training samples; selects by memory level first, if asked.
 
     Raises:
         UserInputError: bad data; or `select` is set and nothing was probed yet.
     """
-    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = _tokenizer(recipe)
     chosen = None if recipe.select is None else {level.id for level in select(recipe)}
     return tokenizer, prepare_store(recipe, tokenizer, only_ids=chosen)
 
@@ -68,8 +69,8 @@ def probe(recipe: Recipe) -> list[FactLevel]:
     """Measure the memory levels of all facts of the recipe; RUN/levels.jsonl."""
     with open_run(recipe, purpose="probing") as run:
         started = time.perf_counter()
-        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-        records = [record for split in SPLITS for record in _records(recipe, split)]
+        tokenizer = _tokenizer(recipe)
+        records = _records(recipe, run, *SPLITS)
         levels = probe_facts(
             records,
             load_for_decoding(recipe.model),
@@ -107,8 +108,8 @@ def evaluate(recipe: Recipe, *, model: Path | None = None) -> dict[str, dict[str
     """
     with open_run(recipe, purpose="evaluation") as run:
         folders = _models_to_evaluate(recipe, run, model)
-        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-        records = [record for split in ("test", "ood") for record in _records(recipe, split)]
+        tokenizer = _tokenizer(recipe)
+        records = _records(recipe, run, "test", "ood")
         if not records:
             raise UserInputError(
                 Problem(
@@ -122,10 +123,18 @@ def evaluate(recipe: Recipe, *, model: Path | None = None) -> dict[str, dict[str
         }
 
 
-def _records(recipe: Recipe, split: str) -> list[Record]:
-    if not getattr(recipe.data, split):
-        return []
-    return load_records(recipe, split, Ledger())
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    return load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
+
+
+def _records(recipe: Recipe, run: Path, *splits: str) -> list[Record]:
+    """Usable records of some splits; what is rejected on the way is listed in RUN/ledger.SPLIT.jsonl."""
+    records = []
+    for split in splits:
+        ledger = Ledger()
+        records += load_records(recipe, split, ledger)
+        ledger.write(run / f"ledger.{split}.jsonl")
+    return records
 
 
 def _models_to_evaluate(recipe: Recipe, run: Path, model: Path | None) -> dict[str, str]:
@@ -149,16 +158,18 @@ def _evaluate_one(
     run: Path,
     name: str,
     folder: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     records: list[Record],
     levels: dict[str, int],
 ) -> dict[str, Any]:
     """Predictions and scores of one model; found again if model, items, prompts and settings are the same."""
-    prompter = make_prompter(recipe, tokenizer)
+    prompter = Prompter(PromptOptions.of(recipe), tokenizer)
     target = run / "eval" / name
     manifest = {
         "model_fingerprint": fingerprint_model(folder),
-        "prompts_fingerprint": fingerprint_of([[r.id, r.split, prompter.prompt_ids(r)] for r in records]),
+        "prompts_fingerprint": fingerprint_of(
+            [[r.id, r.split, ids] for r, ids in zip(records, prompter.prompt_ids_batch(records), strict=True)]
+        ),
         "levels_fingerprint": fingerprint_of(levels),
         "settings": recipe.evaluate.model_dump(),
     }

@@ -23,7 +23,7 @@ from sftcore import dist
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
 from sftcore.errors import Problem, SftError, UserInputError
-from sftcore.fsio import folder_lock, write_json
+from sftcore.fsio import write_json
 from sftcore.log import setup_logging
 from sftcore.model.load import load_for_training
 from sftcore.recipe import deepspeed_file, load_recipe
@@ -83,8 +83,7 @@ def train_recipe(recipe: Recipe, *, resume: str = "auto") -> Path:
 def _train(recipe: Recipe, run: Path, resume: str) -> None:
     ds_config = read_ds_config(deepspeed_file(recipe))
     start = _checkpoint_to_resume(run, resume)
-    with folder_lock(Path(".cache"), purpose="preparing a store", wait=True):
-        tokenizer, store = prepare(recipe)
+    tokenizer, store = prepare(recipe)
     schedule = make_schedule(recipe, store, world=dist.world_size(), cost=measure_recipe(recipe).coefficients)
     if dist.rank() == 0:
         write_json(run / "plan.json", describe_plan(recipe, store, schedule))

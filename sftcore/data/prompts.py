@@ -110,6 +110,11 @@ class Prompter:
             for record, ids in zip(records, encoded, strict=True)
         ]
 
+    def answer_text(self, record: Record) -> str:
+        """The completion that is trained after the prompt; not for chats, which have several."""
+        assert not isinstance(record.content, Chat)
+        return self._texts(record.content)[1]
+
     def label_ids(self, record: Record) -> tuple[list[int], list[int]]:
         """What would be trained after a pair's prompt for label 0 and for label 1, stop token included."""
         assert isinstance(record.content, Pair)

@@ -1,10 +1,10 @@
 """The token store: all samples of a run as flat, memory-mapped columns.
 
 In: a stream of `Sample`s. Out: a folder that any number of processes open without copying.
-Invariant: a folder under its final name is complete (it appears by one rename, manifest.json written last); what
-doesn't match its manifest, or another fingerprint than the expected one, is refused.
-Trade-off: fixed-width int32 ids cost 8 bytes a token with labels (a billion tokens: 8 GB of disk), and in return a
-sample is two slices of a memory map: no decoding, no RAM per row but 16 bytes of lengths and offsets.
+Invariant: a folder under its final name is complete (it appears by one rename, manifest.json written last);
+what doesn't match its manifest, or another fingerprint than the expected one, is refused.
+Trade-off: fixed-width int32 ids cost 8 bytes a token with labels (a billion tokens: 8 GB of disk), and in
+return a sample is two slices of a memory map: no decoding, no copy, RAM flat in the number of rows.
 
     input_ids.bin  int32 ids of all samples, end to end        |s0 s0 s0|s1 s1|s2 s2 s2 s2|
     labels.bin     int32 targets, likewise                      ^0       ^3    ^5

@@ -183,7 +183,7 @@ class PromptOptions:
         return {
             "task": self.task,
             "templates": {language: asdict(template) for language, template in self.templates.items()},
-            "matching": self.matching.model_dump(mode="json"),
+            "matching": self.matching.model_dump(mode="json") if self.task == "matching" else None,
             "max_length": self.max_length,
             "overlength": self.overlength,
         }

@@ -40,7 +40,7 @@ def predict(
     Raises:
         UserInputError: a record has no single right answer (chats).
     """
-    prompts = [prompter.prompt_ids(record) for record in records]
+    prompts = prompter.prompt_ids_batch(records)
     texts = [""] * len(records)
     with progress("evaluating", len(records)) as advance:
         for batch in batches_by_length(prompts, prompts_per_batch=settings.batch_size):

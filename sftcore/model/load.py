@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from sftcore.batching.collate import Batch
 from sftcore.config import ModelSettings
@@ -98,6 +99,7 @@ def load_config(settings: ModelSettings) -> Any:
 
 
 def _load(settings: ModelSettings, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    disable_progress_bar()  # transformers' own; ours tell of stages
     try:
         return AutoModelForCausalLM.from_pretrained(
             settings.path,

@@ -175,7 +175,7 @@ def _convert(model: PackagedModel, gguf: Path, folder: Path) -> None:
     weights = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16
     )
-    weights.hf_quantizer = None  # the weights are plain bfloat16 now; transformers would refuse to save them
+    del weights.hf_quantizer  # the weights are plain bfloat16 now; transformers would refuse to save them
     del weights.config.quantization_config
     with atomic_folder(folder) as temporary:
         weights.save_pretrained(temporary)

@@ -18,15 +18,19 @@ DeepSpeed averages gradients over `world` ranks: it would step along (1 / world)
 
 from __future__ import annotations
 
-import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which else warns and guesses
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+import deepspeed
 
 from sftcore import dist
 from sftcore.batching.collate import Batch
@@ -70,7 +74,6 @@ class Engine:
         Args:
             ds_config: as read by `read_ds_config`.
         """
-        self._quiet_deepspeed()
         self.stage = zero_stage(ds_config)
         self.autocasts = autocasts(ds_config, recipe)
         self.save_dtype = model.causal_lm.dtype
@@ -163,10 +166,6 @@ class Engine:
             self._hooked_norm = norm.item()
 
         optimizer.register_step_pre_hook(before_step)
-
-    @staticmethod
-    def _quiet_deepspeed() -> None:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -43,8 +43,8 @@ def group_documents(document_lengths: tuple[int, ...], device: torch.device) -> 
     groups = tuple(zip(values.tolist(), counts.tolist(), strict=True))
     if torch.equal(by_length, torch.arange(len(lengths))):
         return Grouping(groups=groups, order=None, inverse=None)
-    starts = torch.cumsum(lengths, 0) - lengths
-    order = torch.cat([torch.arange(starts[d], starts[d] + lengths[d]) for d in by_length.tolist()])
+    documents = torch.arange(int(lengths.sum())).split(list(document_lengths))
+    order = torch.cat([documents[d] for d in by_length.tolist()])
     return Grouping(groups=groups, order=order.to(device), inverse=torch.argsort(order).to(device))
 
 

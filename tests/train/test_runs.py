@@ -1,0 +1,149 @@
+"""Whole runs on a tiny model: ranks x micro-batches equal one process; resumed equals uninterrupted, to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sftcore.fsio import read_json, read_jsonl
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+CELLS = [(stage, dtype) for stage in ("zero0", "zero1", "zero2", "zero3") for dtype in ("float32", "bfloat16")]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def write_recipe(recipe: dict, name: str, **changes) -> Path:
+    merged = recipe | {"name": name}
+    for key, value in changes.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    path = Path(f"{name}.yaml")
+    path.write_text(yaml.safe_dump(merged), encoding="utf-8")
+    return path
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    return load_file(Path("runs") / name / "model" / "model.safetensors")
+
+
+def weights_hash(name: str) -> str:
+    return hashlib.sha256((Path("runs") / name / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def steps(name: str) -> list[dict]:
+    return read_jsonl(Path("runs") / name / "metrics.jsonl")
+
+
+def test_two_ranks_equal_one_process_in_every_stage_and_dtype(tiny_recipe):
+    """Six samples of 24 tokens and capacity 64: two ranks run several micro-batches, some of them idle."""
+    recipes = {"one": [], "two": []}
+    for stage, dtype in CELLS:
+        for ranks, paths in recipes.items():
+            changes = {"model": {"dtype": dtype}, "batch": {"samples_per_step": 7, "capacity": 64}}
+            changes |= {"train": {"max_grad_norm": 0.3}}
+            paths.append(write_recipe(tiny_recipe, f"{ranks}-{stage}-{dtype}", deepspeed=stage, **changes))
+    script = str(ROOT / "tests" / "train" / "run_cells.py")
+    one = run(sys.executable, script, *map(str, recipes["one"]))
+    assert one.returncode == 0, one.stderr[-3000:]
+    two = run(str(BIN / "deepspeed"), "--num_accelerators", "2", script, *map(str, recipes["two"]))
+    assert two.returncode == 0, (two.stdout + two.stderr)[-3000:]
+    initial = load_file(Path(tiny_recipe["model"]["path"]) / "model.safetensors")
+    for stage, dtype in CELLS:
+        check_cell(f"one-{stage}-{dtype}", f"two-{stage}-{dtype}", dtype, initial)
+
+
+def check_cell(one: str, two: str, dtype: str, initial: dict[str, torch.Tensor]) -> None:
+    rel = 2e-5 if dtype == "float32" else 3e-2
+    alone, together = steps(one), steps(two)
+    assert [s["num_samples"] for s in alone] == [s["num_samples"] for s in together] == [7, 7, 2, 7, 7, 2]
+    assert together[0]["num_packs"] > 2, "several micro-batches"
+    assert any(s["num_packs"] % 2 for s in together), "a rank idles somewhere"
+    assert max(s["grad_norm"] for s in alone) > 0.3, "clipping bites"
+    for a, b in zip(alone, together, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=rel), (two, a["step"])
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=10 * rel), (two, a["step"])
+        assert b["num_trained_tokens"] == a["num_trained_tokens"]
+    assert alone[-1]["loss"] < alone[0]["loss"]
+    first, second = weights(one), weights(two)
+    for name, tensor in first.items():
+        assert tensor.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
+        moved = (tensor.float() - initial[name].float()).abs().max()
+        assert (tensor.float() - second[name].float()).abs().max() <= max(50 * rel * moved.item(), 1e-5), name
+    assert read_json(Path("runs") / one / "plan.json")["fingerprint"] == (
+        read_json(Path("runs") / two / "plan.json")["fingerprint"]
+    )
+
+
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tiny_recipe):
+    changes = {"train": {"epochs": 10}, "model": {"dtype": "bfloat16"}, "checkpoint": {"save_every_steps": 4}}
+    whole, cut = (write_recipe(tiny_recipe, name, **changes) for name in ("whole", "cut"))
+    done = run(str(BIN / "sftcore"), "train", str(whole))
+    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.Popen([str(BIN / "sftcore"), "train", str(cut)], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (Path("runs/cut/checkpoints/step-000008/COMMITTED")).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not Path("runs/cut/model").exists(), "killed in the middle"
+    resumed = run(str(BIN / "sftcore"), "train", str(cut))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "resuming after step" in resumed.stderr
+    assert weights_hash("cut") == weights_hash("whole")
+    assert [s["loss"] for s in steps("cut")] == [s["loss"] for s in steps("whole")]
+    assert [s["step"] for s in steps("cut")] == list(range(1, 41))
+
+
+@pytest.fixture
+def interrupted(tiny_recipe) -> Path:
+    """A run whose last export is gone, so that its newest checkpoint is used again."""
+    path = write_recipe(tiny_recipe, "again", checkpoint={"save_every_steps": 3, "keep": 2})
+    assert run(str(BIN / "sftcore"), "train", str(path)).returncode == 0
+    shutil.move("runs/again/model", "runs/again/old")
+    return path
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "uncommitted", "missing"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(interrupted, damage):
+    folder = Path("runs/again/checkpoints/step-000008")
+    file = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "uncommitted":
+        (folder / "COMMITTED").unlink()
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"truncate": content[:-10], "flip": content, "empty": b""}[damage])
+    resumed = run(str(BIN / "sftcore"), "train", str(interrupted))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "skipping checkpoint" in resumed.stderr and "resuming after step 6" in resumed.stderr
+    assert hashlib.sha256(Path("runs/again/old/model.safetensors").read_bytes()).hexdigest() == (
+        weights_hash("again")
+    )
+
+
+def test_the_worker_line_works_as_typed_and_reports_wrong_input(tiny_recipe):
+    path = write_recipe(tiny_recipe, "typed")
+    worker = str(ROOT / "launcher" / "worker.py")
+    done = run(str(BIN / "deepspeed"), "--num_accelerators", "2", worker, str(path))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert len(steps("typed")) == 8 and Path("runs/typed/model/config.json").exists()
+    wrong = run(sys.executable, worker, "--local_rank=0", str(path), "--set", "train.lr=0")
+    assert wrong.returncode == 2 and "train.lr" in wrong.stderr and "Traceback" not in wrong.stderr
