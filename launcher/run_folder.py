@@ -31,6 +31,12 @@ FREE_KEYS = (
     "tracking.tensorboard",
     "checkpoint.keep",
 )  # change nothing that a run's numbers depend on
+NO_RESULTS = {
+    "recipe.yaml",
+    "environment.json",
+    "run.log",
+    ".lock",
+}  # what an attempt that failed at once leaves
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "peft", "datasets")
 
 
@@ -49,13 +55,13 @@ def open_run(recipe: Recipe, *, purpose: str) -> Iterator[Path]:
 
 
 def claim(run: Path, recipe: Recipe) -> None:
-    """Write RUN/recipe.yaml, or check that it is this recipe.
+    """Write RUN/recipe.yaml, or check that it is this recipe; a folder without results changes hands.
 
     Raises:
         UserInputError: it is another one; every differing key is named with both values.
     """
     path = run / "recipe.yaml"
-    if path.is_file():
+    if path.is_file() and any(file.name not in NO_RESULTS for file in run.iterdir()):
         owner = yaml.safe_load(path.read_text(encoding="utf-8"))
         differing = [d for d in differences(owner, recipe.model_dump(mode="json")) if d[0] not in FREE_KEYS]
         if differing:
@@ -63,7 +69,7 @@ def claim(run: Path, recipe: Recipe) -> None:
         return
     with atomic_file(path) as handle:
         handle.write(dump_recipe(recipe))
-    write_json(run / "environment.json", describe_environment())
+    write_json(run / "environment.json", describe_environment() | describe_origin(recipe))
 
 
 def _differs(run: Path, key: str, old: Any, new: Any) -> Problem:
@@ -116,6 +122,13 @@ def describe_environment() -> dict[str, Any]:
         "machine_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
     }
+
+
+def describe_origin(recipe: Recipe) -> dict[str, Any]:
+    """What the model folder says of its weights' quantisation, if anything (`sftcore model pull` writes it)."""
+    path = Path(recipe.model.path) / "origin.json"
+    quantisation = read_json(path).get("quantisation") if path.is_file() else None
+    return {"quantised_weights": quantisation} if quantisation else {}
 
 
 def _commit() -> str:

@@ -88,12 +88,13 @@ class Fields:
     note: Note
 
     def has(self, name: str) -> bool:
-        return isinstance(self.row.value, dict) and name in self.row.value
+        """Whether there is such a field, and it is not null."""
+        return isinstance(self.row.value, dict) and self.row.value.get(name) is not None
 
     def get(self, name: str) -> Any:
         if not isinstance(self.row.value, dict):
             raise OddRow(Reason.WRONG_TYPE, f"a JSON object is expected, not {type(self.row.value).__name__}")
-        if self.row.value.get(name) is None:
+        if not self.has(name):
             raise OddRow(Reason.MISSING_FIELD, f"no {name!r}")
         return self.row.value[name]
 

@@ -122,7 +122,7 @@ def _problems(template: Template, known: Placeholders, task: str) -> list[Proble
     )
     problems = []
     for part, text, needs, allows in checks:
-        allowed = ", ".join(f"{{{name}}}" for name in allows)
+        allowed = ", ".join(map(_braced, allows))
         try:
             fields = list(string.Formatter().parse(text))
         except ValueError as error:
@@ -133,10 +133,14 @@ def _problems(template: Template, known: Placeholders, task: str) -> list[Proble
         names = [_spelling(field) for field in fields if field[1] is not None]
         unknown = [name for name in names if name not in allows]
         missing = [group for group in needs if not set(group) & set(names)]
-        whats = [f"unknown placeholder {{{name}}} in the {part} of task {task}" for name in unknown]
-        whats += [f"no {{{'} or {'.join(group)}}} in the {part} of task {task}" for group in missing]
+        whats = [f"unknown placeholder {_braced(name)} in the {part} of task {task}" for name in unknown]
+        whats += [f"no {' or '.join(map(_braced, group))} in the {part} of task {task}" for group in missing]
         problems += [Problem(what=what, where=where, got=text, allowed=allowed) for what in whats]
     return problems
+
+
+def _braced(name: str) -> str:
+    return f"{{{name}}}"
 
 
 def _spelling(field: tuple[str, str | None, str | None, str | None]) -> str:

@@ -1,4 +1,4 @@
-"""Tiny tokenizers built in code, one per trap: pad = eos, automatic bos, automatic eos, whole words, chat."""
+"""Fixtures of the data tests: tokenizers, files, sources read with every row accounted for."""
 
 from __future__ import annotations
 
@@ -7,63 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_tokenizers import CHATML, build_bpe, build_words
 
-from sftcore.config import LabelWords, MatchingSettings, Source
+from sftcore.config import InlineTemplate, LabelWords, MatchingSettings, Source
 from sftcore.data.ledger import Ledger, Rejection
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record, read_source
 from sftcore.data.wording import load_template
-
-TEXT = [
-    "Q: Where is Paris? A: Paris is in France.",
-    "Question: Who was born in Rome? Answer: Paris, Rome, London",
-    "<|question|> Where is it? <|answer|> Paris",
-    "user assistant system You are a helpful assistant",
-    "句子 不同 相同 北京 上海",
-] * 3
-CHATML = (
-    "{% for m in messages %}"
-    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-WORDS = ["[UNK]", "<s>", "</s>", "Q", "A", ":", "?", "why", "so", "because", "not"]
-
-
-def build_bpe(*, bos: bool = False, eos: bool = False, with_eos_token: bool = True):
-    """Byte-level BPE in which " Paris" is one token; pad is eos."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    if bos or eos:
-        single = ["<|im_start|>"] * bos + ["$A"] + ["<|im_end|>"] * eos
-        ids = [(token, tokenizer.token_to_id(token)) for token in special]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
-    end = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"} if with_eos_token else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", **end)
-
-
-def build_words():
-    """One id a word, in the order of WORDS; adds <s> by itself."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
-    )
 
 
 @pytest.fixture(scope="session")
@@ -93,38 +43,36 @@ def chatml():
     return tokenizer
 
 
-@pytest.fixture
+def build_prompter(
+    tokenizer, template="qa-plain", *, task="qa", max_length=4096, overlength="reject", patterns=None
+):
+    """A `Prompter`; the template is a name, or (prompt, completion)."""
+    if isinstance(template, tuple):
+        template = InlineTemplate(prompt=template[0], completion=template[1])
+    templates = {} if task == "chat" else {"any": load_template(template, task=task)}
+    options = PromptOptions(
+        task=task,
+        templates=templates,
+        matching=MatchingSettings(),
+        max_length=max_length,
+        overlength=overlength,
+    )
+    return Prompter(options, tokenizer, patterns or {})
+
+
+def wrap(content, *, id="r:1", row=1, split="train"):
+    """A `Record` of `content`."""
+    return Record(id=id, split=split, file="r.jsonl", row=row, content=content)
+
+
+@pytest.fixture(scope="session")
 def make_prompter():
-    """Builds a `Prompter`; the template is a name, or (prompt, completion)."""
-
-    def make(
-        tokenizer, template="qa-plain", *, task="qa", max_length=4096, overlength="reject", patterns=None
-    ):
-        from sftcore.config import InlineTemplate
-
-        if isinstance(template, tuple):
-            template = InlineTemplate(prompt=template[0], completion=template[1])
-        templates = {} if task == "chat" else {"any": load_template(template, task=task)}
-        options = PromptOptions(
-            task=task,
-            templates=templates,
-            matching=MatchingSettings(),
-            max_length=max_length,
-            overlength=overlength,
-        )
-        return Prompter(options, tokenizer, {} if patterns is None else patterns)
-
-    return make
+    return build_prompter
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def record_of():
-    """Wraps a content in a `Record`."""
-
-    def make(content, *, id="r:1", row=1, split="train"):
-        return Record(id=id, split=split, file="r.jsonl", row=row, content=content)
-
-    return make
+    return wrap
 
 
 @pytest.fixture

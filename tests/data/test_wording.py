@@ -59,7 +59,7 @@ def test_texts_are_put_in_as_they_are(question, answer):
     ("task", "prompt", "completion", "messages"),
     [
         ("qa", "{question} {text}", "{answer}", ["unknown placeholder {text} in the prompt of task qa"]),
-        ("qa", "Q:", "{answer}", ["no {question or subject} in the prompt of task qa"]),
+        ("qa", "Q:", "{answer}", ["no {question} or {subject} in the prompt of task qa"]),
         ("qa", "{question}", "x", ["no {answer} in the completion of task qa"]),
         ("qa", "{answer}", "{}", ["unknown placeholder {answer}", "unknown placeholder {}", "no {answer}"]),
         ("qa", "{question!r} {subject:>9}", "{answer}", ["{question!r}", "{subject:>9}"]),

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
-from launcher.worker import train_recipe
 
+from launcher.worker import train_recipe
 from sftcore import dist
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe

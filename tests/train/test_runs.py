@@ -17,10 +17,13 @@ import yaml
 from safetensors.torch import load_file
 
 from sftcore.fsio import read_json, read_jsonl
+from sftcore.train.checkpoint import newest_usable, why_not_usable
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
-CELLS = [(stage, dtype) for stage in ("zero0", "zero1", "zero2", "zero3") for dtype in ("float32", "bfloat16")]
+CELLS = [
+    (stage, dtype) for stage in ("zero0", "zero1", "zero2", "zero3") for dtype in ("float32", "bfloat16")
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
@@ -84,8 +87,9 @@ def check_cell(one: str, two: str, dtype: str, initial: dict[str, torch.Tensor])
         assert tensor.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
         moved = (tensor.float() - initial[name].float()).abs().max()
         assert (tensor.float() - second[name].float()).abs().max() <= max(50 * rel * moved.item(), 1e-5), name
-    assert read_json(Path("runs") / one / "plan.json")["fingerprint"] == (
-        read_json(Path("runs") / two / "plan.json")["fingerprint"]
+    assert (
+        read_json(Path("runs") / one / "plan.json")["fingerprint"]
+        == (read_json(Path("runs") / two / "plan.json")["fingerprint"])
     )
 
 
@@ -94,7 +98,9 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tiny_recipe):
     whole, cut = (write_recipe(tiny_recipe, name, **changes) for name in ("whole", "cut"))
     done = run(str(BIN / "sftcore"), "train", str(whole))
     assert done.returncode == 0, done.stderr[-3000:]
-    process = subprocess.Popen([str(BIN / "sftcore"), "train", str(cut)], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [str(BIN / "sftcore"), "train", str(cut)], env=ENVIRONMENT, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 120
     while not (Path("runs/cut/checkpoints/step-000008/COMMITTED")).exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -110,33 +116,39 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tiny_recipe):
     assert [s["step"] for s in steps("cut")] == list(range(1, 41))
 
 
-@pytest.fixture
-def interrupted(tiny_recipe) -> Path:
-    """A run whose last export is gone, so that its newest checkpoint is used again."""
+def test_damaged_checkpoints_are_skipped_for_the_newest_that_verifies(tiny_recipe, caplog):
     path = write_recipe(tiny_recipe, "again", checkpoint={"save_every_steps": 3, "keep": 2})
     assert run(str(BIN / "sftcore"), "train", str(path)).returncode == 0
-    shutil.move("runs/again/model", "runs/again/old")
-    return path
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "uncommitted", "missing"])
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(interrupted, damage):
+    exported = weights_hash("again")
     folder = Path("runs/again/checkpoints/step-000008")
     file = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    if damage == "uncommitted":
-        (folder / "COMMITTED").unlink()
-    elif damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes({"truncate": content[:-10], "flip": content, "empty": b""}[damage])
-    resumed = run(str(BIN / "sftcore"), "train", str(interrupted))
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    assert newest_usable(Path("runs/again")) == folder
+    for damaged, reason in (
+        (content[:-10], "bytes instead of"),
+        (b"", "0 bytes instead of"),
+        (bytes(flipped), "wrong checksum"),
+    ):
+        file.write_bytes(damaged)
+        assert newest_usable(Path("runs/again")).name == "step-000006"
+        assert reason in caplog.text
+    file.unlink()
+    assert "is missing" in why_not_usable(folder)
+    (folder / "MANIFEST.json").write_text("{")
+    assert "no readable MANIFEST.json" in why_not_usable(folder)
+    (folder / "COMMITTED").unlink()
+    assert "interrupted" in why_not_usable(folder)
+    shutil.rmtree("runs/again/model")
+    resumed = run(str(BIN / "sftcore"), "train", str(path))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "skipping checkpoint" in resumed.stderr and "resuming after step 6" in resumed.stderr
-    assert hashlib.sha256(Path("runs/again/old/model.safetensors").read_bytes()).hexdigest() == (
-        weights_hash("again")
-    )
+    assert weights_hash("again") == exported
+    again = run(str(BIN / "sftcore"), "train", str(path))
+    assert again.returncode == 0 and "is finished" in again.stderr
+    other = run(str(BIN / "sftcore"), "train", str(path), "--set", "train.lr=1.0e-3")
+    assert other.returncode == 2 and "another train.lr" in other.stderr
 
 
 def test_the_worker_line_works_as_typed_and_reports_wrong_input(tiny_recipe):

@@ -1,0 +1,99 @@
+"""The seam: what is trained starts exactly where inference starts, and nothing gets lost there."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sftcore.data.ledger import Change
+from sftcore.data.seam import IGNORED, Draft, encode_drafts
+from sftcore.data.tokens import codec_of
+
+TEXTS = st.text(
+    st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1, max_size=30
+)
+WORDY = st.lists(st.sampled_from([" ", "Paris", "A:", "\n", " is", "北", "京", "ß", "x"]), min_size=1).map(
+    "".join
+)
+
+
+def encode(tokenizer, *pieces, is_bare=True):
+    codec = codec_of(tokenizer)
+    (encoded,) = encode_drafts(codec, [Draft(pieces=pieces, is_bare=is_bare)])
+    return encoded
+
+
+def test_golden_sample_by_hand(words):
+    """Ids by WORDS: <s> 1, </s> 2, Q 3, A 4, : 5, ? 6, why 7, so 8."""
+    encoded = encode(words, "Q : why ? A :", " so")
+    assert encoded.ids == [1, 3, 5, 7, 6, 4, 5, 8, 2]
+    assert encoded.labels == [IGNORED] * 6 + [8, 2, IGNORED]
+    assert encoded.num_prompt == 7
+    assert encoded.changes == ()
+
+
+def test_golden_turns_by_hand(words):
+    encoded = encode(words, "Q : why ?", " so </s>", " Q :", " not </s>", is_bare=False)
+    assert encoded.ids == [3, 5, 7, 6, 8, 2, 3, 5, 10, 2]
+    assert encoded.labels == [IGNORED] * 3 + [8, 2] + [IGNORED] * 2 + [10, 2, IGNORED]
+
+
+def test_a_clean_seam_takes_the_whole(bpe):
+    encoded = encode(bpe, "A:", " Paris")
+    assert encoded.ids[: encoded.num_prompt] == bpe("A:")["input_ids"]
+    assert encoded.ids[:-1] == bpe("A: Paris")["input_ids"]
+    assert encoded.changes == ()
+
+
+def test_a_torn_seam_is_taken_apart(bpe):
+    """The case of DESIGN section 9: " Paris" is one token, so "A: " is no prefix of "A: Paris"."""
+    whole, prompt = bpe("A: Paris")["input_ids"], bpe("A: ")["input_ids"]
+    assert whole[: len(prompt)] != prompt  # the interesting case occurs
+    encoded = encode(bpe, "A: ", "Paris")
+    assert encoded.ids == [*prompt, *bpe("Paris")["input_ids"], bpe.eos_token_id]
+    assert encoded.num_prompt == len(prompt)
+    assert encoded.changes == (Change.SEAM_APART,)
+
+
+@pytest.mark.parametrize("name", ["bpe", "bpe_bos", "bpe_bos_eos"])
+@given(st.one_of(TEXTS, WORDY), st.one_of(TEXTS, WORDY))
+def test_trained_ids_are_answer_and_stop_after_what_inference_feeds(request, name, prompt, answer):
+    tokenizer = request.getfixturevalue(name)
+    codec = codec_of(tokenizer)
+    encoded = encode(tokenizer, prompt, answer)
+    feed = tokenizer(prompt)["input_ids"][: -1 if name == "bpe_bos_eos" else None]
+    assert encoded.ids[: encoded.num_prompt] == feed
+    trained = [label for label in encoded.labels if label != IGNORED]
+    assert trained == encoded.ids[encoded.num_prompt :]
+    assert encoded.labels[encoded.num_prompt - 1 : -1] == trained
+    assert encoded.labels[-1] == IGNORED and len(encoded.labels) == len(encoded.ids)
+    assert trained[-1] == codec.stop_id == tokenizer.pad_token_id  # pad = eos, and still trained
+    assert tokenizer.decode(trained, clean_up_tokenization_spaces=False) == answer + tokenizer.eos_token
+
+
+@given(st.lists(st.one_of(TEXTS, WORDY), min_size=2, max_size=6).filter(lambda p: len(p) % 2 == 0))
+def test_pieces_decode_to_their_texts(bpe, pieces):
+    encoded = encode(bpe, *pieces, is_bare=False)
+    assert bpe.decode(encoded.ids, clean_up_tokenization_spaces=False) == "".join(pieces)
+    trained = [label for label in encoded.labels if label != IGNORED]
+    assert bpe.decode(trained, clean_up_tokenization_spaces=False) == "".join(pieces[1::2])
+
+
+def test_bos_and_stop_spelt_out_in_the_text_come_once(bpe_bos):
+    encoded = encode(bpe_bos, "<|im_start|>Q", "A<|im_end|>")
+    assert encoded.ids.count(bpe_bos.bos_token_id) == encoded.ids.count(bpe_bos.eos_token_id) == 1
+    assert encoded.changes == (Change.BOS_IN_TEXT, Change.STOP_IN_TEXT)
+
+
+def test_pieces_without_tokens_are_refused(words):
+    assert encode(words, "Q :", "   ") is None
+    assert encode(words, " ", "so", is_bare=False) is None  # nothing would predict the first token
+    assert encode(words, " ", "so").ids == [1, 8, 2]  # bos does
+
+
+def test_a_batch_equals_one_by_one(bpe):
+    codec = codec_of(bpe)
+    drafts = [Draft(pieces=p, is_bare=True) for p in (("A:", " Paris"), ("A: ", "Paris"), ("x", "y"))]
+    assert encode_drafts(codec, drafts) == [encode_drafts(codec, [draft])[0] for draft in drafts]
+    assert encode_drafts(codec, []) == []

@@ -1,0 +1,54 @@
+"""Tiny tokenizers built in code, one per trap: pad = eos, automatic bos, automatic eos, whole words, chat."""
+
+from __future__ import annotations
+
+TEXT = [
+    "Q: Where is Paris? A: Paris is in France.",
+    "Question: Who was born in Rome? Answer: Paris, Rome, London",
+    "<|question|> Where is it? <|answer|> Paris",
+    "user assistant system You are a helpful assistant",
+    "句子 不同 相同 北京 上海",
+] * 3
+CHATML = (
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = ["[UNK]", "<s>", "</s>", "Q", "A", ":", "?", "why", "so", "because", "not"]
+
+
+def build_bpe(*, bos: bool = False, eos: bool = False, with_eos_token: bool = True):
+    """Byte-level BPE in which " Paris" is one token; pad is eos."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    if bos or eos:
+        single = ["<|im_start|>"] * bos + ["$A"] + ["<|im_end|>"] * eos
+        ids = [(token, tokenizer.token_to_id(token)) for token in special]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    end = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"} if with_eos_token else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", **end)
+
+
+def build_words():
+    """One id a word, in the order of WORDS; adds <s> by itself."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
+    )
