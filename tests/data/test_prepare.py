@@ -1,0 +1,290 @@
+"""Recipe -> store: the account adds up, the cache is keyed by content, racing processes agree."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from tiny_tokenizers import build_bpe
+
+import sftcore.data.prepare as prepare_module
+from sftcore.config import Recipe
+from sftcore.data.ledger import Ledger
+from sftcore.data.prepare import load_items, load_records, prepare_store, store_fingerprint
+from sftcore.data.store import TokenStore
+from sftcore.errors import MissingEnvironmentError, UserInputError
+
+FACTS = [
+    {"relation": "P1", "subject": f"S{i}", "answers": ["Paris", "Rome"], "question": f"Where is S{i}?"}
+    for i in range(20)
+]
+
+
+def pairs(*rows: tuple[str, str, object]) -> list[dict]:
+    return [{"sentence1": a, "sentence2": b, "label": label} for a, b, label in rows]
+
+
+@pytest.fixture
+def recipe(write, tmp_path):
+    """Builds a recipe whose sources are rows (written to NAME.jsonl) or keys of `Source`."""
+
+    def make(train, *, test=(), ood=(), task="qa", format="facts", max_length=None, **data):
+        def sources(split, rows):
+            if isinstance(rows, list) and rows and "format" in rows[0]:
+                return rows
+            return [{"format": format, "path": str(write(f"{split}.jsonl", list(rows)))}] if rows else []
+
+        data |= {"train": sources("train", train), "test": sources("test", test), "ood": sources("ood", ood)}
+        if max_length:
+            data["max_length"] = max_length
+        return Recipe.model_validate(
+            {"model": {"path": "m"}, "task": task, "data": data, "batch": {"samples_per_step": 4}}
+        )
+
+    return make
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "stores"
+
+
+def account(store: TokenStore) -> dict:
+    manifest = store.manifest
+    assert manifest["num_rows_read"] == (
+        manifest["num_samples"] + manifest["num_rejected"] + manifest["num_not_selected"]
+    )
+    return manifest
+
+
+def test_rows_read_are_samples_plus_rejects(recipe, bpe, cache):
+    rows = [*FACTS, {"relation": "P1"}, FACTS[0], FACTS[0] | {"id": "train:2"}]
+    store = prepare_store(recipe(rows, test=FACTS[5:7], max_reject_fraction=0.5), bpe, cache_root=cache)
+    manifest = account(store)
+    assert (manifest["num_rows_read"], manifest["num_samples"]) == (23, 19)
+    assert manifest["rejected_by_reason"] == {"duplicate_id": 1, "leak": 2, "missing_field": 1}
+    assert manifest["altered_by_reason"] == {"duplicate_kept": 1}
+    ledger = [json.loads(line) for line in (store.folder / "ledger.jsonl").read_text().splitlines()]
+    assert {(e["row"], e.get("reason")) for e in ledger if e["kind"] == "rejected"} == {
+        (6, "leak"),
+        (7, "leak"),
+        (21, "missing_field"),
+        (23, "duplicate_id"),
+    }
+    assert all(entry["file"].endswith("train.jsonl") for entry in ledger)
+    assert store.folder == cache / store.fingerprint
+
+
+def test_deduplicate_drops_copies(recipe, bpe, cache):
+    store = prepare_store(recipe([*FACTS, *FACTS], deduplicate=True), bpe, cache_root=cache)
+    assert account(store)["rejected_by_reason"] == {"duplicate": 20}
+    assert store.ids == [f"train:{i}" for i in range(1, 21)]
+
+
+def test_contradictory_pairs_are_dropped_by_default(recipe, bpe, cache):
+    rows = pairs(("a", "b", 1), ("c", "d", 0), ("b", "a", 0), ("c", "e", 1))
+    store = prepare_store(recipe(rows, task="matching", format="pairs"), bpe, cache_root=cache)
+    assert account(store)["rejected_by_reason"] == {"contradictory_label": 2}
+    assert store.ids == ["train:2", "train:4"]
+
+
+def test_leaks_into_ood_are_dropped_too(recipe, bpe):
+    ledger = Ledger()
+    records = load_records(recipe(FACTS, test=FACTS[:1], ood=FACTS[1:3]), "train", ledger)
+    assert len(records) == 17
+    assert ledger.rejected_by_reason == {"leak": 3}
+
+
+def test_held_out_items_are_read_as_they_are(recipe):
+    it = recipe(FACTS, test=[*FACTS[:2], FACTS[0]])
+    assert [record.id for record in load_items(it, "test")] == ["test:1", "test:2", "test:3"]
+    assert [record.split for record in load_items(it, "test")] == ["test"] * 3
+    assert load_items(it, "ood") == []
+
+
+def test_selected_ids_only(recipe, bpe, cache):
+    it = recipe([*FACTS, {"relation": "P1"}], max_reject_fraction=0.1)
+    store = prepare_store(it, bpe, only_ids=["train:7", "train:3"], cache_root=cache)
+    assert store.ids == ["train:3", "train:7"]
+    assert account(store)["num_not_selected"] == 18
+    again = prepare_store(it, bpe, only_ids={"train:3", "train:7"}, cache_root=cache)
+    assert again.fingerprint == store.fingerprint != store_fingerprint(it, bpe)
+    with pytest.raises(UserInputError, match="1 of the selected records(.|\n)*got: nope(.|\n)*sftcore probe"):
+        prepare_store(it, bpe, only_ids=["nope", "train:3"], cache_root=cache)
+
+
+def test_same_stems_in_two_folders_get_distinct_ids(write, recipe, bpe, cache):
+    files = [write(f"{folder}/f.jsonl", FACTS[i : i + 5]) for folder, i in (("x", 0), ("y", 5))]
+    sources = [{"format": "facts", "path": str(file)} for file in files]
+    ids = prepare_store(recipe(sources), bpe, cache_root=cache).ids
+    assert ids == [f"{folder}/f:{i}" for folder in "xy" for i in range(1, 6)]
+
+
+def test_a_file_listed_twice_is_an_error_that_says_so(write, recipe, bpe, cache):
+    source = {"format": "facts", "path": str(write("f.jsonl", FACTS))}
+    with pytest.raises(UserInputError, match="20 of 40 rows(.|\n)*duplicate_id: 20(.|\n)*listed twice"):
+        prepare_store(recipe([source, source]), bpe, cache_root=cache)
+
+
+def test_too_many_bad_rows_are_an_error_with_a_list_of_all(recipe, bpe, cache):
+    bad = [{"relation": "P1", "subject": "x", "answers": []}] * 5
+    with pytest.raises(UserInputError, match="5 of 25 rows can't be used") as caught:
+        prepare_store(recipe([*FACTS, *bad]), bpe, cache_root=cache)
+    (listed,) = cache.glob("*.ledger.jsonl")
+    assert "all 5 dropped rows are listed" in str(caught.value) and str(listed) in str(caught.value)
+    assert len(listed.read_text().splitlines()) == 5
+    assert [p.name for p in cache.iterdir() if p.is_dir()] == [".locks"]  # no store
+
+
+def test_overlong_rows_count_against_the_limit_or_stop_the_run(recipe, bpe, cache):
+    long = [FACTS[0] | {"subject": "L", "question": "Where " * 100 + "is it?"}]
+    it = recipe([*FACTS, *long], max_length=60, max_reject_fraction=0.05)
+    assert account(prepare_store(it, bpe, cache_root=cache))["rejected_by_reason"] == {"overlength": 1}
+    with pytest.raises(
+        UserInputError, match="overlength: 1(.|\n)*tokens, 60 fit(.|\n)*raise data.max_length"
+    ):
+        prepare_store(recipe([*FACTS, *long], max_length=60), bpe, cache_root=cache)
+    strict = recipe([*FACTS, *long], max_length=60, max_reject_fraction=0.05, overlength="error")
+    with pytest.raises(UserInputError, match="1 of 21 rows(.|\n)*set data.overlength: reject or trim_prompt"):
+        prepare_store(strict, bpe, cache_root=cache)
+    trimming = recipe([*FACTS, *long], max_length=60, overlength="trim_prompt")
+    assert account(prepare_store(trimming, bpe, cache_root=cache))["altered_by_reason"] == {
+        "prompt_trimmed": 1
+    }
+
+
+def test_when_every_selected_row_is_too_long_the_limit_is_theirs(recipe, bpe, cache):
+    long = [FACTS[0] | {"id": "L", "subject": "L", "question": "Where " * 100 + "is it?"}]
+    it = recipe([*FACTS, *long], max_length=60, max_reject_fraction=0.5)
+    with pytest.raises(UserInputError, match="1 of 2 rows can't be used"):
+        prepare_store(it.model_copy(update={"data": it.data.model_copy(update={"max_reject_fraction": 0.4})}),
+                      bpe, only_ids=["L", "train:1"], cache_root=cache)  # fmt: skip
+
+
+def test_formats_that_the_task_cannot_use_are_all_named(recipe, bpe, cache):
+    rows = pairs(("a", "b", 1))
+    with pytest.raises(UserInputError, match="task qa can't use format pairs") as caught:
+        prepare_store(recipe(rows, test=rows, format="pairs"), bpe, cache_root=cache)
+    assert "data.train.0.format" in str(caught.value) and "data.test.0.format" in str(caught.value)
+    assert "allowed: entityquestions, facts, jsonl" in str(caught.value)
+
+
+def test_a_finished_store_is_reused(recipe, bpe, cache, monkeypatch):
+    it = recipe(FACTS)
+    first = prepare_store(it, bpe, cache_root=cache)
+    monkeypatch.setattr(prepare_module, "write_store", None)  # a second writing would fail
+    assert prepare_store(it, bpe, cache_root=cache).ids == first.ids
+    assert prepare_store(it, build_bpe(), cache_root=cache).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("name", ["labels.bin", "manifest.json"])
+def test_a_damaged_store_is_written_again(recipe, bpe, cache, name, caplog):
+    it = recipe(FACTS)
+    first = prepare_store(it, bpe, cache_root=cache)
+    path = first.folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\x01")
+    assert prepare_store(it, bpe, cache_root=cache).ids == first.ids
+    assert path.read_bytes() == whole
+    assert "damaged: writing it again" in caplog.text
+
+
+def test_fingerprint_covers_all_that_decides_the_samples(write, recipe, bpe, bpe_bos, chatml, monkeypatch):
+    base = recipe(FACTS, test=FACTS[:2])
+    seen = {store_fingerprint(base, bpe)}
+    assert store_fingerprint(base, bpe) in seen  # stable
+    for changes in (
+        {"template": "qa-lines"},
+        {"template": {"prompt": "<|question|> {question} <|answer|>", "completion": " {answer} "}},
+        {"overlength": "trim_prompt"},
+        {"deduplicate": True},
+        {"max_length": 100},
+    ):
+        seen.add(store_fingerprint(recipe(FACTS, test=FACTS[:2], **changes), bpe))
+    seen |= {store_fingerprint(base, tokenizer) for tokenizer in (bpe_bos, chatml)}
+    seen |= {store_fingerprint(base, bpe, only_ids=ids) for ids in ([], ["train:1"], ["train:2"])}
+    limited = base.data.train[0].model_dump() | {"limit": 3}
+    seen.add(store_fingerprint(recipe([limited], test=FACTS[:2]), bpe))
+    write("train.jsonl", FACTS[:19])
+    seen.add(store_fingerprint(base, bpe))
+    write("train.jsonl", FACTS)
+    write("test.jsonl", FACTS[:1])  # decides which rows are leaks
+    seen.add(store_fingerprint(base, bpe))
+    write("test.jsonl", FACTS[:2])
+    assert store_fingerprint(base, bpe) in seen
+    monkeypatch.setattr(prepare_module, "CODE_VERSION", 2)
+    seen.add(store_fingerprint(base, bpe))
+    assert len(seen) == 15
+
+
+def test_the_same_data_elsewhere_has_the_same_fingerprint(write, recipe, bpe):
+    prints = set()
+    for folder in ("x", "y"):
+        path = write(f"{folder}/f.jsonl", FACTS)
+        prints.add(store_fingerprint(recipe([{"format": "facts", "path": str(path)}]), bpe))
+    assert len(prints) == 1
+
+
+def _prepare_in_a_process(recipe: Recipe, cache: Path, barrier, results) -> None:
+    tokenizer = build_bpe()
+    barrier.wait(timeout=60)
+    store = prepare_store(recipe, tokenizer, cache_root=cache)
+    store.verify()
+    results.put((store.fingerprint, store.ids, store.manifest["num_tokens"]))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_processes_at_once_both_end_with_a_good_store(recipe, bpe, cache, locks, monkeypatch):
+    """With locks the second waits; without (some cluster file systems have none) the first rename wins."""
+    if not locks:
+        monkeypatch.setattr(prepare_module, "folder_lock", _no_lock)
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    it = recipe(FACTS * 20)
+    workers = [
+        context.Process(target=_prepare_in_a_process, args=(it, cache, barrier, results)) for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    first, second = (results.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert first == second and len(first[1]) == 400
+    assert [p.name for p in cache.iterdir() if not p.name.startswith(".")] == [first[0]]
+    assert not list(cache.glob(".*.tmp"))
+
+
+def _no_lock(folder, *, purpose, wait=False):
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_a_file_system_without_locks_gets_a_warning(recipe, bpe, cache, monkeypatch, caplog):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert len(prepare_store(recipe(FACTS), bpe, cache_root=cache)) == 20
+    assert "no file locks there" in caplog.text
+
+
+def test_a_full_disk_leaves_no_store(recipe, bpe, cache, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sftcore.data.store.write_json", full)
+    with pytest.raises(MissingEnvironmentError, match="No space left"):
+        prepare_store(recipe(FACTS), bpe, cache_root=cache)
+    assert [p.name for p in cache.iterdir()] == [".locks"]
+
+
+def test_numbers_of_the_account_are_logged(recipe, bpe, cache, caplog):
+    caplog.set_level("INFO", logger="sftcore")
+    store = prepare_store(recipe(FACTS, test=FACTS[:1]), bpe, cache_root=cache)
+    assert f"store {store.fingerprint}: 20 rows read, 19 samples, 1 rejected" in caplog.text
+    assert "rejected_by_reason: leak 1" in caplog.text
