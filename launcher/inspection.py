@@ -12,17 +12,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from sftcore.data.store import TokenStore
 
 from launcher.preflight import measure_recipe
 from launcher.stages import prepare
 from sftcore.batching.collate import UNTRAINED
 from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
+from sftcore.data.store import TokenStore
 from sftcore.train.loop import learning_rate, make_schedule
 
 GREEN, DIM, RESET = "\033[32;1m", "\033[2m", "\033[0m"
 DRAWN_COLUMNS = 60
+REPLACEMENT = "\ufffd"  # what a part of a character decodes to
 
 
 def inspect_recipe(recipe: Recipe, *, num_samples: int, colour: bool) -> Iterator[str]:
@@ -50,14 +51,21 @@ def inspect_recipe(recipe: Recipe, *, num_samples: int, colour: bool) -> Iterato
 def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
     """The sample's text with every trained target in `mark`.
 
-    Position i predicts token i + 1, so token i + 1 is marked where labels[i] is trained.
+    Position i predicts token i + 1, so token i + 1 is marked where labels[i] is trained. Tokens that hold parts
+    of one character are shown together.
     """
-    trained = np.concatenate([[False], np.asarray(sample.labels[:-1]) != UNTRAINED])
-    pieces = [tokenizer.decode([int(token)]).replace("\n", "\\n") for token in sample.input_ids]
-    return "".join(
-        f"{mark[0]}{piece}{mark[1]}" if is_trained else piece
-        for piece, is_trained in zip(pieces, trained, strict=True)
-    )
+    trained = [False, *(np.asarray(sample.labels[:-1]) != UNTRAINED).tolist()]
+    text, pending = "", []
+    for position, token in enumerate(sample.input_ids.tolist()):
+        pending.append(token)
+        piece = tokenizer.decode(pending)
+        is_last = position + 1 == len(trained) or trained[position + 1] != trained[position]
+        if piece.endswith(REPLACEMENT) and not is_last:
+            continue
+        piece = piece.replace("\n", "\\n")
+        text += f"{mark[0]}{piece}{mark[1]}" if trained[position] else piece
+        pending = []
+    return text
 
 
 def _draw_step(store: TokenStore, schedule: Schedule, step: Step) -> Iterator[str]:

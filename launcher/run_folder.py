@@ -125,7 +125,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def describe_origin(recipe: Recipe) -> dict[str, Any]:
-    """What the model folder says of its weights' quantisation (`sftcore model pull` writes it), if anything."""
+    """What `sftcore model pull` noted of the weights' quantisation, if anything."""
     path = Path(recipe.model.path) / "origin.json"
     quantisation = read_json(path).get("quantisation") if path.is_file() else None
     return {"quantised_weights": quantisation} if quantisation else {}

@@ -196,10 +196,10 @@ def _clean(recipe: Recipe, records: Iterable[Record], ledger: Ledger) -> Iterato
     with progress("reading training rows", len(verdicts)) as advance:
         for record, verdict in zip(records, verdicts, strict=True):
             advance(1)
-            if verdict is None:
-                yield record
-            elif verdict is Reason.DUPLICATE and not recipe.data.deduplicate:
+            if verdict is Reason.DUPLICATE and not recipe.data.deduplicate:
                 ledger.alter(Alteration(file=record.file, row=record.row, change=Change.DUPLICATE_KEPT))
+                verdict = None
+            if verdict is None:
                 yield record
             else:
                 ledger.reject(_dropped(record, verdict))

@@ -63,7 +63,7 @@ def probe_facts(
     run: Path,
     model_fingerprint: str,
 ) -> list[FactLevel]:
-    """Probe every fact; levels.jsonl appears whole at the end, batches done so far lie in levels.partial.jsonl.
+    """Probe every fact; levels.jsonl appears whole at the end, until then levels.partial.jsonl grows.
 
     Raises:
         UserInputError: a record is not a fact, or its relation has no completion templates.
@@ -141,7 +141,7 @@ def read_levels(run: Path, *, model_fingerprint: str) -> list[FactLevel]:
 
 
 def fingerprint_model(path: str) -> str:
-    """Identity of a model folder: a hash of its configuration and weight files; a hub name stands for itself."""
+    """Identity of a model folder: a hash of configuration and weights; a hub name stands for itself."""
     folder = Path(path)
     if not folder.is_dir():
         return path

@@ -113,7 +113,8 @@ def test_a_folder_without_weights_and_one_without_a_model(tiny_recipe, tiny_mode
 
 def test_a_run_in_use_is_refused(tiny_recipe):
     hold = "import time\nfrom pathlib import Path\nfrom sftcore.fsio import folder_lock\n"
-    hold += "with folder_lock(Path('runs/tiny'), purpose='x'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    hold += "with folder_lock(Path('runs/tiny'), purpose='x'):\n"
+    hold += "    print('held', flush=True)\n    time.sleep(60)\n"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     done = sftcore("train", save(tiny_recipe))

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: ranks x micro-batches equal one process; resumed equals uninterrupted, to the bit."""
+"""Whole runs on a tiny model: two ranks equal one process; resumed equals uninterrupted, to the bit."""
 
 from __future__ import annotations
 
