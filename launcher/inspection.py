@@ -51,8 +51,8 @@ def inspect_recipe(recipe: Recipe, *, num_samples: int, colour: bool) -> Iterato
 def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
     """The sample's text with every trained target in `mark`.
 
-    Position i predicts token i + 1, so token i + 1 is marked where labels[i] is trained. Tokens that hold parts
-    of one character are shown together.
+    Position i predicts token i + 1, so token i + 1 is marked where labels[i] is trained. Tokens that hold
+    parts of one character are shown together.
     """
     trained = [False, *(np.asarray(sample.labels[:-1]) != UNTRAINED).tolist()]
     text, pending = "", []

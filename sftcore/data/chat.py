@@ -85,8 +85,8 @@ class ChatRenderer:
         ends = [self._end_of_turn(text, end) for end in ends]
         borders = [0, *(border for pair in zip(starts, ends, strict=True) for border in pair)]
         pieces = tuple(text[a:b] for a, b in zip(borders, borders[1:], strict=False))
-        if borders != sorted(borders) or not all(pieces):
-            raise ChatRefused("assistant turns overlap in the rendered text")
+        if not all(pieces):
+            raise ChatRefused("an assistant turn has no text before it")
         return pieces
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:

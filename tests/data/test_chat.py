@@ -105,6 +105,10 @@ def test_pieces_are_what_inference_feeds_and_what_it_should_write(template, cont
             "not a prefix of the whole conversation",
         ),
         (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "not in the rendered text"),
+        (
+            "{% for m in messages if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endfor %}",
+            "an assistant turn has no text before it",
+        ),
         ("{{ raise_exception('no chats today') }}", "the template says: no chats today"),
         (
             MASKED.replace("{% endgeneration %}<|im_end|>", "{% endgeneration %}"),
@@ -137,8 +141,8 @@ def test_one_conversation_can_be_refused():
         renderer(strict).pieces(chat("a", "b", "c", "d", "e", "f"))
 
 
-def test_overlapping_turns_are_refused():
-    """A template that drops all but the last two turns: an earlier turn's prefix is none of the whole."""
+def test_a_template_that_forgets_early_turns_is_refused():
+    """Of all but the last turns nothing is left: what inference fed for them is no prefix of the whole."""
     window = CHATML.replace("in messages %}", "in messages[-4:] %}")
     with pytest.raises(ChatRefused, match="not a prefix"):
         renderer(window).pieces(chat("a", "b", "c", "d", "e", "f"))

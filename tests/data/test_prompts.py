@@ -70,6 +70,7 @@ def test_a_pair_gets_the_label_word_of_its_language(bpe, make_prompter, record_o
         sample = prompter.sample(record)
         assert trained_text(bpe, sample) == word[label] + "<|im_end|>"
         assert prompter.prompt_text(record) == f"{a}|{a}|{both}:\n"
+        assert prompter.answer_text(record) == word[label]
         ids = prompter.label_ids(record)
         assert [text(bpe, i) for i in ids] == [w + "<|im_end|>" for w in word]
         assert sample.input_ids.tolist() == prompter.prompt_ids(record) + ids[label]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from sftcore.config import InlineTemplate, Recipe
 from sftcore.data.contents import Pair
@@ -40,6 +41,29 @@ def test_shipped_templates_fit_their_task(task, name):
     assert completion.strip() == "ANSWER" and "ANSWER" not in prompt
     assert "{" not in prompt
     assert prompt[-1] == "\n" or (completion[0] == " " and not prompt[-1].isspace())  # a clean seam
+
+
+SPLITTING_RULES = {  # how byte-level tokenizers cut a text before they merge anything
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+@pytest.mark.parametrize("rule", SPLITTING_RULES)
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in NAMES.items() for name in names])
+def test_the_seam_of_shipped_templates_falls_between_tokens(rule, task, name):
+    split = pre_tokenizers.Split(Regex(SPLITTING_RULES[rule]), "isolated")
+    template = load_template(name, task=task)
+    for answer in ("Paris", "1969", "北京", '"X"', "(a)", "é", "'s", "¿", "-1"):
+        values = {"question": "Q?", "a": "x", "b": "y", "label_0": "no", "label_1": "yes"}
+        prompt, completion = template.fill(values | {"answer": answer, "label": answer})
+        ends = [end for _, (_, end) in split.pre_tokenize_str(prompt + completion)]
+        assert len(prompt) in ends, answer
+    torn = [end for _, (_, end) in split.pre_tokenize_str("A: Paris")]
+    assert len("A: ") not in torn  # the case that this test exists for
 
 
 def test_the_default_template_has_the_form_of_the_paper():
