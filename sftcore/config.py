@@ -60,7 +60,7 @@ class Source(Settings):
     path: str = Field(
         description="file or glob; relative to the recipe, then to here; `assets:` for shipped data"
     )
-    limit: Positive | None = Field(None, description="take N rows, evenly over the source's files, from the top of each")
+    limit: Positive | None = Field(None, description="take N rows, evenly from the tops of the files")
     columns: Columns = Field(default_factory=lambda: Columns(), description="pairs only")
 
 
