@@ -33,7 +33,9 @@ class ModelSettings(Settings):
         description="folder (absolute, else relative to the recipe, then to here) or a hub name"
     )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the trained weights")
-    attention: Literal["auto", "sdpa_docs"] = Field("auto", description="attention backend for training")
+    attention: Literal["auto", "flash_attn", "torch_varlen", "flex", "sdpa_docs"] = Field(
+        "auto", description="attention backend for training; auto: the first that can"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 

@@ -51,3 +51,13 @@ def tiny_recipe(tiny_model_folder, tmp_path, monkeypatch) -> dict:
         "evaluate": {"max_new_tokens": 4},
         "tracking": {"tensorboard": False},
     }
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Skip what this machine can't run, and say so."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -68,10 +68,11 @@ def load_for_training(settings: ModelSettings, *, z_loss: float, label_smoothing
     Raises:
         UserInputError: no model there, or one that can't be trained in packs.
     """
-    config = load_config(settings)
-    model = _load(
-        settings, dtype=DTYPES[settings.dtype], attention=choose_attention(config, settings.attention)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    attention = choose_attention(
+        load_config(settings), settings.attention, dtype=settings.dtype, device=device
     )
+    model = _load(settings, dtype=DTYPES[settings.dtype], attention=attention)
     model.config.use_cache = False
     prove_head_and_packs(model, z_loss=z_loss, label_smoothing=label_smoothing)
     return LossModel(model)

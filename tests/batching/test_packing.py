@@ -26,20 +26,22 @@ def test_each_sample_is_in_one_pack_and_none_is_over_capacity(lengths, capacity,
     assert sorted(packs.indices.tolist()) == list(range(len(lengths)))
     assert all(0 < size <= capacity for size in sizes(lengths, packs))
     assert len(packs) >= -(-sum(lengths) // capacity)
-    lower_bound = max(1, -(-sum(lengths) // capacity)) if lengths else 0
-    assert len(packs) <= 11 / 9 * lower_bound * 1.5 + 4
+    within = [[lengths[i] for i in packs[p]] for p in range(len(packs))]
+    assert all(some == sorted(some, reverse=True) for some in within), (
+        "longest first, so equal ones are together"
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=80), st.integers(30, 64))
-def test_as_few_packs_as_sample_by_sample_best_fit(lengths, capacity):
+def test_no_more_packs_than_sample_by_sample_best_fit(lengths, capacity):
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [r for r in rooms if r >= length]
         if fitting:
             rooms.remove(min(fitting))
         rooms.append((min(fitting) if fitting else capacity) - length)
-    assert len(pack(lengths, capacity=capacity, seed=0)) == len(rooms)
+    assert len(pack(lengths, capacity=capacity, seed=0)) <= len(rooms)
 
 
 def test_same_seed_same_packs_other_seed_others():
@@ -65,7 +67,19 @@ def test_nothing_packs_to_nothing():
 
 
 @pytest.mark.skipif(not DATA, reason="SFTCORE_TEST_DATA is not set")
-def test_real_lengths_reach_the_optimum():
+def test_real_lengths_reach_the_optimum_and_packs_are_mixed_anew():
+    """Two samples that share a pack share one with another seed at most twice as often as chance."""
     lengths = np.load(Path(DATA) / "lengths" / "alpaca52k_smollm2.npy")
-    packs = pack(lengths, capacity=4096, seed=5)
-    assert len(packs) == 978 == -(-int(lengths.sum()) // 4096)
+    first, second = (pack(lengths, capacity=4096, seed=seed) for seed in (5, 6))
+    assert len(first) == len(second) == 978 == -(-int(lengths.sum()) // 4096)
+    pack_in_second = np.empty(len(lengths), int)
+    pack_in_second[second.indices] = np.repeat(np.arange(978), np.diff(second.offsets))
+    pairs = again = 0
+    for p in range(len(first)):
+        together = np.unique(pack_in_second[first[p]], return_counts=True)[1]
+        again += int((together * (together - 1) // 2).sum())
+        pairs += len(first[p]) * (len(first[p]) - 1) // 2
+    sizes = np.diff(second.offsets)
+    chance = (sizes * (sizes - 1)).sum() / (len(lengths) * (len(lengths) - 1))
+    assert pairs > 1_000_000
+    assert again / pairs <= 2 * chance

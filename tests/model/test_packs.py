@@ -23,7 +23,9 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2}  # on values of order 1
 def build(kind: str, dtype: torch.dtype) -> LossModel:
     torch.manual_seed(0)
     config = tiny_config(kind)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=choose_attention(config, "auto"))
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=choose_attention(config, "auto", dtype="float32", device="cpu")
+    )
     model = model.to(dtype)
     prove_head_and_packs(model, z_loss=0.0, label_smoothing=0.0)
     return LossModel(model)
@@ -121,7 +123,9 @@ def test_an_idle_batch_has_no_loss_and_no_gradient():
 
 def test_a_model_whose_logits_are_edited_is_refused():
     config = tiny_config("llama")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=choose_attention(config, "auto"))
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=choose_attention(config, "auto", dtype="float32", device="cpu")
+    )
     output = model.get_output_embeddings()
     forward = model.forward
 
@@ -148,4 +152,4 @@ def test_needs_that_the_backend_lacks_are_refused_by_name():
     config = tiny_config("llama")
     config.attn_logit_softcapping = 50.0
     with pytest.raises(UserInputError, match="soft cap"):
-        choose_attention(config, "auto")
+        choose_attention(config, "auto", dtype="float32", device="cpu")

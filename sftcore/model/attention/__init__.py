@@ -1,7 +1,7 @@
-"""Attention over packed documents: backends behind one signature, chosen by ability.
+"""Attention over packed documents: four backends behind one signature, chosen by ability.
 
-In: a model's configuration and a wish (`auto` or a name). Out: the name of a registered transformers
-attention.
+In: a model's configuration, dtype and device, and a wish (`auto` or a name). Out: the name of a registered
+transformers attention.
 Invariant: what a model needs and a backend can't do is refused by name, never approximated.
 Trade-off: backends see documents, not masks, so no (T, T) mask exists anywhere: at T = 16,384 that mask
 alone would be 256 MB as booleans.
@@ -10,50 +10,60 @@ alone would be 256 MB as booleans.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from sftcore.errors import Problem, UserInputError
-from sftcore.model.attention.sdpa_docs import sdpa_docs_attention
+from sftcore.model.attention import flash, flex, sdpa_docs, torch_varlen
+from sftcore.model.attention.needs import AttentionNeeds, needs_of
 
 log = logging.getLogger(__name__)
-BACKENDS = {"sdpa_docs": sdpa_docs_attention}
 PREFIX = "sftcore_"  # of the names registered with transformers
-# Configuration keys of needs that sdpa_docs lacks: (key, what it means).
-UNSUPPORTED_NEEDS = {
-    "attn_logit_softcapping": "attention logits with a soft cap",
-    "attention_sinks": "attention sinks",
+Lacks = Callable[[AttentionNeeds], list[str]]
+BACKENDS: dict[str, tuple[Callable[..., Any], Lacks]] = {  # in the order of preference
+    flash.NAME: (flash.flash_attention, flash.lacks),
+    torch_varlen.NAME: (torch_varlen.torch_varlen_attention, torch_varlen.lacks),
+    flex.NAME: (flex.flex_docs_attention, flex.lacks),
+    sdpa_docs.NAME: (sdpa_docs.sdpa_docs_attention, sdpa_docs.lacks),
 }
 
 
-def choose_attention(config: PretrainedConfig, wish: str) -> str:
+def choose_attention(config: Any, wish: str, *, dtype: str, device: str) -> str:
     """Name of the attention implementation to load a model with, registered with transformers.
 
     Args:
         config: the model's configuration.
         wish: `auto` or a name in BACKENDS.
+        dtype: "bfloat16" or "float32".
+        device: "cuda" or "cpu".
 
     Raises:
-        UserInputError: the model needs something that the backend can't do.
+        UserInputError: no backend, or not the wished one, can do what the model needs.
     """
-    name = "sdpa_docs" if wish == "auto" else wish
-    values = config.get_text_config().to_dict()
-    needs = [what for key, what in UNSUPPORTED_NEEDS.items() if values.get(key)]
-    if config.model_type == "gpt_oss":
-        needs.append("attention sinks")
-    if needs:
+    needs = needs_of(config, dtype=dtype, device=device)
+    names = list(BACKENDS) if wish == "auto" else [wish]
+    refusals = {name: BACKENDS[name][1](needs) for name in names}
+    able = [name for name in names if not refusals[name]]
+    if not able:
         raise UserInputError(
             Problem(
-                what=f"attention backend {name!r} can't do what model type {config.model_type!r} needs",
+                what=f"attention of model type {config.model_type!r} can't be computed",
                 where="model.attention",
-                got=", ".join(needs),
+                got=wish,
+                allowed="; ".join(f"{name}: {', '.join(why)}" for name, why in refusals.items()),
+                remedy="set model.attention: auto, or train another model" if wish != "auto" else "",
             )
         )
-    AttentionInterface.register(PREFIX + name, BACKENDS[name])
-    AttentionMaskInterface.register(PREFIX + name, _no_mask)
-    log.info("attention backend: %s", name)
-    return PREFIX + name
+    log.info("attention backend: %s", able[0])
+    for name, why in refusals.items():
+        if why and wish == "auto":
+            log.debug("not %s: %s", name, ", ".join(why))
+    AttentionInterface.register(PREFIX + able[0], BACKENDS[able[0]][0])
+    AttentionMaskInterface.register(PREFIX + able[0], _no_mask)
+    return PREFIX + able[0]
 
 
 def _no_mask(*_: object, **__: object) -> torch.Tensor | None:

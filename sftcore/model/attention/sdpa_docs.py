@@ -18,6 +18,20 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from sftcore.model.attention.needs import AttentionNeeds
+
+NAME = "sdpa_docs"
+
+
+def lacks(needs: AttentionNeeds) -> list[str]:
+    """Why this backend can't serve these needs; empty if it can."""
+    reasons = []
+    if needs.softcap is not None:
+        reasons.append("it has no soft cap on attention logits")
+    if needs.sinks:
+        reasons.append("it has no attention sinks")
+    return reasons
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grouping:

@@ -1,0 +1,234 @@
+"""Backends hand their kernels the right documents, windows and scales; a lack is refused by name.
+
+The CUDA kernels can't run on a CPU: a stand-in with the documented signature records the call and computes
+what the documentation says, in plain torch, so that a wrong window or a swapped shape shows as a wrong
+number.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from sftcore.errors import UserInputError
+from sftcore.model.attention import BACKENDS, choose_attention, flash, torch_varlen
+from sftcore.model.attention.flex import flex_docs_attention
+from sftcore.model.attention.needs import AttentionNeeds, needs_of
+from sftcore.model.attention.sdpa_docs import sdpa_docs_attention
+
+LENGTHS = (5, 9, 5, 1)
+CUDA = {"dtype": "bfloat16", "device": "cuda", "softcap": None, "sinks": False, "head_size": 64}
+
+
+def inputs(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, heads: int = 4, groups: int = 2, size: int = 8
+):
+    torch.manual_seed(0)
+    total = sum(LENGTHS)
+    q = torch.randn(1, heads, total, size, device=device, dtype=dtype, requires_grad=True)
+    k, v = (
+        torch.randn(1, groups, total, size, device=device, dtype=dtype, requires_grad=True) for _ in range(2)
+    )
+    borders = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    return (q, k, v), {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(LENGTHS),
+        "max_length_k": max(LENGTHS),
+        "document_lengths": LENGTHS,
+        "scaling": 0.3,
+    }
+
+
+def documented_attention(q, k, v, borders, *, scale, left, right, softcap=0.0):
+    """(T, H, D) attention per document; left and right are how far a query sees, negative: without limit."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    outputs = []
+    for start, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        seen &= distance >= -right if right >= 0 else seen
+        seen &= distance <= left if left >= 0 else seen
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v[start:end]))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_the_reference_itself_follows_the_definition(window):
+    (q, k, v), document = inputs()
+    found, _ = sdpa_docs_attention(None, q, k, v, None, sliding_window=window, **document)
+    expected = documented_attention(
+        *(t[0].transpose(0, 1) for t in (q, k, v)),
+        document["cu_seq_lens_q"],
+        scale=0.3,
+        left=-1 if window is None else window - 1,
+        right=0,
+    )
+    torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize("has_gqa", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_torch_varlen_hands_over_documents_windows_and_groups(monkeypatch, window, has_gqa):
+    calls = []
+
+    def compute(query, key, value, cu_seq_q, cu_seq_k, scale, window_size):
+        calls.append((key.shape, cu_seq_q is cu_seq_k))
+        left, right = window_size
+        return documented_attention(query, key, value, cu_seq_q, scale=scale, left=left, right=right)
+
+    def with_gqa(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False
+    ):  # 2.12 and later
+        assert max_q == max_k == 9 and enable_gqa
+        return compute(query, key, value, cu_seq_q, cu_seq_k, scale, window_size)
+
+    def without_gqa(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):  # 2.11
+        assert query.shape == key.shape
+        return compute(query, key, value, cu_seq_q, cu_seq_k, scale, window_size)
+
+    monkeypatch.setattr(torch_varlen.varlen, "varlen_attn", with_gqa if has_gqa else without_gqa)
+    check(torch_varlen.torch_varlen_attention, window)
+    assert calls == [((20, 2 if has_gqa else 4, 8), True)]
+
+
+@pytest.mark.parametrize(("module", "unlimited"), [("flash_attn", -1), ("flash_attn.cute", None)])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flash_hands_over_documents_windows_and_caps(monkeypatch, module, unlimited, window, softcap):
+    calls = []
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+    ):
+        calls.append(window_size)
+        assert causal and cu_seqlens_q.dtype == torch.int32 and max_seqlen_q == max_seqlen_k == 9
+        left, _ = (-1 if side is None else side for side in window_size)
+        out = documented_attention(
+            q, k, v, cu_seqlens_q, scale=softmax_scale, left=left, right=0, softcap=softcap
+        )
+        return (out, None) if module == "flash_attn.cute" else out
+
+    monkeypatch.setattr(flash, "find_kernel", lambda: (module, flash_attn_varlen_func))
+    check(flash.flash_attention, window, softcap)
+    assert calls == [(unlimited, unlimited) if window is None else (2, 0)]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flex_masks_documents_and_windows(window, softcap):
+    check(flex_docs_attention, window, softcap, trains=False)
+
+
+def check(attention, window, softcap=None, trains=True) -> None:
+    """Equal to the definition, forward, and shaped as transformers wants it."""
+    (q, k, v), document = inputs()
+    q, k, v = (t.requires_grad_(trains) for t in (q, k, v))
+    found, weights = attention(None, q, k, v, None, sliding_window=window, softcap=softcap, **document)
+    expected = documented_attention(
+        *(t[0].transpose(0, 1) for t in (q, k, v)),
+        document["cu_seq_lens_q"],
+        scale=0.3,
+        left=-1 if window is None else window - 1,
+        right=0,
+        softcap=softcap or 0.0,
+    )
+    assert found.shape == (1, 20, 4, 8) and weights is None
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_needs_are_read_from_the_configuration():
+    config = tiny_config("gemma3")
+    config.attn_logit_softcapping = 50.0
+    assert needs_of(config, dtype="bfloat16", device="cuda") == AttentionNeeds(
+        head_size=8, dtype="bfloat16", device="cuda", softcap=50.0, sinks=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "change", "reason"),
+    [
+        ("flash_attn", {"device": "cpu"}, "needs a CUDA device"),
+        ("flash_attn", {"dtype": "float32"}, "computes in bfloat16, not float32"),
+        ("flash_attn", {"head_size": 512}, "at most 256"),
+        ("flash_attn", {"sinks": True}, "no attention sinks"),
+        ("torch_varlen", {"device": "cpu"}, "needs a CUDA device"),
+        ("torch_varlen", {"dtype": "float32"}, "computes in bfloat16"),
+        ("torch_varlen", {"head_size": 512}, "at most 256"),
+        ("torch_varlen", {"softcap": 50.0}, "no soft cap"),
+        ("torch_varlen", {"sinks": True}, "no attention sinks"),
+        ("flex", {"device": "cpu"}, "trains on CUDA devices only"),
+        ("flex", {"sinks": True}, "no attention sinks"),
+        ("sdpa_docs", {"softcap": 50.0}, "no soft cap"),
+        ("sdpa_docs", {"sinks": True}, "no attention sinks"),
+    ],
+)
+def test_each_lack_is_named(monkeypatch, backend, change, reason):
+    monkeypatch.setattr(flash, "find_kernel", lambda: ("flash_attn", None))
+    lacks = BACKENDS[backend][1]
+    assert lacks(AttentionNeeds(**CUDA)) == []
+    assert any(reason in why for why in lacks(AttentionNeeds(**(CUDA | change))))
+
+
+def test_auto_takes_the_first_that_can(monkeypatch):
+    config = tiny_config("llama")
+    assert choose_attention(config, "auto", dtype="bfloat16", device="cpu") == "sftcore_sdpa_docs"
+    assert choose_attention(config, "auto", dtype="bfloat16", device="cuda") == "sftcore_torch_varlen"
+    assert choose_attention(config, "auto", dtype="float32", device="cuda") == "sftcore_flex"
+    monkeypatch.setattr(flash, "find_kernel", lambda: ("flash_attn", None))
+    assert choose_attention(config, "auto", dtype="bfloat16", device="cuda") == "sftcore_flash_attn"
+
+
+def test_a_wish_that_cannot_be_met_is_refused_with_the_reason():
+    with pytest.raises(UserInputError, match="(?s)torch_varlen: it needs a CUDA device.*attention: auto"):
+        choose_attention(tiny_config("llama"), "torch_varlen", dtype="bfloat16", device="cpu")
+    config = tiny_config("llama")
+    config.attn_logit_softcapping = 50.0
+    with pytest.raises(UserInputError, match="sdpa_docs: it has no soft cap"):
+        choose_attention(config, "auto", dtype="bfloat16", device="cpu")
+
+
+def test_a_missing_or_broken_flash_package_is_not_found(monkeypatch):
+    flash.find_kernel.cache_clear()
+    monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(
+        flash.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError("undefined symbol"))
+    )
+    assert flash.find_kernel() is None
+    flash.find_kernel.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("name", ["flash_attn", "torch_varlen", "flex"])
+def test_kernels_equal_the_reference_forward_and_backward(name, window):
+    """bfloat16 against float32 sdpa_docs: 8 bits of mantissa, so 2 % of the largest value."""
+    attention, lacks = BACKENDS[name]
+    if why := lacks(AttentionNeeds(**CUDA)):
+        pytest.skip("; ".join(why))
+    (q, k, v), document = inputs("cuda", torch.bfloat16, heads=4, groups=2, size=64)
+    exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    expected, _ = sdpa_docs_attention(None, *exact, None, sliding_window=window, **document)
+    found, _ = attention(None, q, k, v, None, sliding_window=window, **document)
+    expected.square().sum().backward()
+    found.float().square().sum().backward()
+    pairs = [(found, expected), *((a.grad, b.grad) for a, b in zip((q, k, v), exact, strict=True))]
+    for ours, theirs in pairs:
+        assert (ours.float() - theirs).norm() / theirs.norm() < 0.02
