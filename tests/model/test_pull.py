@@ -78,5 +78,5 @@ def test_real_packages_give_models_that_know_the_capital_of_france(name, tmp_pat
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     ids = tokenizer("The capital of France is", return_tensors="pt")
-    text = tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
-    assert "Paris" in text
+    likeliest = model(**ids).logits[0, -1].topk(5).indices
+    assert " Paris" in [tokenizer.decode(token) for token in likeliest]

@@ -1,0 +1,1 @@
+"""Side-by-side measurements; results/ holds what they printed."""
