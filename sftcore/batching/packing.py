@@ -92,11 +92,15 @@ def _stable_order(keys: IntArray) -> IntArray:
 def _assign(lengths: IntArray, capacity: int, rng: np.random.Generator) -> tuple[AnyInts, IntArray, int]:
     """All samples in some order, the pack of each, and the number of packs; mixed if that costs no pack."""
     shuffled = rng.permutation(len(lengths)).astype(np.int32)
+    optimum = -(-int(lengths.sum()) // capacity)
+    mixed = _assign_mixed(lengths, shuffled, capacity, optimum, capacity // RESERVED_SHARES[0])
+    if mixed[2] == optimum:
+        return mixed
     plain, fewest = _best_fit(np.bincount(lengths), capacity, _NO_ROOMS)
     for share in RESERVED_SHARES:
-        samples, pack_of, num_packs = _assign_mixed(lengths, shuffled, capacity, fewest, capacity // share)
-        if num_packs <= fewest:
-            return samples, pack_of, num_packs
+        mixed = _assign_mixed(lengths, shuffled, capacity, fewest, capacity // share)
+        if mixed[2] <= fewest:
+            return mixed
     return _longest_first(lengths, shuffled), plain, fewest
 
 

@@ -20,6 +20,8 @@ from sftcore.batching.packing import IntArray, Packs, pack
 from sftcore.fsio import fingerprint_of
 
 IDLE = -1  # in a dealing: this rank has no pack in this micro-batch
+SWAPS_PER_RANK = 2  # at most, when evening out a dealing
+SWAP_GAIN = 1e-6  # of the dearest rank's cost; smaller gains are rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,29 +196,48 @@ class Schedule:
 
 
 def deal(costs: npt.ArrayLike, *, world: int) -> IntArray:
-    """Deal packs to ranks and micro-batches so that both the micro-batches and the ranks' sums are even.
+    """Deal packs to ranks and micro-batches so that both the ranks' sums and the micro-batches are even.
 
     Packs are sorted by cost; each run of `world` packs is one micro-batch (so ranks that wait for each other
     in every micro-batch wait little), and in it the rank with the least cost so far takes the dearest pack.
+    Then the dearest rank swaps packs with others as long as that lowers its sum below the highest so far.
 
     >>> deal([5.0, 1.0, 4.0, 2.0], world=2)
     array([[0, 1],
            [2, 3]])
 
     Returns:
-        (world, num_micro_batches) int64: number of a pack, or IDLE.
+        (world, num_micro_batches) int64: number of a pack, or IDLE; each rank's dearest pack comes first.
     """
     costs = np.asarray(costs, np.float64)
     num_micro_batches = -(-len(costs) // world)
     order = np.argsort(-costs, kind="stable")
     dealt = np.full((world, num_micro_batches), IDLE, np.int64)
-    load = np.zeros(world)
+    sums = np.zeros(world)
     for m in range(num_micro_batches):
         batch = order[m * world : (m + 1) * world]
-        ranks = np.argsort(load, kind="stable")[: len(batch)]
+        ranks = np.argsort(sums, kind="stable")[: len(batch)]
         dealt[ranks, m] = batch
-        load[ranks] += costs[batch]
-    return dealt
+        sums[ranks] += costs[batch]
+    return _swapped(dealt, np.append(costs, 0.0))
+
+
+def _swapped(dealt: IntArray, costs: npt.NDArray[np.float64]) -> IntArray:
+    """Lower the dearest rank's sum by swaps; costs[IDLE] is 0."""
+    table = costs[dealt]  # (world, num_micro_batches)
+    for _ in range(SWAPS_PER_RANK * len(dealt)):
+        sums = table.sum(1)
+        dearest = int(np.argmax(sums))
+        moved = table[dearest][:, None, None] - table[None]  # (own slot, other rank, its slot)
+        higher = np.maximum(sums[dearest] - moved, sums[None, :, None] + moved)
+        higher[:, dearest] = np.inf
+        own, rank, slot = np.unravel_index(int(np.argmin(higher)), higher.shape)
+        if higher[own, rank, slot] >= sums[dearest] * (1 - SWAP_GAIN):
+            break
+        for grid in (dealt, table):
+            grid[dearest, own], grid[rank, slot] = grid[rank, slot], grid[dearest, own]
+    by_cost = np.argsort(-table, axis=1, kind="stable")
+    return np.take_along_axis(dealt, by_cost, axis=1)
 
 
 def _spread(samples: IntArray, lengths: IntArray, num_packs: int) -> tuple[IntArray, ...]:

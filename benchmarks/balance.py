@@ -1,0 +1,145 @@
+"""How evenly the schedule's dealing loads the ranks, simulated on integers.
+
+    python benchmarks/balance.py --lengths ../shared/data/lengths/alpaca52k_smollm2.npy
+
+Imbalance = (sum over steps of the slowest rank) / (sum over steps of the mean rank) - 1: the share of time
+that the average rank waits. Costs are FLOPs of a 1B model (Llama-3.2-1B's shape), whose head and attention
+weigh most. `step`: ranks wait for each other once a step (ZeRO 0 to 1); `micro-batch`: in every micro-batch
+(ZeRO 2 and 3). `dealt`: our dealing; `random`: the same packs in random order. Writes results/balance.json
+and balance.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import versions
+from sftcore.batching.packing import pack
+from sftcore.batching.schedule import IDLE, deal
+
+RESULTS = Path(__file__).parent / "results"
+# Llama-3.2-1B: 973 M body parameters, 16 layers, 32 heads of 64, vocabulary 128,256, hidden size 2,048
+PER_TOKEN, PER_SQUARE, PER_TRAINED = 6 * 973e6, 6 * 16 * 2048, 6 * 2048 * 128_256
+WORLDS = (1, 2, 4, 8, 16, 64, 256, 1024)
+CAPACITIES = (4096, 8192, 32_768, 131_072)
+PACKS_PER_RANK = 4  # in a step; the goal's cell (8 ranks, 8,192 tokens) is also run with GOAL_PACKS_PER_RANK
+GOAL_PACKS_PER_RANK = (1, 2, 8, 16)
+MAX_TOKENS = 1e8  # simulated per cell, so that the largest takes seconds
+
+
+def main() -> None:
+    """All cells, a table, a picture."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--lengths", type=Path, required=True, help=".npy of real token counts")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    cells = [
+        cell(name, lengths_of(name, options.lengths, capacity), capacity, world, PACKS_PER_RANK)
+        for name in ("real", "heavy tail")
+        for capacity in CAPACITIES
+        for world in WORLDS
+    ]
+    heavy = lengths_of("heavy tail", options.lengths, 8192)
+    goal = [cell("heavy tail", heavy, 8192, 8, packs_per_rank) for packs_per_rank in GOAL_PACKS_PER_RANK]
+    for row in [*cells, *goal]:
+        print(describe(row))
+    report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": versions("numpy"),
+        "cells": [*cells, *goal],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "balance.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(cells, RESULTS / "balance.png")
+
+
+def lengths_of(name: str, real: Path, capacity: int) -> np.ndarray:
+    """Token counts to draw from: Alpaca's, or a Pareto tail (shape 1.2) from 60 tokens up to the capacity."""
+    if name == "real":
+        return np.load(real)
+    tail = (np.random.default_rng(0).pareto(1.2, 200_000) + 1) * 60
+    return np.minimum(tail, capacity).astype(np.int64)
+
+
+def cell(name: str, pool: np.ndarray, capacity: int, world: int, packs_per_rank: int) -> dict:
+    """Imbalance of one setting."""
+    rng = np.random.default_rng(1)
+    packs_per_step = world * packs_per_rank
+    num_steps = int(np.clip(MAX_TOKENS / (packs_per_step * capacity), 1, 100))
+    lengths = rng.choice(pool, int(1.05 * num_steps * packs_per_step * capacity / pool.mean()) + 1)
+    trained = np.ceil(lengths * rng.beta(2, 3, len(lengths)))
+    packs = pack(lengths, capacity=capacity, seed=0)
+    costs = PER_TOKEN * lengths + PER_SQUARE * lengths.astype(float) ** 2 + PER_TRAINED * trained
+    of_packs = np.add.reduceat(costs[packs.indices], packs.offsets[:-1])
+    steps = [of_packs[i : i + packs_per_step] for i in range(0, num_steps * packs_per_step, packs_per_step)]
+    steps = [s for s in steps if len(s) == packs_per_step]
+    dealt = [loads(s, deal(s, world=world)) for s in steps]
+    random = [rng.permutation(s).reshape(world, -1) for s in steps]
+    return {
+        "lengths": name,
+        "capacity": capacity,
+        "world": world,
+        "packs_per_rank": packs_per_rank,
+        "steps": len(steps),
+        "dealt": {"step": waiting(dealt, False), "micro-batch": waiting(dealt, True)},
+        "random": {"step": waiting(random, False), "micro-batch": waiting(random, True)},
+    }
+
+
+def loads(costs: np.ndarray, dealt: np.ndarray) -> np.ndarray:
+    """(world, micro-batches) cost of what each rank runs."""
+    return np.where(dealt == IDLE, 0.0, costs[dealt])
+
+
+def waiting(steps: list[np.ndarray], in_every_micro_batch: bool) -> float:
+    """Imbalance of (world, micro-batches) loads."""
+    if in_every_micro_batch:
+        slowest = sum(step.max(0).sum() for step in steps)
+    else:
+        slowest = sum(step.sum(1).max() for step in steps)
+    return float(slowest / sum(step.sum() / len(step) for step in steps) - 1)
+
+
+def describe(row: dict) -> str:
+    """One line of the table."""
+    d, r = row["dealt"], row["random"]
+    return (
+        f"{row['lengths']:<11} {row['capacity']:>7} tokens {row['world']:>5} x {row['packs_per_rank']:>2}  "
+        f"step: dealt {d['step']:7.2%} "
+        f"random {r['step']:7.2%}   micro-batch: dealt {d['micro-batch']:7.2%} random {r['micro-batch']:7.2%}"
+    )
+
+
+def draw(cells: list[dict], path: Path) -> None:
+    """Imbalance over ranks, one panel per kind of lengths and wait."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    colours = dict(zip(CAPACITIES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+    for column, lengths in enumerate(("real", "heavy tail")):
+        for line, wait in enumerate(("step", "micro-batch")):
+            axes = panels[line][column]
+            for capacity in CAPACITIES:
+                rows = [c for c in cells if c["lengths"] == lengths and c["capacity"] == capacity]
+                worlds = [c["world"] for c in rows]
+                for kind, style in (("dealt", "-"), ("random", ":")):
+                    values = [100 * max(c[kind][wait], 1e-4) for c in rows]
+                    label = f"{capacity // 1024}k {kind}"
+                    axes.plot(worlds, values, style, color=colours[capacity], marker="o", ms=3, label=label)
+            axes.set(xscale="log", yscale="log", title=f"{lengths} lengths, waiting once a {wait}")
+            axes.set_xticks(WORLDS, [str(w) for w in WORLDS])
+            axes.axhline(1, color="grey", lw=0.5)
+    panels[1][0].set(xlabel="ranks", ylabel="imbalance, %")
+    panels[0][0].legend(ncols=2, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
