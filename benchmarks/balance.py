@@ -1,12 +1,11 @@
 """How evenly the schedule's dealing loads the ranks, simulated on integers.
 
-    python benchmarks/balance.py --lengths ../shared/data/lengths/alpaca52k_smollm2.npy
+    python -m benchmarks.balance --lengths LENGTHS.npy --out benchmarks/results
 
 Imbalance = (sum over steps of the slowest rank) / (sum over steps of the mean rank) - 1: the share of time
 that the average rank waits. Costs are FLOPs of a 1B model (Llama-3.2-1B's shape), whose head and attention
 weigh most. `step`: ranks wait for each other once a step (ZeRO 0 to 1); `micro-batch`: in every micro-batch
-(ZeRO 2 and 3). `dealt`: our dealing; `random`: the same packs in random order. Writes results/balance.json
-and balance.png.
+(ZeRO 2 and 3). `dealt`: our dealing; `random`: the same packs in random order. Writes OUT/balance.json and balance.png.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from benchmarks.measure import versions
 from sftcore.batching.packing import pack
 from sftcore.batching.schedule import IDLE, deal
 
-RESULTS = Path(__file__).parent / "results"
 # Llama-3.2-1B: 973 M body parameters, 16 layers, 32 heads of 64, vocabulary 128,256, hidden size 2,048
 PER_TOKEN, PER_SQUARE, PER_TRAINED = 6 * 973e6, 6 * 16 * 2048, 6 * 2048 * 128_256
 WORLDS = (1, 2, 4, 8, 16, 64, 256, 1024)
@@ -36,6 +34,7 @@ def main() -> None:
     """All cells, a table, a picture."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=Path, required=True, help=".npy of real token counts")
+    parser.add_argument("--out", type=Path, help="folder for balance.json and balance.png")
     options = parser.parse_args()
     started = time.perf_counter()
     cells = [
@@ -54,9 +53,9 @@ def main() -> None:
         "versions": versions("numpy"),
         "cells": [*cells, *goal],
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "balance.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(cells, RESULTS / "balance.png")
+    if options.out:
+        (options.out / "balance.json").write_text(json.dumps(report, indent=1) + "\n")
+        draw(cells, options.out / "balance.png")
 
 
 def lengths_of(name: str, real: Path, capacity: int) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Packing: packs, utilisation, seconds and memory, beside TRL's `pack_dataset(strategy="bfd")`.
 
-    python benchmarks/packing.py --lengths LENGTHS.npy --trl-python TRL_VENV/bin/python
+    python -m benchmarks.packing --lengths LENGTHS.npy --trl-python TRL_VENV/bin/python --out benchmarks/results
 
 Without --lengths a drawn length distribution is used, without --trl-python ours alone is measured. Medians
 of five, the two in turn, each call in this (or TRL's) process after one call of warm-up. Writes
-results/packing.json.
+OUT/packing.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 from benchmarks.measure import peak_resident_bytes, versions
 from sftcore.batching.packing import pack
 
-RESULTS = Path(__file__).parent / "results"
 CAPACITY = 4096
 ROUNDS = 5
 MANY_ROWS = 10_000_000
@@ -49,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=Path, help=".npy of token counts")
     parser.add_argument("--trl-python", type=Path, help="python of an environment with TRL")
+    parser.add_argument("--out", type=Path, help="folder for packing.json")
     options = parser.parse_args()
     lengths = np.load(options.lengths) if options.lengths else drawn_lengths()
     report = {"date": time.strftime("%Y-%m-%d"), "capacity": CAPACITY, "rows": len(lengths)}
@@ -63,8 +63,8 @@ def main() -> None:
     }
     report["versions"] = versions("numpy")
     print(json.dumps(report, indent=1))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "packing.json").write_text(json.dumps(report, indent=1) + "\n")
+    if options.out:
+        (options.out / "packing.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def drawn_lengths() -> np.ndarray:

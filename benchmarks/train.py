@@ -1,6 +1,6 @@
 """Training samples per second, side by side with TRL's SFTTrainer (padded and packed) on the same machine.
 
-    python benchmarks/train.py --model .cache/models/smollm2-135m --trl-python TRL_VENV/bin/python \
+    python -m benchmarks.train --model .cache/models/smollm2-135m --trl-python TRL_VENV/bin/python \
         --items ../shared/data/entityquestions --samples-per-step 64 --steps 4 --rounds 5
 
 Same model, same items in the same order, same number of samples per step, loss on the answers only, bfloat16
@@ -82,6 +82,7 @@ def run(system: str, options: argparse.Namespace, items: Path) -> dict:
     arguments = [str(options.model), str(items), str(options.samples_per_step), str(options.steps)]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     command = [python, str(script), *arguments, system.removeprefix("trl-")]
+    environment["PYTHONPATH"] = str(HERE.parent)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{system} failed:\n{done.stderr[-3000:]}")

@@ -10,7 +10,6 @@ import json
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -18,8 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.measure import peak_resident_bytes, versions  # noqa: E402
+from benchmarks.measure import peak_resident_bytes, versions
 
 
 class Clock(TrainerCallback):
