@@ -5,7 +5,8 @@
 Imbalance = (sum over steps of the slowest rank) / (sum over steps of the mean rank) - 1: the share of time
 that the average rank waits. Costs are FLOPs of a 1B model (Llama-3.2-1B's shape), whose head and attention
 weigh most. `step`: ranks wait for each other once a step (ZeRO 0 to 1); `micro-batch`: in every micro-batch
-(ZeRO 2 and 3). `dealt`: our dealing; `random`: the same packs in random order. Writes OUT/balance.json and balance.png.
+(ZeRO 2 and 3). `dealt`: our dealing; `random`: the same packs in random order. Writes
+OUT/balance.json and balance.png.
 """
 
 from __future__ import annotations

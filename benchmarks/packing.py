@@ -1,6 +1,6 @@
 """Packing: packs, utilisation, seconds and memory, beside TRL's `pack_dataset(strategy="bfd")`.
 
-    python -m benchmarks.packing --lengths LENGTHS.npy --trl-python TRL_VENV/bin/python --out benchmarks/results
+    python -m benchmarks.packing --lengths LENGTHS.npy --trl-python TRL/bin/python --out benchmarks/results
 
 Without --lengths a drawn length distribution is used, without --trl-python ours alone is measured. Medians
 of five, the two in turn, each call in this (or TRL's) process after one call of warm-up. Writes
