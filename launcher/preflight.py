@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sftcore.data.store import TokenStore
 
 from sftcore.batching.schedule import IDLE, Schedule, Step
 from sftcore.config import Recipe
+from sftcore.data.store import TokenStore
 from sftcore.model.cost import ModelCost, measure_model
 from sftcore.model.load import DTYPES, load_config
 from sftcore.recipe import deepspeed_file
