@@ -84,10 +84,8 @@ def test_many_workers_write_what_one_writes(recipe, bpe, tmp_path, monkeypatch):
     assert len(many.manifest["parts"]) > 10 and len(whole.manifest["parts"]) == 2
     assert content(one) == content(many) == content(whole)
     assert counts(one) == counts(many) == counts(whole)
-    assert counts(one)["rejected_by_reason"] == {"leak": 20, "missing_field": 1}
-    assert (
-        counts(one)["altered_by_reason"]["duplicate_kept"] == 11
-    )  # one in the first file, ten in the second
+    assert counts(one)["rejected_by_reason"] == {"duplicate_id": 2, "leak": 20, "missing_field": 1}
+    assert counts(one)["altered_by_reason"]["duplicate_kept"] == 10  # 1 of the first file, 9 of the second
     rows = [json.loads(x) for x in (many.folder / "ledger.jsonl").read_text().splitlines()]
     assert sum(row["kind"] == "rejected" for row in rows) == many.manifest["num_rejected"]
     assert many.sources.tolist() == sorted(many.sources.tolist()) and set(many.sources.tolist()) == {0, 1}
