@@ -11,7 +11,7 @@ Parsing needs no torch (import in about 0.2 s), so `sftcore --help` and `sftcore
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -53,17 +53,55 @@ class Columns(Settings):
     label: str | int = Field("label", description="label: 0 or 1, or a label word of the recipe")
 
 
+PRESETS: dict[str, dict[str, str | int]] = {  # layouts as the corpora's authors spread them
+    "lcqmc": {"a": "text_a", "b": "text_b", "label": "label"},
+    "bq": {"a": "sentence1", "b": "sentence2", "label": "label"},
+    "pawsx": {"a": "sentence1", "b": "sentence2", "label": "label"},
+    "afqmc": {"a": "sentence1", "b": "sentence2", "label": "label"},
+    "mrpc": {"a": "#1 String", "b": "#2 String", "label": "Quality"},
+    "qqp": {"a": "question1", "b": "question2", "label": "is_duplicate"},
+}
+
+
 class Source(Settings):
     """One group of files."""
 
+    preset: Literal["lcqmc", "bq", "pawsx", "afqmc", "mrpc", "qqp"] | None = Field(
+        None, description="layout of a known pair corpus: fills in format and columns"
+    )
     format: Literal["entityquestions", "facts", "pairs", "jsonl"] = Field(
         description="how the files are read"
     )
     path: str = Field(
-        description="file or glob; relative to the recipe, then to here; `assets:` for shipped data"
+        description="file, glob or data set folder; relative to the recipe, then to here; `assets:` for"
+        " shipped data, `hub:NAME` for a data set by name"
     )
+    subset: str | None = Field(None, description="`hub:` only: the data set's configuration")
+    split: str | None = Field(None, description="`hub:` only, required there: the data set's split")
     limit: Positive | None = Field(None, description="take N rows, evenly from the tops of the files")
     columns: Columns = Field(default_factory=lambda: Columns(), description="pairs only")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="training only: this source's share of an epoch's samples, relative to the others"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        """Format and columns of the preset, where they aren't given."""
+        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
+            return values
+        return {"format": "pairs", "columns": PRESETS[values["preset"]], **values}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Source:
+        if self.preset and self.format != "pairs":
+            raise ValueError(f"preset {self.preset} is a layout of pairs, not of {self.format}")
+        is_hub = self.path.startswith("hub:")
+        if is_hub and self.split is None:
+            raise ValueError("a data set by name needs `split`, e.g. split: train")
+        if not is_hub and (self.split or self.subset):
+            raise ValueError("`split` and `subset` are for `hub:` paths; on disk, name the split's folder")
+        return self
 
 
 class InlineTemplate(Settings):
@@ -86,6 +124,22 @@ class DataSettings(Settings):
     )
     max_reject_fraction: Fraction = Field(0.01, description="more rejected rows than this share is an error")
     deduplicate: bool = Field(False, description="drop exact duplicates of prompt and answer")
+    temperature: Annotated[float, Field(ge=1)] | None = Field(
+        None,
+        description="a source of n samples gets the share n^(1/T) of each epoch: 1 keeps the sizes' ratios,"
+        " more evens them out; instead of weights",
+    )
+
+    @model_validator(mode="after")
+    def _one_mixture(self) -> DataSettings:
+        weighted = [source.weight is not None for source in self.train]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give `weight` to all training sources, or to none")
+        if any(weighted) and self.temperature is not None:
+            raise ValueError("give `weight` to the sources or `temperature`, not both")
+        if any(source.weight is not None for source in (*self.test, *self.ood)):
+            raise ValueError("`weight` is for training sources: held-out ones are always read whole")
+        return self
 
 
 class ProbeSettings(Settings):

@@ -184,13 +184,15 @@ def fingerprint_of(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, *, purpose: str, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on `folder`/.lock while the block runs; the kernel drops it if the process dies.
+def folder_lock(folder: Path, *, purpose: str, wait: bool = False, shared: bool = False) -> Iterator[bool]:
+    """Hold a lock on `folder`/.lock while the block runs; the kernel drops it if the process dies.
 
-    A file system without locks (Lustre mounted without -o flock) gets a warning instead.
+    A file system without locks (Lustre mounted without -o flock) gets a warning instead; yields whether the
+    lock is held.
 
     Args:
         wait: wait for another holder instead of refusing.
+        shared: with others that share it; an exclusive holder waits for all of them.
 
     Raises:
         UserInputError: another process holds it (its pid is named).
@@ -199,8 +201,10 @@ def folder_lock(folder: Path, *, purpose: str, wait: bool = False) -> Iterator[N
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "a+", encoding="utf-8")
     with handle:
+        is_held = True
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             handle.seek(0)
             holder = handle.read().strip() or "another process"
@@ -217,7 +221,8 @@ def folder_lock(folder: Path, *, purpose: str, wait: bool = False) -> Iterator[N
             logging.getLogger("sftcore").warning(
                 "%s: no file locks there; start one process at a time", folder
             )
+            is_held = False
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
         handle.flush()
-        yield
+        yield is_held

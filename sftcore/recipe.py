@@ -27,6 +27,7 @@ from sftcore.errors import Problem, UserInputError
 ASSETS = Path(__file__).parent / "assets"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 ASSET_PREFIX = "assets:"
+HUB_PREFIX = "hub:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # "org/name" or "name"
 
 
@@ -191,6 +192,8 @@ def _resolve_model(text: str, base: Path) -> tuple[str, Problem | None]:
 
 
 def _resolve_source(text: str, base: Path, where: str) -> tuple[str, Problem | None]:
+    if text.startswith(HUB_PREFIX):
+        return text, None
     if text.startswith(ASSET_PREFIX):
         candidates = [str(ASSETS / text.removeprefix(ASSET_PREFIX))]
     else:
@@ -205,8 +208,10 @@ def _resolve_source(text: str, base: Path, where: str) -> tuple[str, Problem | N
 
 
 def source_files(source: Source) -> list[Path]:
-    """The files of a resolved source, sorted by name."""
+    """The files or data set folders of a resolved source, sorted; a `hub:` name stands for itself."""
     text = source.path
+    if text.startswith(HUB_PREFIX):
+        return [Path(text)]
     pattern = str(ASSETS / text.removeprefix(ASSET_PREFIX)) if text.startswith(ASSET_PREFIX) else text
     return [Path(name) for name in sorted(glob.glob(pattern))]
 

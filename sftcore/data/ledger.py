@@ -165,6 +165,21 @@ class Ledger:
         if self.altered_by_reason[alteration.change] <= LISTED_ALTERATIONS_PER_KIND:
             self._list({"kind": "altered", **asdict(alteration)})
 
+    def absorb(
+        self, entries: Iterable[dict[str, Any]], *, num_rows_read: int, altered: dict[str, int]
+    ) -> None:
+        """Take over another ledger: its entries, the rows it read, all alterations it counted."""
+        self.num_rows_read += num_rows_read
+        listed = Counter(self.altered_by_reason)
+        for entry in entries:
+            kind = entry.pop("kind")
+            if kind == "rejected":
+                self.reject(Rejection(**entry | {"reason": Reason(entry["reason"])}))
+            elif listed[entry["change"]] < LISTED_ALTERATIONS_PER_KIND:
+                listed[entry["change"]] += 1
+                self._list({"kind": kind, **entry})
+        self.altered_by_reason.update(altered)
+
     def _list(self, entry: dict[str, Any]) -> None:
         entry["file"] = printable_path(entry["file"])
         with disk_errors_explained(Path(tempfile.gettempdir())):

@@ -1,63 +1,103 @@
 """`sftcore prepare`: from a recipe to its token store, made once per content.
 
-In: a recipe and a tokenizer. Out: an open `TokenStore` in .cache/stores/FINGERPRINT; also the records
-themselves, for probe and evaluation.
+In: a recipe and a tokenizer. Out: an open `TokenStore` in .cache/stores/FINGERPRINT.
 Invariant: num_rows_read = num_samples + num_rejected + num_not_selected; two stores with one fingerprint hold
 the same samples, since it covers every byte that decides them.
-Trade-off: training files are read twice, once to judge (duplicates, contradictions and leaks need the whole
-set) and once to write, so RAM holds 150 bytes a row, never the texts (EntityQuestions: 3 of 17 s for 176,560
-rows on two cores).
+Trade-off: finished parts of an interrupted prepare stay in FINGERPRINT.parts until somebody asks for the same
+store again (at most the size of the store); only what is missing is then made.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sftcore.config import Recipe, Source
-from sftcore.data.hygiene import judge
-from sftcore.data.ledger import PROMPTING, READING, Alteration, Change, Ledger, Reason, Rejection, printable
-from sftcore.data.prompts import Prompter, PromptOptions, Sample, question_patterns
-from sftcore.data.records import Record, id_prefixes, read_source
-from sftcore.data.store import TokenStore, write_store
-from sftcore.data.tokens import Tokenizer, load_tokenizer, tokenizer_identity
+import numpy as np
+
+from sftcore.config import Recipe
+from sftcore.data.digests import KnownDigests
+from sftcore.data.fingerprint import Digest, store_fingerprint
+from sftcore.data.hygiene import Hashes, hash_asked, hash_id
+from sftcore.data.ledger import PROMPTING, READING, Ledger, Reason
+from sftcore.data.merge import (
+    FIRST_REASON,
+    Outcomes,
+    Part,
+    account,
+    decide,
+    files_without_records,
+    read_parts,
+    write_merge,
+)
+from sftcore.data.parts import REASONS
+from sftcore.data.prompts import Prompter, PromptOptions
+from sftcore.data.splits import (
+    check_formats,
+    held_out_records,
+    load_items,
+    load_records,
+    split_prefixes,
+)
+from sftcore.data.store import KEPT, TokenStore
+from sftcore.data.tokens import Tokenizer
+from sftcore.data.units import Unit, cut_sources, share_of_job
+from sftcore.data.workers import Workshop, default_num_workers, write_parts
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import fingerprint_of, folder_lock, sha256_of_file
-from sftcore.log import log, progress
-from sftcore.recipe import source_files
+from sftcore.fsio import folder_lock, sync_entry
+from sftcore.log import log
 
-__all__ = ["load_items", "load_records", "load_tokenizer", "prepare_store", "store_fingerprint"]
+__all__ = ["load_items", "load_records", "prepare_shard", "prepare_store", "store_fingerprint"]
 
-CODE_VERSION = 1  # raise it when the same inputs give other samples
 STORES = Path(".cache/stores")
-HELD_OUT = ("test", "ood")
-FORMATS = {
-    "qa": ("entityquestions", "facts", "jsonl"),
-    "matching": ("pairs",),
-    "chat": ("jsonl",),
-}
 
 
-def load_records(recipe: Recipe, split: str, ledger: Ledger) -> list[Record]:
-    """All usable records of a split; for "train" after hygiene against "test" and "ood".
-
-    Raises:
-        UserInputError: unusable files, formats that the task can't use, too many rejected rows.
-    """
-    return list(_stream_records(recipe, split, ledger))
-
-
-def load_items(recipe: Recipe, split: str, ledger: Ledger | None = None) -> list[Record]:
-    """The held-out records that are probed and evaluated; empty if the recipe has no such source.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """One store to be made.
 
     Args:
-        split: "test" or "ood".
+        recipe: resolved.
+        prompter: of the recipe.
+        fingerprint: of the store.
+        only_ids: records to train on; None: all.
+        cache_root: folder of stores.
     """
-    assert split in HELD_OUT
-    return load_records(recipe, split, ledger or Ledger())
+
+    recipe: Recipe
+    prompter: Prompter
+    fingerprint: str
+    only_ids: frozenset[str] | None
+    cache_root: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where the finished store goes."""
+        return self.cache_root / self.fingerprint
+
+    @property
+    def parts(self) -> Path:
+        """Where its parts are until then."""
+        return self.cache_root / f"{self.fingerprint}.parts"
+
+    def units(self) -> list[Unit]:
+        """The work."""
+        return cut_sources(self.recipe.data.train, self.recipe.matching.labels)
+
+    def workshop(self) -> Workshop:
+        """What each worker needs."""
+        prefixes = split_prefixes(self.recipe, "train")
+        return Workshop(
+            recipe=self.recipe,
+            prompter=self.prompter,
+            prefixes=prefixes,
+            wanted=self.only_ids,
+            folder=self.parts,
+        )
 
 
 def prepare_store(
@@ -66,6 +106,8 @@ def prepare_store(
     *,
     only_ids: Collection[str] | None = None,
     cache_root: Path = STORES,
+    num_workers: int | None = None,
+    merge_only: bool = False,
 ) -> TokenStore:
     """The token store of the recipe's training data, written unless it is there already.
 
@@ -74,159 +116,202 @@ def prepare_store(
     Args:
         only_ids: train on these records only (selected facts); None: on all.
         cache_root: folder of stores.
+        num_workers: processes; None: one a core.
+        merge_only: refuse to make parts; other jobs have made them (`prepare_shard`).
 
     Raises:
         UserInputError: data, template or tokenizer can't be used; the ledger is then beside the stores.
         MissingEnvironmentError: disk full, read-only or not permitted.
     """
-    prompter = Prompter(PromptOptions.of(recipe), tokenizer)
-    fingerprint = store_fingerprint(recipe, tokenizer, only_ids=only_ids)
-    folder = cache_root / fingerprint
-    if store := _reusable(folder, fingerprint):
-        return store
-    with folder_lock(cache_root / ".locks" / fingerprint, purpose="preparing data", wait=True):
-        if store := _reusable(folder, fingerprint):
+    with _remembered(cache_root) as digest:
+        order = _order(recipe, tokenizer, only_ids, cache_root, digest)
+        if store := _reusable(order, digest):
             return store
-        if folder.exists():
-            log.warning("%s is damaged: writing it again", folder)
-            shutil.rmtree(folder)
-        ledger = Ledger()
-        try:
-            samples = _samples(recipe, prompter, ledger, only_ids)
-            write_store(folder, samples, fingerprint=fingerprint, ledger=ledger)
-        except UserInputError as error:
-            raise _with_ledger(error, ledger, cache_root / f"{fingerprint}.ledger.jsonl") from error
-    store = TokenStore.open(folder, fingerprint)
+        lock = cache_root / ".locks" / order.fingerprint
+        with folder_lock(lock, purpose="preparing data", wait=True) as is_alone:
+            if store := _reusable(order, digest):
+                return store
+            if order.folder.exists():
+                log.warning("%s is damaged: writing it again", order.folder)
+                shutil.rmtree(order.folder)
+            _build(order, num_workers or default_num_workers(), is_alone=is_alone, merge_only=merge_only)
+    store = TokenStore.open(order.folder, order.fingerprint)
     _report(store)
     return store
 
 
-def store_fingerprint(
-    recipe: Recipe, tokenizer: Tokenizer, *, only_ids: Collection[str] | None = None
-) -> str:
-    """Hash of everything that decides the samples: file contents, template, tokenizer, options, code."""
-    data = recipe.data
-    return fingerprint_of(
-        {
-            "code": CODE_VERSION,
-            "sources": {split: _sources_identity(recipe, split) for split in ("train", *HELD_OUT)},
-            "prompts": PromptOptions.of(recipe).identity(),
-            "patterns": question_patterns() if recipe.task == "qa" else None,
-            "deduplicate": data.deduplicate,
-            "max_reject_fraction": data.max_reject_fraction,
-            "tokenizer": tokenizer_identity(tokenizer),
-            "only_ids": None if only_ids is None else sorted(set(only_ids)),
-        }
+def prepare_shard(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    *,
+    job: int,
+    num_jobs: int,
+    only_ids: Collection[str] | None = None,
+    cache_root: Path = STORES,
+    num_workers: int | None = None,
+) -> tuple[int, int]:
+    """Make the parts that are the share of job `job` (0-based) of `num_jobs`, e.g. in a Slurm array.
+
+    When all jobs are done, `prepare_store` finds their parts and only writes the manifest.
+
+    Returns:
+        number of parts that are this job's, and of all.
+
+    Raises:
+        UserInputError: data, template or tokenizer can't be used.
+        MissingEnvironmentError: disk full, read-only or not permitted.
+    """
+    with _remembered(cache_root) as digest:
+        order = _order(recipe, tokenizer, only_ids, cache_root, digest)
+        units = order.units()
+        mine = share_of_job(units, job, num_jobs)
+        if _reusable(order, digest):
+            return len(mine), len(units)
+    locks = cache_root / ".locks"
+    with (
+        folder_lock(locks / order.fingerprint, purpose="preparing data", wait=True, shared=True),
+        folder_lock(
+            locks / f"{order.fingerprint}.{job}-of-{num_jobs}", purpose="preparing data", wait=True
+        ) as is_alone,
+    ):
+        workshop = order.workshop()
+        if is_alone:
+            workshop.clean(mine)
+        problems = write_parts(workshop, mine, num_workers=num_workers or default_num_workers())
+    if problems:
+        raise UserInputError(*problems)
+    return len(mine), len(units)
+
+
+@contextmanager
+def _remembered(cache_root: Path) -> Iterator[Digest]:
+    """A digest function that remembers what it read."""
+    known = KnownDigests(cache_root / ".digests.json")
+    yield known.sha256
+    known.save()
+
+
+def _order(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    only_ids: Collection[str] | None,
+    cache_root: Path,
+    digest: Digest,
+) -> _Order:
+    prompter = Prompter(PromptOptions.of(recipe), tokenizer)
+    check_formats(recipe)
+    return _Order(
+        recipe=recipe,
+        prompter=prompter,
+        fingerprint=store_fingerprint(recipe, tokenizer, only_ids=only_ids, digest=digest),
+        only_ids=None if only_ids is None else frozenset(only_ids),
+        cache_root=cache_root,
     )
 
 
-def _sources_identity(recipe: Recipe, split: str) -> list[dict[str, Any]]:
-    prefixes = _split_prefixes(recipe, split)
-    return [
-        {
-            "format": source.format,
-            "limit": source.limit,
-            "columns": source.columns.model_dump(),
-            "files": [[prefixes[file], sha256_of_file(file)] for file in source_files(source)],
-        }
-        for source in _sources(recipe, split)
-    ]
+def _reusable(order: _Order, digest: Digest) -> TokenStore | None:
+    """The finished store if it is whole."""
+    if not order.folder.is_dir():
+        return None
+    try:
+        store = TokenStore.open(order.folder, order.fingerprint)
+        store.verify(digest)
+    except UserInputError as error:
+        log.warning("%s", error)
+        return None
+    return store
 
 
-def _sources(recipe: Recipe, split: str) -> list[Source]:
-    return {"train": recipe.data.train, "test": recipe.data.test, "ood": recipe.data.ood}[split]
+def _build(order: _Order, num_workers: int, *, is_alone: bool, merge_only: bool) -> None:
+    """Make what is missing, compare, and give the store its name."""
+    workshop, units = order.workshop(), order.units()
+    if merge_only and (missing := [unit for unit in units if not workshop.is_done(unit)]):
+        raise UserInputError(_not_all_done(order.parts, missing, units))
+    if is_alone:
+        workshop.clean(units)
+    try:
+        _finish(order, workshop, units, num_workers)
+        _give_name(order)
+    except UserInputError:
+        shutil.rmtree(order.parts, ignore_errors=True)  # mended data will have another fingerprint
+        raise
+    except FileNotFoundError:  # without locks, another process may have renamed it under our hands
+        if not order.folder.is_dir():
+            raise
+        shutil.rmtree(order.parts, ignore_errors=True)
 
 
-def _split_prefixes(recipe: Recipe, split: str) -> dict[Path, str]:
-    return id_prefixes([file for source in _sources(recipe, split) for file in source_files(source)])
+def _give_name(order: _Order) -> None:
+    """Rename the finished parts; a store that another process finished meanwhile (without locks) stays."""
+    try:
+        os.replace(order.parts, order.folder)
+    except OSError:
+        if not order.folder.is_dir():
+            raise
+        shutil.rmtree(order.parts, ignore_errors=True)
+    sync_entry(order.cache_root)
 
 
-def _stream_records(recipe: Recipe, split: str, ledger: Ledger) -> Iterator[Record]:
-    _check_formats(recipe)
-    rows = ledger.take(_read_split(recipe, split, ledger))
-    yield from _clean(recipe, rows, ledger) if split == "train" else rows
-    limit = recipe.data.max_reject_fraction
-    ledger.check(limit, reasons=READING, num_rows=ledger.num_rows_read)
-
-
-def _check_formats(recipe: Recipe) -> None:
-    problems = [
-        Problem(
-            what=f"task {recipe.task} can't use format {source.format}",
-            where=f"data.{split}.{number}.format",
-            allowed=", ".join(FORMATS[recipe.task]),
-        )
-        for split in ("train", *HELD_OUT)
-        for number, source in enumerate(_sources(recipe, split))
-        if source.format not in FORMATS[recipe.task]
-    ]
+def _finish(order: _Order, workshop: Workshop, units: Sequence[Unit], num_workers: int) -> None:
+    """Make the missing parts and merge all of them; every unusable file is named."""
+    problems = write_parts(workshop, units, num_workers=num_workers)
+    try:
+        asked = hash_asked(held_out_records(order.recipe))
+    except UserInputError as error:
+        problems += error.problems
+    done = [unit for unit in units if workshop.is_done(unit)]
+    parts = read_parts(order.parts, done)
+    problems += files_without_records(parts, done)
     if problems:
         raise UserInputError(*problems)
+    _merge(order, parts, asked)
 
 
-def _read_split(recipe: Recipe, split: str, ledger: Ledger | None) -> Iterator[Record | Rejection]:
-    """Rows of all sources of a split; of records with the same id the first stays."""
-    prefixes = _split_prefixes(recipe, split)
-    seen: set[str] = set()
-    for source in _sources(recipe, split):
-        rows = read_source(
-            source, split=split, labels=recipe.matching.labels, prefixes=prefixes, ledger=ledger
-        )
-        for row in rows:
-            if isinstance(row, Record) and row.id in seen:
-                yield _dropped(row, Reason.DUPLICATE_ID)
-                continue
-            if isinstance(row, Record):
-                seen.add(row.id)
-            yield row
+def _not_all_done(folder: Path, missing: Sequence[Unit], units: Sequence[Unit]) -> Problem:
+    numbers = ", ".join(str(unit.number) for unit in missing[:10]) + (", ..." if len(missing) > 10 else "")
+    return Problem(
+        what=f"{len(missing)} of {len(units)} parts are missing: {numbers}",
+        where=str(folder),
+        remedy="wait for all `sftcore prepare --shard i/N` jobs, run those that failed again,"
+        " or leave out --merge",
+    )
 
 
-def _dropped(record: Record, reason: Reason) -> Rejection:
-    return Rejection(file=record.file, row=record.row, reason=reason, excerpt=printable(record.id))
+def _merge(order: _Order, parts: Sequence[Part], asked: Hashes) -> None:
+    """Compare all records, check the account, write ledger and manifest."""
+    data, only = order.recipe.data, order.only_ids
+    wanted = None if only is None else np.array([hash_id(id) for id in only], np.uint64)
+    outcomes, copies = decide(parts, asked, wanted, deduplicate=data.deduplicate)
+    ledger = account(parts, outcomes, copies)
+    try:
+        ledger.check(data.max_reject_fraction, reasons=READING, num_rows=ledger.num_rows_read)
+        if only is not None and (missing := _not_offered(parts, outcomes, only)):
+            raise UserInputError(_not_found(missing))
+        _check_prompting(order.recipe, ledger, int(np.count_nonzero(_is_offered(outcomes))))
+        if not np.count_nonzero(outcomes == KEPT):
+            raise UserInputError(Problem(what="no row became a training sample", where="data.train"))
+    except UserInputError as error:
+        path = order.cache_root / f"{order.fingerprint}.ledger.jsonl"
+        raise _with_ledger(error, ledger, path) from error
+    names = source_names(order.recipe)
+    write_merge(order.parts, parts, outcomes, ledger, fingerprint=order.fingerprint, sources=names)
 
 
-def _records_of(recipe: Recipe, *splits: str) -> Iterator[Record]:
-    for split in splits:
-        yield from (row for row in _read_split(recipe, split, None) if isinstance(row, Record))
+def source_names(recipe: Recipe) -> list[str]:
+    """A short name for each training source: its file's name or pattern, with its number if that is taken."""
+    names = [Path(source.path).name for source in recipe.data.train]
+    return [name if names.count(name) == 1 else f"{name}#{i}" for i, name in enumerate(names)]
 
 
-def _clean(recipe: Recipe, records: Iterable[Record], ledger: Ledger) -> Iterator[Record]:
-    """Training records without leaks, contradictions and (if asked for) duplicates."""
-    verdicts = judge(_records_of(recipe, "train"), _records_of(recipe, *HELD_OUT))
-    with progress("reading training rows", len(verdicts)) as advance:
-        for record, verdict in zip(records, verdicts, strict=True):
-            advance(1)
-            if verdict is Reason.DUPLICATE and not recipe.data.deduplicate:
-                ledger.alter(Alteration(file=record.file, row=record.row, change=Change.DUPLICATE_KEPT))
-                verdict = None
-            if verdict is None:
-                yield record
-            else:
-                ledger.reject(_dropped(record, verdict))
+def _is_offered(outcomes: Outcomes) -> Any:
+    """Records that reached the prompts: samples, and those that the prompts refused."""
+    return np.isin(outcomes, [KEPT, *(FIRST_REASON + REASONS.index(reason) for reason in PROMPTING)])
 
 
-def _samples(
-    recipe: Recipe, prompter: Prompter, ledger: Ledger, only_ids: Collection[str] | None
-) -> Iterator[Sample]:
-    """All training samples; at the end, checks of the whole that may refuse it."""
-    wanted = None if only_ids is None else set(only_ids)
-    num_offered = 0
-
-    def selected() -> Iterator[Record]:
-        nonlocal num_offered
-        for record in _stream_records(recipe, "train", ledger):
-            if wanted is not None and record.id not in wanted:
-                ledger.num_not_selected += 1
-                continue
-            if wanted is not None:
-                wanted.discard(record.id)
-            num_offered += 1
-            yield record
-
-    yield from prompter.samples(selected(), ledger)
-    if wanted:
-        raise UserInputError(_not_found(wanted))
-    _check_prompting(recipe, ledger, num_offered)
+def _not_offered(parts: Sequence[Part], outcomes: Outcomes, only: frozenset[str]) -> list[str]:
+    ids = np.concatenate([part.column("id_hash") for part in parts])[_is_offered(outcomes)]
+    found = set(ids.tolist())
+    return [id for id in only if hash_id(id) not in found]
 
 
 def _not_found(ids: Collection[str]) -> Problem:
@@ -246,19 +331,6 @@ def _check_prompting(recipe: Recipe, ledger: Ledger, num_offered: int) -> None:
         remedy = "raise data.max_length, or set data.overlength: reject or trim_prompt"
         raise UserInputError(replace(problem, remedy=remedy))
     ledger.check(data.max_reject_fraction, reasons=PROMPTING, num_rows=num_offered)
-
-
-def _reusable(folder: Path, fingerprint: str) -> TokenStore | None:
-    """The store in `folder` if it is whole."""
-    if not folder.is_dir():
-        return None
-    try:
-        store = TokenStore.open(folder, fingerprint)
-        store.verify()
-    except UserInputError as error:
-        log.warning("%s", error)
-        return None
-    return store
 
 
 def _with_ledger(error: UserInputError, ledger: Ledger, path: Path) -> UserInputError:

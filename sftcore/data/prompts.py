@@ -22,13 +22,13 @@ from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
 from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.records import Record
 from sftcore.data.rows import ignore
-from sftcore.data.seam import IGNORED, Draft, Encoded, encode_drafts
+from sftcore.data.seam import Draft, Encoded, encode_drafts
 from sftcore.data.tokens import Tokenizer, codec_of
 from sftcore.data.trimming import cut_left, prompt_texts, with_prompt_texts
 from sftcore.data.wording import PromptOptions, Template, language_of, load_template, question_patterns
 from sftcore.errors import Problem, UserInputError
 
-__all__ = ["PromptOptions", "Prompter", "Sample", "Template", "load_template", "question_patterns"]
+__all__ = ["PromptOptions", "Prompter", "Refusal", "Sample", "Template", "load_template", "question_patterns"]
 
 BATCH_RECORDS = 1024  # encoded together; EntityQuestions: 0.3 MB of text
 
@@ -56,8 +56,8 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Refusal:
-    """Why a record can't become a sample."""
+class Refusal:
+    """Why a record can't become a sample (`reason` is one of `PROMPTING`)."""
 
     reason: Reason
     detail: str
@@ -91,7 +91,7 @@ class Prompter:
             UserInputError: the template refuses the record (training would have rejected it).
         """
         draft = self._draft(record.content)
-        if isinstance(draft, _Refusal):
+        if isinstance(draft, Refusal):
             where = f"{record.file}:{record.row}"
             raise UserInputError(Problem(what=f"no prompt can be made: {draft.detail}", where=where))
         return (
@@ -141,27 +141,31 @@ class Prompter:
         self, records: Sequence[Record], ledger: Ledger | None = None
     ) -> list[Sample | Rejection]:
         """`sample` of each record, encoded in one batch."""
-        encoded = self._encode([record.content for record in records])
-        results = [self._fitted(record.content, e) for record, e in zip(records, encoded, strict=True)]
+        results = self.encode_batch([record.content for record in records])
         return [self._noted(record, result, ledger) for record, result in zip(records, results, strict=True)]
 
-    def _encode(self, contents: Sequence[Content]) -> list[Encoded | _Refusal]:
+    def encode_batch(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
+        """Ids and labels of each content, or why there are none; over-long ones cut or refused."""
+        encoded = self._encode(contents)
+        return [self._fitted(content, e) for content, e in zip(contents, encoded, strict=True)]
+
+    def _encode(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
         drafts = [self._draft(content) for content in contents]
         encoded = iter(encode_drafts(self.codec, [d for d in drafts if isinstance(d, Draft)]))
-        nothing = _Refusal(reason=Reason.NO_TOKENS, detail="prompt or answer has no tokens")
+        nothing = Refusal(reason=Reason.NO_TOKENS, detail="prompt or answer has no tokens")
         return [(next(encoded) or nothing) if isinstance(d, Draft) else d for d in drafts]
 
-    def _draft(self, content: Content) -> Draft | _Refusal:
+    def _draft(self, content: Content) -> Draft | Refusal:
         if isinstance(content, Chat):
             try:
                 return Draft(pieces=self._renderer().pieces(content), is_bare=False)
             except ChatRefused as error:
-                return _Refusal(reason=Reason.REFUSED_BY_TEMPLATE, detail=str(error))
+                return Refusal(reason=Reason.REFUSED_BY_TEMPLATE, detail=str(error))
         if isinstance(content, Fact):
             content = self._asked(content)
             if content.question is None and "question" in self.options.templates["any"].placeholders:
                 detail = f"no question, and no pattern for relation {content.relation!r}"
-                return _Refusal(reason=Reason.UNKNOWN_RELATION, detail=detail)
+                return Refusal(reason=Reason.UNKNOWN_RELATION, detail=detail)
         return Draft(pieces=self._texts(content), is_bare=True)
 
     def _asked(self, fact: Fact) -> Fact:
@@ -195,9 +199,9 @@ class Prompter:
         labels = self.options.matching.labels
         return labels.zh if language == "zh" else labels.en
 
-    def _fitted(self, content: Content, encoded: Encoded | _Refusal) -> Encoded | _Refusal:
+    def _fitted(self, content: Content, encoded: Encoded | Refusal) -> Encoded | Refusal:
         """`encoded`, cut to `max_length` if the recipe says so, or a refusal."""
-        if isinstance(encoded, _Refusal) or len(encoded.ids) <= self.options.max_length:
+        if isinstance(encoded, Refusal) or len(encoded.ids) <= self.options.max_length:
             return encoded
         detail = f"{len(encoded.ids)} tokens, {self.options.max_length} fit"
         if self.options.overlength == "trim_prompt":
@@ -205,7 +209,7 @@ class Prompter:
             if trimmed is not None:
                 return replace(trimmed, changes=(*trimmed.changes, Change.PROMPT_TRIMMED))
             detail += "; answer, markers and stop token alone are too long"
-        return _Refusal(reason=Reason.OVERLENGTH, detail=detail)
+        return Refusal(reason=Reason.OVERLENGTH, detail=detail)
 
     def _trimmed(self, content: Content) -> Encoded | None:
         """The sample after the smallest cut of prompt characters that makes it fit, or None."""
@@ -213,7 +217,7 @@ class Prompter:
             content = self._asked(content)
         texts = prompt_texts(content)
 
-        def encode(num_characters: int) -> Encoded | _Refusal:
+        def encode(num_characters: int) -> Encoded | Refusal:
             return self._encode([with_prompt_texts(content, cut_left(texts, num_characters))])[0]
 
         def fits(num_characters: int) -> bool:
@@ -224,8 +228,8 @@ class Prompter:
         result = encode(bisect_left(range(most), True, key=fits))
         return result if isinstance(result, Encoded) and len(result.ids) <= self.options.max_length else None
 
-    def _noted(self, record: Record, result: Encoded | _Refusal, ledger: Ledger | None) -> Sample | Rejection:
-        if isinstance(result, _Refusal):
+    def _noted(self, record: Record, result: Encoded | Refusal, ledger: Ledger | None) -> Sample | Rejection:
+        if isinstance(result, Refusal):
             return Rejection(
                 file=record.file,
                 row=record.row,
@@ -236,12 +240,11 @@ class Prompter:
         note = ledger.alter if ledger else ignore
         for change in result.changes:
             note(Alteration(file=record.file, row=record.row, change=change))
-        labels = np.array(result.labels, np.int32)
         return Sample(
             id=record.id,
             input_ids=np.array(result.ids, np.int32),
-            labels=labels,
-            num_trained=int(np.count_nonzero(labels != IGNORED)),
+            labels=np.array(result.labels, np.int32),
+            num_trained=result.num_trained,
             file=record.file,
             row=record.row,
         )

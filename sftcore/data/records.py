@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from sftcore.config import LabelWords, Source
+from sftcore.data.arrow import arrow_rows, is_arrow
 from sftcore.data.contents import (
     Chat,
     Completion,
@@ -35,10 +36,10 @@ from sftcore.data.contents import (
     parse_pair,
     parse_question,
 )
-from sftcore.data.ledger import Ledger, Rejection, printable
-from sftcore.data.rows import Note, RawRow, damaged, ignore, json_line_rows, json_list_rows
+from sftcore.data.ledger import Ledger, Rejection, printable, printable_path
+from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore, json_line_rows, json_list_rows
 from sftcore.data.subjects import recover_subjects
-from sftcore.data.tables import pair_rows
+from sftcore.data.tables import object_rows, pair_rows
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 
@@ -83,17 +84,55 @@ def read_source(
         ledger: takes the alterations; the caller deals with rejections.
 
     Raises:
-        UserInputError: no file, or one that is unreadable, empty or without a usable row.
+        UserInputError: no file; or, after the rows of all others, files that are unreadable, empty or without
+            a usable row, all of them named.
     """
     files = source_files(source)
     if not files:
         raise UserInputError(Problem(what="no file matches", where=f"data.{split}", got=source.path))
     prefixes = prefixes or id_prefixes(files)
     note = ledger.alter if ledger else ignore
-    for file, share in zip(files, _shares(source, files, labels), strict=True):
-        rows = islice(_contents(source, file, labels, note), share)
-        if share != 0:
-            yield from _file_records(rows, file, split=split, prefix=prefixes[file])
+    problems: list[Problem] = []
+    for file, share in zip(files, shares_of(source, files, labels, problems), strict=True):
+        if share == 0:
+            continue
+        rows = span_records(
+            source, file, split=split, labels=labels, prefix=prefixes[file], limit=share, note=note
+        )
+        try:
+            yield from _usable(rows, file)
+        except UserInputError as error:
+            problems += error.problems
+    if problems:
+        raise UserInputError(*problems)
+
+
+def span_records(
+    source: Source,
+    file: Path,
+    *,
+    split: str,
+    labels: LabelWords,
+    prefix: str,
+    span: Span = WHOLE,
+    limit: int | None = None,
+    note: Note = ignore,
+) -> Iterator[Record | Rejection]:
+    """The rows of a stretch of one file, with ids.
+
+    Args:
+        prefix: of the ids of rows without their own.
+        limit: rows to take at most; None: all.
+
+    Raises:
+        UserInputError: the file is unusable as a whole.
+    """
+    for row in islice(_contents(source, file, labels, note, span), limit):
+        if isinstance(row, Rejection):
+            yield row
+            continue
+        name = row.id or f"{prefix}:{row.row}"
+        yield Record(id=name, split=split, file=str(file), row=row.row, content=row.content)
 
 
 def id_prefixes(files: Sequence[Path]) -> dict[Path, str]:
@@ -124,11 +163,20 @@ def _prefix_choices(file: Path) -> list[str]:
     return ["/".join(parts[-depth:]) for depth in range(1, len(parts) + 1)] + [str(file)]
 
 
-def _shares(source: Source, files: Sequence[Path], labels: LabelWords) -> list[int | None]:
-    """Rows to take from each file; None: all."""
+def shares_of(
+    source: Source, files: Sequence[Path], labels: LabelWords, problems: list[Problem]
+) -> list[int | None]:
+    """Rows to take from each file, None for all; files that can't be counted are reported and get 0."""
     if source.limit is None or len(files) == 1:
         return [source.limit] * len(files)
-    counts = [sum(1 for _ in islice(_raw_rows(source, file, labels, ignore), source.limit)) for file in files]
+    counts = []
+    for file in files:
+        try:
+            rows = _raw_rows(source, file, labels, ignore, WHOLE)
+            counts.append(sum(1 for _ in islice(rows, source.limit)))
+        except UserInputError as error:
+            problems += error.problems
+            counts.append(0)
     return list(even_shares(counts, source.limit))
 
 
@@ -144,38 +192,53 @@ def even_shares(counts: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def _file_records(
-    rows: Iterator[Parsed | Rejection], file: Path, *, split: str, prefix: str
-) -> Iterator[Record | Rejection]:
-    """Name the rows of one file; refuse a file without a usable one."""
+def _usable(rows: Iterator[Record | Rejection], file: Path) -> Iterator[Record | Rejection]:
+    """The rows of one file; refuses it after the last if none was usable."""
     rejected: list[Rejection] = []
     num_records = 0
     for row in rows:
         if isinstance(row, Rejection):
             rejected = [*rejected, row][:3]
-            yield row
-            continue
-        num_records += 1
-        name = row.id or f"{prefix}:{row.row}"
-        yield Record(id=name, split=split, file=str(file), row=row.row, content=row.content)
+        else:
+            num_records += 1
+        yield row
     if not num_records:
-        what = "no usable row" if rejected else "the file holds no rows"
-        raise damaged(file, what, got="\n      ".join(str(rejection) for rejection in rejected))
+        raise UserInputError(unusable_file(file, rejected))
 
 
-def _raw_rows(source: Source, file: Path, labels: LabelWords, note: Note) -> Iterator[RawRow | Rejection]:
+def unusable_file(file: Path, rejected: Sequence[Rejection]) -> Problem:
+    """What is said of a file without a usable row."""
+    return Problem(
+        what="no usable row" if rejected else "the file holds no rows",
+        where=printable_path(str(file)),
+        got="\n      ".join(str(rejection) for rejection in rejected),
+    )
+
+
+def _raw_rows(
+    source: Source, file: Path, labels: LabelWords, note: Note, span: Span
+) -> Iterator[RawRow | Rejection]:
+    if is_arrow(file):
+        rows = arrow_rows(source, file, span)
+        return object_rows(file, source.columns, rows) if source.format == "pairs" else rows
     if source.format == "entityquestions":
         return json_list_rows(file, note)
     if source.format == "pairs":
         numbers = label_numbers(labels)
         return pair_rows(
-            file, source.columns, is_label=lambda text: text.strip().casefold() in numbers, note=note
+            file,
+            source.columns,
+            is_label=lambda text: text.strip().casefold() in numbers,
+            note=note,
+            span=span,
         )
-    return json_line_rows(file, note)
+    return json_line_rows(file, note, span)
 
 
-def _contents(source: Source, file: Path, labels: LabelWords, note: Note) -> Iterator[Parsed | Rejection]:
-    rows = _raw_rows(source, file, labels, note)
+def _contents(
+    source: Source, file: Path, labels: LabelWords, note: Note, span: Span
+) -> Iterator[Parsed | Rejection]:
+    rows = _raw_rows(source, file, labels, note, span)
     if source.format == "entityquestions":
         return _with_subjects(file, _parsed(rows, file, parse_question, note))
     if source.format == "facts":
@@ -198,7 +261,7 @@ def _parsed(
         try:
             yield Parsed(id=parse_id(fields), row=row.number, content=parse(fields))
         except OddRow as odd:
-            excerpt = odd.excerpt or json.dumps(row.value, ensure_ascii=False)
+            excerpt = odd.excerpt or json.dumps(row.value, ensure_ascii=False, default=str)
             yield Rejection(
                 file=str(file),
                 row=row.number,

@@ -36,6 +36,24 @@ Note = Callable[[Alteration], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A stretch of a file that one worker reads.
+
+    Args:
+        start: byte (text files), row group (Parquet) or row (data sets) at which it starts.
+        end: where it ends, exclusive; None: at the end of the file.
+        first_row: 1-based line (text files) or row that stands at `start`.
+    """
+
+    start: int = 0
+    end: int | None = None
+    first_row: int = 1
+
+
+WHOLE = Span()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RawRow:
     """One row as it stands in the file.
 
@@ -58,7 +76,8 @@ def damaged(path: Path, what: str, *, got: str = "", remedy: str = "") -> UserIn
 
 
 @contextmanager
-def _read_errors_explained(path: Path) -> Iterator[None]:
+def read_errors_explained(path: Path) -> Iterator[None]:
+    """Name the file that is cut off, a folder, or not to be read."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -82,13 +101,18 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
             raise damaged(path, f"this is {name}, not UTF-8 text", remedy=remedy)
 
 
-def text_lines(path: Path, note: Note = ignore) -> Iterator[str]:
-    """The file's lines without line ends; undecodable bytes become lone surrogates."""
-    with _read_errors_explained(path), open_binary(path) as handle:
-        for number, line in enumerate(handle, 1):
+def text_lines(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[str]:
+    """The lines of a span, without line ends; undecodable bytes become lone surrogates."""
+    with read_errors_explained(path), open_binary(path) as handle:
+        handle.seek(span.start)
+        position = span.start
+        for number, line in enumerate(handle, span.first_row):
             if number == 1:
                 _refuse_foreign(path, line[:2])
             yield _decoded(path, line, number=number, note=note)
+            position += len(line)
+            if span.end is not None and position >= span.end:
+                return
 
 
 def json_list_rows(path: Path, note: Note = ignore) -> Iterator[RawRow]:
@@ -110,9 +134,9 @@ def json_list_rows(path: Path, note: Note = ignore) -> Iterator[RawRow]:
         yield RawRow(number=number, value=value)
 
 
-def json_line_rows(path: Path, note: Note = ignore) -> Iterator[RawRow | Rejection]:
+def json_line_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[RawRow | Rejection]:
     """One JSON value a line; blank lines are no rows."""
-    for number, line in enumerate(text_lines(path, note), 1):
+    for number, line in enumerate(text_lines(path, note, span), span.first_row):
         if not line.strip():
             continue
         try:
@@ -137,19 +161,21 @@ def has_surrogates(text: str) -> bool:
     return False
 
 
-def tsv_rows(path: Path, note: Note = ignore) -> Iterator[RawRow | Rejection]:
+def tsv_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[RawRow | Rejection]:
     """Cells split at tabs; quotes are text. The first row, a header or not, has number 1."""
-    for number, line in enumerate(text_lines(path, note), 1):
+    for number, line in enumerate(text_lines(path, note, span), span.first_row):
         if line:
             yield RawRow(number=number, value=line.split("\t"))
 
 
-def csv_rows(path: Path, note: Note = ignore) -> Iterator[RawRow | Rejection]:
+def csv_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[RawRow | Rejection]:
     r"""Cells of a comma-separated file with quotes (RFC 4180); the first row has number 1.
 
     A row that does not parse is rejected by its first line alone; the lines that it had swallowed in search
     of a closing quote are read again as rows of their own (the search ends after csv's 131,072 characters).
+    A table with quotes is never cut: `span` must be the whole file.
     """
+    assert span == WHOLE
     pending: deque[str] = deque()
     taken: list[str] = []
     lines = text_lines(path, note)

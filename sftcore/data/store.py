@@ -1,23 +1,21 @@
-"""The token store: all samples of a run as flat, memory-mapped columns.
+"""The token store: all samples of a run as memory-mapped columns.
 
-In: a stream of `Sample`s. Out: a folder that any number of processes open without copying.
+In: the folder of a finished prepare. Out: `Sample`s that any number of processes read without copying.
 Invariant: a folder under its final name is complete (it appears by one rename, manifest.json written last);
 what doesn't match its manifest, or another fingerprint than the expected one, is refused.
 Trade-off: fixed-width int32 ids cost 8 bytes a token with labels (a billion tokens: 8 GB of disk), and in
-return a sample is two slices of a memory map: no decoding, no copy, RAM flat in the number of rows.
+return a sample is two slices of a memory map: no decoding, no copy; opening holds 20 bytes a sample.
 
-    input_ids.bin  int32 ids of all samples, end to end        |s0 s0 s0|s1 s1|s2 s2 s2 s2|
-    labels.bin     int32 targets, likewise                      ^0       ^3    ^5
-    index.arrow    id, file, row, offset (int64), num_tokens (int32), num_trained (int32): one row a sample
+    part-00000/    columns of one unit of work (see parts.py)     |s0 s0 s0|s1 s1|s2|
+    part-00001/    the next                                       |s3 s3|s4 s4 s4|
+    outcome.bin    one byte a record over all parts: 0 where it is a sample
     ledger.jsonl   rejected and altered rows
     manifest.json  totals, sizes, checksums, fingerprint
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from importlib.metadata import version
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,100 +23,67 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sftcore.data.ledger import Ledger, printable_path
+from sftcore.data.ledger import printable_path
+from sftcore.data.parts import INT32
 from sftcore.data.prompts import Sample
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import atomic_folder, read_json, sha256_of_file, write_json
+from sftcore.fsio import read_json, sha256_of_file
 
-FORMAT_VERSION = 1
-BATCH_SAMPLES = 1024  # written at once: about 1 MB at 128 tokens a sample
-COLUMNS = ("input_ids.bin", "labels.bin", "index.arrow", "ledger.jsonl")
-PACKAGES = ("numpy", "pyarrow", "tokenizers", "transformers")
-INT32 = np.dtype("<i4")
-INDEX_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("file", pa.string()),
-        ("row", pa.int64()),
-        ("offset", pa.int64()),
-        ("num_tokens", pa.int32()),
-        ("num_trained", pa.int32()),
-    ]
-)
+FORMAT_VERSION = 2
+STORE_FILES = ("outcome.bin", "ledger.jsonl")
+KEPT = 0  # in outcome.bin
 
 
-def write_store(folder: Path, samples: Iterable[Sample], *, fingerprint: str, ledger: Ledger) -> None:
-    """Write a store; `folder` appears when all of it is on disk, or not at all.
+def open_rows(part: Path) -> pa.Table:
+    """A part's records, memory-mapped."""
+    with pa.memory_map(str(part / "rows.arrow")) as source:
+        return pa.ipc.open_file(source).read_all()
 
-    Args:
-        folder: final name; a store that another process finished meanwhile stays.
-        samples: consumed once; 1,024 of them are held at a time.
-        fingerprint: of everything that decided the samples.
-        ledger: of the rows that the samples come from; read after the last sample.
 
-    Raises:
-        UserInputError: there are no samples.
-        MissingEnvironmentError: disk full, read-only or not permitted.
+class _PartColumns:
+    """One part's memory maps, and where its kept samples stand in them (S of them).
+
+    Args (attributes):
+        file: that the records stand in.
+        source: 0-based training source.
+        kept: (S,) int32 positions of samples among the part's records.
+        offsets: (S,) int64, first token of each.
     """
-    with atomic_folder(folder, keep_existing=True) as temporary:
-        totals = _write_columns(temporary, samples)
-        ledger.write(temporary / "ledger.jsonl")
-        manifest = {
-            "num_rows_read": ledger.num_rows_read,
-            "num_samples": totals["num_samples"],
-            "num_rejected": ledger.num_rejected,
-            "num_not_selected": ledger.num_not_selected,
-            "rejected_by_reason": dict(sorted(ledger.rejected_by_reason.items())),
-            "altered_by_reason": dict(sorted(ledger.altered_by_reason.items())),
-            "num_tokens": totals["num_tokens"],
-            "num_trained_tokens": totals["num_trained_tokens"],
-            "fingerprint": fingerprint,
-            "format_version": FORMAT_VERSION,
-            "created_with": {name: version(name) for name in PACKAGES},
-            "files": {name: _describe_file(temporary / name) for name in COLUMNS},
-        }
-        write_json(temporary / "manifest.json", manifest)
+
+    def __init__(self, folder: Path, about: dict[str, Any], is_kept: NDArray[np.bool_]) -> None:
+        self.rows = open_rows(folder)
+        if len(self.rows) != len(is_kept):
+            raise _unusable(folder, f"rows.arrow has {len(self.rows)} records, not {len(is_kept)}")
+        self.file, self.source = str(about["file"]), int(about["source"])
+        num_tokens = self.rows["num_tokens"].to_numpy()
+        self.kept = np.flatnonzero(is_kept).astype(np.int32)
+        self.offsets = (np.cumsum(num_tokens, dtype=np.int64) - num_tokens)[is_kept]
+        self.lengths = num_tokens[is_kept]
+        self.num_trained = self.rows["num_trained"].to_numpy()[is_kept]
+        if num_tokens.sum(dtype=np.int64) * INT32.itemsize != (folder / "input_ids.bin").stat().st_size:
+            raise _unusable(folder, "columns and index don't match")
+        self.input_ids = _mapped(folder / "input_ids.bin")
+        self.labels = _mapped(folder / "labels.bin")
+
+    def sample(self, i: int) -> Sample:
+        """The part's i-th kept sample."""
+        start, position = int(self.offsets[i]), int(self.kept[i])
+        end = start + int(self.lengths[i])
+        return Sample(
+            id=self.rows["id"][position].as_py(),
+            input_ids=self.input_ids[start:end],
+            labels=self.labels[start:end],
+            num_trained=int(self.num_trained[i]),
+            file=self.file,
+            row=self.rows["row"][position].as_py(),
+        )
 
 
-def _write_columns(folder: Path, samples: Iterable[Sample]) -> dict[str, int]:
-    totals = {"num_samples": 0, "num_tokens": 0, "num_trained_tokens": 0}
-    samples = iter(samples)
-    with (
-        open(folder / "input_ids.bin", "wb") as ids,
-        open(folder / "labels.bin", "wb") as labels,
-        open(folder / "index.arrow", "wb") as index,
-        pa.ipc.new_file(index, INDEX_SCHEMA) as index_writer,
-    ):
-        while batch := list(islice(samples, BATCH_SAMPLES)):
-            ids.write(np.concatenate([sample.input_ids for sample in batch]).astype(INT32).tobytes())
-            labels.write(np.concatenate([sample.labels for sample in batch]).astype(INT32).tobytes())
-            rows = _index_rows(batch, first_offset=totals["num_tokens"])
-            index_writer.write_batch(rows)
-            totals["num_samples"] += len(batch)
-            totals["num_tokens"] += sum(len(sample.input_ids) for sample in batch)
-            totals["num_trained_tokens"] += sum(sample.num_trained for sample in batch)
-    if not totals["num_samples"]:
-        raise UserInputError(Problem(what="no row became a training sample", where="data.train"))
-    return totals
-
-
-def _index_rows(batch: list[Sample], *, first_offset: int) -> pa.RecordBatch:
-    lengths = [len(sample.input_ids) for sample in batch]
-    offsets = first_offset + np.cumsum([0, *lengths[:-1]])
-    columns = [
-        [sample.id for sample in batch],
-        [printable_path(sample.file) for sample in batch],
-        [sample.row for sample in batch],
-        offsets,
-        lengths,
-        [sample.num_trained for sample in batch],
-    ]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
-    return pa.record_batch(arrays, schema=INDEX_SCHEMA)
-
-
-def _describe_file(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+def _mapped(path: Path) -> NDArray[np.int32]:
+    if not path.stat().st_size:
+        return np.empty(0, np.int32)
+    # a plain array over the map: slicing np.memmap itself costs 5 times as much
+    return np.memmap(path, INT32, mode="r").view(np.ndarray)
 
 
 class TokenStore:
@@ -130,20 +95,27 @@ class TokenStore:
         fingerprint: of everything that decided its samples.
         lengths: (N,) int32, tokens of each sample.
         num_trained: (N,) int32, trained tokens of each sample.
+        sources: (N,) int16, 0-based training source of each sample.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
         self.fingerprint = str(manifest["fingerprint"])
-        with pa.memory_map(str(folder / "index.arrow")) as source:
-            self._index = pa.ipc.open_file(source).read_all()
-        self.lengths: NDArray[np.int32] = self._index["num_tokens"].to_numpy()
-        self.num_trained: NDArray[np.int32] = self._index["num_trained"].to_numpy()
-        self._offsets: NDArray[np.int64] = self._index["offset"].to_numpy()
-        # a plain array over the map: slicing np.memmap itself costs 5 times as much
-        self._input_ids = np.memmap(folder / "input_ids.bin", INT32, mode="r").view(np.ndarray)
-        self._labels = np.memmap(folder / "labels.bin", INT32, mode="r").view(np.ndarray)
+        outcomes = np.fromfile(folder / "outcome.bin", np.uint8)
+        ends = np.cumsum([0, *(about["num_records"] for about in manifest["parts"])])
+        if ends[-1] != len(outcomes):
+            raise _unusable(folder, "outcome.bin and manifest don't match")
+        self._parts = [
+            _PartColumns(folder / about["name"], about, outcomes[start:end] == KEPT)
+            for about, start, end in zip(manifest["parts"], ends, ends[1:], strict=False)
+        ]
+        sizes = [len(part.kept) for part in self._parts]
+        self._first_samples = np.cumsum([0, *sizes])
+        empty = np.empty(0, np.int32)
+        self.lengths: NDArray[np.int32] = np.concatenate([empty, *(part.lengths for part in self._parts)])
+        self.num_trained: NDArray[np.int32] = np.concatenate([empty, *(p.num_trained for p in self._parts)])
+        self.sources = np.repeat(np.array([part.source for part in self._parts], np.int16), sizes)
 
     @classmethod
     def open(cls, folder: Path, expected_fingerprint: str | None = None) -> TokenStore:
@@ -161,49 +133,59 @@ class TokenStore:
                 "stale: data, template, tokenizer or options have changed since it was written",
                 got=f"{manifest['fingerprint']}, expected {expected_fingerprint}",
             )
-        for name, described in manifest["files"].items():
-            num_bytes = (folder / name).stat().st_size if (folder / name).is_file() else 0
-            if num_bytes != described["bytes"]:
-                raise _unusable(folder, f"{name} has {num_bytes} bytes, not {described['bytes']}")
+        for folder_, described in [(folder, manifest), *((folder / p["name"], p) for p in manifest["parts"])]:
+            _check_sizes(folder_, described["files"])
         try:
             store = cls(folder, manifest)
         except (pa.ArrowInvalid, KeyError) as error:
-            raise _unusable(folder, f"index.arrow can't be read: {error}") from error
+            raise _unusable(folder, f"rows.arrow can't be read: {error}") from error
         store._check_totals()
         return store
 
     def _check_totals(self) -> None:
-        ends = np.cumsum(self.lengths, dtype=np.int64)
         found = {
             "num_samples": len(self.lengths),
-            "num_tokens": int(ends[-1]),
+            "num_tokens": int(self.lengths.sum(dtype=np.int64)),
             "num_trained_tokens": int(self.num_trained.sum(dtype=np.int64)),
         }
         wrong = [
             f"{key}: {n}, not {self.manifest[key]}" for key, n in found.items() if n != self.manifest[key]
         ]
-        if (
-            wrong
-            or len(self._input_ids) != ends[-1]
-            or not np.array_equal(self._offsets, ends - self.lengths)
-        ):
+        if wrong:
             raise _unusable(self.folder, "columns and manifest don't match", got="; ".join(wrong))
 
-    def verify(self) -> None:
+    def described_files(self) -> dict[Path, dict[str, Any]]:
+        """Every file of the store with its size and checksum."""
+        folders = [
+            (self.folder, self.manifest),
+            *((self.folder / p["name"], p) for p in self.manifest["parts"]),
+        ]
+        return {folder / name: about for folder, of in folders for name, about in of["files"].items()}
+
+    def verify(self, digest: Callable[[Path], str] = sha256_of_file) -> None:
         """Compare every byte with the manifest's checksums (1 GB/s).
+
+        Args:
+            digest: SHA-256 of a file, perhaps remembered.
 
         Raises:
             UserInputError: a file was changed.
         """
-        for name, described in self.manifest["files"].items():
-            if sha256_of_file(self.folder / name) != described["sha256"]:
+        for path, described in self.described_files().items():
+            if digest(path) != described["sha256"]:
+                name = path.relative_to(self.folder)
                 raise _unusable(self.folder, f"{name} was changed after it was written")
 
     @property
     def ids(self) -> list[str]:
         """Record ids in the store's order."""
-        ids: list[str] = self._index["id"].to_pylist()
-        return ids
+        return [id for part in self._parts for id in part.rows["id"].take(pa.array(part.kept)).to_pylist()]
+
+    @property
+    def labels_of_pairs(self) -> NDArray[np.int8]:
+        """(N,) label of each pair; -1 for samples that are none."""
+        empty = np.empty(0, np.int8)
+        return np.concatenate([empty, *(part.rows["label"].to_numpy()[part.kept] for part in self._parts)])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -211,19 +193,19 @@ class TokenStore:
     def __getitem__(self, i: int) -> Sample:
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        start = int(self._offsets[i])
-        end = start + int(self.lengths[i])
-        return Sample(
-            id=self._index["id"][i].as_py(),
-            input_ids=self._input_ids[start:end],
-            labels=self._labels[start:end],
-            num_trained=int(self.num_trained[i]),
-            file=self._index["file"][i].as_py(),
-            row=self._index["row"][i].as_py(),
-        )
+        i %= len(self)
+        part = int(np.searchsorted(self._first_samples, i, side="right")) - 1
+        return self._parts[part].sample(i - int(self._first_samples[part]))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
+
+
+def _check_sizes(folder: Path, files: dict[str, Any]) -> None:
+    for name, described in files.items():
+        num_bytes = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if num_bytes != described["bytes"]:
+            raise _unusable(folder, f"{name} has {num_bytes} bytes, not {described['bytes']}")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -231,7 +213,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise _unusable(folder, "no token store here (no manifest.json)")
     manifest = read_json(folder / "manifest.json")
     keys = {"num_samples", "num_tokens", "num_trained_tokens", "fingerprint", "format_version", "files"}
-    if not isinstance(manifest, dict) or keys - set(manifest) or set(manifest["files"]) != set(COLUMNS):
+    if not isinstance(manifest, dict) or keys - set(manifest):
+        raise _unusable(folder, "manifest.json is not that of a token store")
+    is_ours = manifest["format_version"] == FORMAT_VERSION
+    if is_ours and (set(manifest["files"]) != set(STORE_FILES) or "parts" not in manifest):
         raise _unusable(folder, "manifest.json is not that of a token store")
     return manifest
 

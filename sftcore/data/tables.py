@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sftcore.config import Columns
 from sftcore.data.ledger import Alteration, Change, Reason, Rejection, printable
-from sftcore.data.rows import Note, RawRow, csv_rows, damaged, ignore, json_line_rows, tsv_rows
+from sftcore.data.rows import WHOLE, Note, RawRow, Span, csv_rows, damaged, ignore, json_line_rows, tsv_rows
 
 EXTENSIONS = {".tsv": tsv_rows, ".txt": tsv_rows, ".csv": csv_rows, ".jsonl": json_line_rows}
 FIELDS = ("a", "b", "label")
@@ -40,9 +40,16 @@ class Layout:
 
 
 def pair_rows(
-    path: Path, columns: Columns, *, is_label: Callable[[str], bool], note: Note = ignore
+    path: Path,
+    columns: Columns,
+    *,
+    is_label: Callable[[str], bool],
+    note: Note = ignore,
+    span: Span = WHOLE,
 ) -> Iterator[RawRow | Rejection]:
     """Rows of a `pairs` file as {"a": ..., "b": ..., "label": ...}; a JSON row may lack some.
+
+    A span that starts further down takes its layout from the file's first line.
 
     Raises:
         UserInputError: an extension that isn't known, or columns that the file doesn't have.
@@ -51,15 +58,24 @@ def pair_rows(
     if suffix not in EXTENSIONS:
         allowed = ", ".join(EXTENSIONS)
         raise damaged(path, f"pairs are read from {allowed} (also .gz)", got=suffix or "no extension")
-    rows = EXTENSIONS[suffix](path, note)
+    rows = EXTENSIONS[suffix](path, note, span)
     if suffix == ".jsonl":
-        return _object_rows(path, columns, rows)
+        return object_rows(path, columns, rows)
+    if span.start:
+        layout = find_layout(path, _first_cells(EXTENSIONS[suffix](path, ignore, WHOLE)), columns, is_label)
+        return _rows_in_layout(path, layout, rows)
     return _table_rows(path, columns, is_label, rows, note)
 
 
-def _object_rows(
+def _first_cells(rows: Iterator[RawRow | Rejection]) -> list[str]:
+    first = next(rows, None)
+    return first.value if isinstance(first, RawRow) else []
+
+
+def object_rows(
     path: Path, columns: Columns, rows: Iterator[RawRow | Rejection]
 ) -> Iterator[RawRow | Rejection]:
+    """The rows' objects with the names of `columns` replaced by a, b and label."""
     names = {"a": columns.a, "b": columns.b, "label": columns.label, "id": "id"}
     if not all(isinstance(name, str) for name in names.values()):
         raise damaged(path, "columns by number need a TSV or CSV file", remedy="name the fields in `columns`")
@@ -89,6 +105,12 @@ def _table_rows(
         note(Alteration(file=str(path), row=1, change=layout.assumption, detail=detail))
     if not layout.has_header:
         yield _pair_of(path, first, layout, number=first.number)
+    yield from _rows_in_layout(path, layout, rows)
+
+
+def _rows_in_layout(
+    path: Path, layout: Layout, rows: Iterator[RawRow | Rejection]
+) -> Iterator[RawRow | Rejection]:
     for row in rows:
         number = (row.number if isinstance(row, RawRow) else row.row) - layout.has_header
         yield _pair_of(path, row, layout, number=number)

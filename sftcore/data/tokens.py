@@ -10,6 +10,7 @@ EntityQuestions, SmolLM2, 2026-11) and can write out their whole state; models w
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,18 @@ from typing import Any
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerFast; its import takes 2 s, so it is named nowhere here
+WORD_SPACE_WORD = re.compile(r"[A-Za-z](?= [A-Za-z])")
+CUT_CHARACTERS = 200  # how far before a border a cut is looked for
+LOCAL_SPLITS = frozenset(  # patterns that always split before a space between two letters, read for that
+    {
+        # Llama 3: meta-llama/Llama-3.1-8B tokenizer.json
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        # Qwen 2 and 3: Qwen/Qwen3-8B tokenizer.json
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    }
+)
 PROBES = ("a", "1", ".", "的")  # a text that yields at least one id in any vocabulary we have met
 
 
@@ -30,21 +43,36 @@ class Codec:
         prefix: ids that it puts before a text by itself (bos, or none).
         stop_id: eos, the id that ends an answer.
         special_ids: ids of its special tokens.
+        is_local: it encodes what stands before and after a space between two words independently.
     """
 
     tokenizer: Tokenizer
     prefix: tuple[int, ...]
     stop_id: int
     special_ids: frozenset[int]
+    is_local: bool = False
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without prefix and stop."""
         if not texts:
             return []
-        ids: list[list[int]] = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        return ids
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # an earlier call with truncation or padding would stay in force
+        backend.no_padding()
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def last_cut(self, text: str, start: int, end: int) -> int:
+        """The last place in text[start:end] with ids(before) + ids(after) = ids(whole), or `start`.
+
+        Such a place stands before a space between two ASCII letters, if the tokenizer is local.
+        """
+        if not self.is_local:
+            return start
+        cut = start
+        for found in WORD_SPACE_WORD.finditer(text, max(start, end - CUT_CHARACTERS), end):
+            cut = found.end()
+        return cut
 
     def with_prefix(self, ids: list[int]) -> list[int]:
         """`ids` after the tokenizer's own prefix, unless the text already spelt it out."""
@@ -76,7 +104,39 @@ def codec_of(tokenizer: Tokenizer) -> Codec:
         prefix=_own_prefix(tokenizer),
         stop_id=tokenizer.eos_token_id,
         special_ids=frozenset(special | set(tokenizer.all_special_ids)),
+        is_local=_is_local(tokenizer),
     )
+
+
+def _is_local(tokenizer: Tokenizer) -> bool:
+    """Whether every part of the tokenizer is known to split before a space between two letters.
+
+    Byte-level BPE does: its patterns (GPT-2's is built into ByteLevel) end a word at a space, look at no
+    character before a match, and BPE merges within words only. An added token with a space in it, or one that
+    starts or ends with a letter, could reach across.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps = backend["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    tokens = [token["content"] for token in backend["added_tokens"]]
+    return (
+        backend["model"]["type"] == "BPE"
+        and not backend["model"].get("dropout")
+        and (backend["normalizer"] or {"type": "NFC"})["type"] == "NFC"
+        and all(_splits_words(step) for step in steps)
+        and any(step.get("use_regex") or step.get("type") == "Split" for step in steps)
+        and not any(re.search(r"\s|^[^\W\d_]|[^\W\d_]$", token) for token in tokens)
+    )
+
+
+def _splits_words(step: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer leaves the place before a space between two letters a border."""
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": False} | {"type": "Digits"}:
+            return True
+        case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": str(pattern)}}:
+            return pattern in LOCAL_SPLITS
+    return False
 
 
 def _own_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -175,12 +175,12 @@ def test_formats_that_the_task_cannot_use_are_all_named(recipe, bpe, cache):
 def test_a_finished_store_is_reused(recipe, bpe, cache, monkeypatch):
     it = recipe(FACTS)
     first = prepare_store(it, bpe, cache_root=cache)
-    monkeypatch.setattr(prepare_module, "write_store", None)  # a second writing would fail
+    monkeypatch.setattr(prepare_module, "_build", None)  # a second writing would fail
     assert prepare_store(it, bpe, cache_root=cache).ids == first.ids
     assert prepare_store(it, build_bpe(), cache_root=cache).fingerprint == first.fingerprint
 
 
-@pytest.mark.parametrize("name", ["labels.bin", "manifest.json"])
+@pytest.mark.parametrize("name", ["part-00000/labels.bin", "outcome.bin", "manifest.json"])
 def test_a_damaged_store_is_written_again(recipe, bpe, cache, name, caplog):
     it = recipe(FACTS)
     first = prepare_store(it, bpe, cache_root=cache)
@@ -215,7 +215,7 @@ def test_fingerprint_covers_all_that_decides_the_samples(write, recipe, bpe, bpe
     seen.add(store_fingerprint(base, bpe))
     write("test.jsonl", FACTS[:2])
     assert store_fingerprint(base, bpe) in seen
-    monkeypatch.setattr(prepare_module, "CODE_VERSION", 2)
+    monkeypatch.setattr("sftcore.data.fingerprint.CODE_VERSION", 99)
     seen.add(store_fingerprint(base, bpe))
     assert len(seen) == 15
 
@@ -277,10 +277,14 @@ def test_a_full_disk_leaves_no_store(recipe, bpe, cache, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sftcore.data.store.write_json", full)
+    monkeypatch.setattr("sftcore.data.parts.write_json", full)
     with pytest.raises(MissingEnvironmentError, match="No space left"):
         prepare_store(recipe(FACTS), bpe, cache_root=cache)
-    assert [p.name for p in cache.iterdir()] == [".locks"]
+    (parts,) = (p for p in cache.iterdir() if p.name != ".locks")
+    assert parts.suffix == ".parts" and list(parts.iterdir()) == []
+    monkeypatch.undo()
+    assert len(prepare_store(recipe(FACTS), bpe, cache_root=cache)) == 20
+    assert not parts.exists()
 
 
 def test_numbers_of_the_account_are_logged(recipe, bpe, cache, caplog):

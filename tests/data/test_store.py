@@ -14,61 +14,79 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sftcore.data.store as store_module
+import sftcore.data.parts as parts_module
+from sftcore.data.contents import Completion
 from sftcore.data.ledger import Alteration as A
 from sftcore.data.ledger import Change, Ledger, Reason, Rejection
-from sftcore.data.prompts import Sample
-from sftcore.data.store import TokenStore, write_store
+from sftcore.data.merge import Part, write_merge
+from sftcore.data.parts import part_name, write_part
+from sftcore.data.records import Record
+from sftcore.data.seam import Encoded
+from sftcore.data.store import TokenStore
 from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.fsio import atomic_folder
 
 IDS = st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=20)
 NAMES = st.text(st.characters(blacklist_categories=["Cs"]), max_size=8)
 
 
-def sample(ids, *, num_trained=1, id="s", row=1) -> Sample:
+def record(id="s", row=1) -> Record:
+    content = Completion(prompt=f"{id} {row}", completion="x")
+    return Record(id=id, split="train", file="dir/f.jsonl", row=row, content=content)
+
+
+def encoded(ids, *, num_trained=1) -> Encoded:
     labels = [-100] * len(ids)
     labels[-1 - num_trained : -1] = ids[-num_trained:]
-    return Sample(
-        id=id,
-        input_ids=np.array(ids, np.int32),
-        labels=np.array(labels, np.int32),
-        num_trained=num_trained,
-        file="dir/f.jsonl",
-        row=row,
-    )
+    num_prompt = len(ids) - num_trained
+    return Encoded(ids=ids, labels=labels, num_prompt=num_prompt, num_trained=num_trained, changes=())
+
+
+def write_store(folder: Path, samples, *, ledger=None, per_part=100) -> None:
+    """A store of (Record, Encoded); every `per_part` of them make a part."""
+    samples = list(samples)
+    with atomic_folder(folder, keep_existing=True) as temporary:
+        units = range(0, max(1, len(samples)), per_part)
+        for number, start in enumerate(units):
+            some = samples[start : start + per_part]
+            lookup = {id(record): ids for record, ids in some}
+            write_part(
+                temporary / part_name(number),
+                [record for record, _ in some],
+                lambda records, lookup=lookup: [lookup[id(record)] for record in records],
+                ledger=Ledger(),
+                about={"source": 0, "file": "dir/f.jsonl"},
+            )
+        folders = [temporary / part_name(number) for number in range(len(units))]
+        parts = [Part(folder=f, about=json.loads((f / "part.json").read_text())) for f in folders]
+        outcomes = np.zeros(len(samples), np.uint8)
+        write_merge(temporary, parts, outcomes, ledger or Ledger(), fingerprint="f00d", sources=["f.jsonl"])
 
 
 THREE = [
-    sample([5, 6, 7], id="a"),
-    sample([8, 9], id="b", row=2),
-    sample([1, 2, 3, 4], num_trained=2, id="ü"),
+    (record("a"), encoded([5, 6, 7])),
+    (record("b", 2), encoded([8, 9])),
+    (record("ü"), encoded([1, 2, 3, 4], num_trained=2)),
 ]
 
 
-def written(folder: Path, samples=THREE, ledger=None) -> TokenStore:
-    write_store(folder, iter(samples), fingerprint="f00d", ledger=ledger or Ledger())
+def written(folder: Path, samples=THREE, ledger=None, per_part=100) -> TokenStore:
+    write_store(folder, samples, ledger=ledger, per_part=per_part)
     return TokenStore.open(folder, "f00d")
 
 
 @given(st.lists(st.tuples(IDS, NAMES), min_size=1, max_size=12))
 @settings(max_examples=40, deadline=None)
 def test_round_trip_is_bit_equal(tmp_path_factory, rows):
-    samples = [sample(ids, id=name, row=i) for i, (ids, name) in enumerate(rows, 1)]
+    samples = [(record(name, i), encoded(ids)) for i, (ids, name) in enumerate(rows, 1)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "BATCH_SAMPLES", 5)  # several batches
-        store = written(tmp_path_factory.mktemp("s") / "store", samples)
+        patch.setattr(parts_module, "BATCH_RECORDS", 2)  # several batches
+        store = written(tmp_path_factory.mktemp("s") / "store", samples, per_part=5)  # and several parts
     assert len(store) == len(samples) == len(store.ids)
-    for i, (got, want) in enumerate(zip(store, samples, strict=True)):
-        assert (got.id, got.file, got.row, got.num_trained) == (
-            want.id,
-            want.file,
-            want.row,
-            want.num_trained,
-        )
-        assert (
-            got.input_ids.tolist() == want.input_ids.tolist() and got.labels.tolist() == want.labels.tolist()
-        )
-        assert (store.lengths[i], store.num_trained[i]) == (len(want.input_ids), want.num_trained)
+    for i, (got, (want, ids)) in enumerate(zip(store, samples, strict=True)):
+        assert (got.id, got.file, got.row, got.num_trained) == (want.id, want.file, want.row, 1)
+        assert got.input_ids.tolist() == ids.ids and got.labels.tolist() == ids.labels
+        assert (store.lengths[i], store.num_trained[i]) == (len(ids.ids), 1)
     store.verify()
 
 
@@ -77,9 +95,9 @@ def test_columns_have_the_promised_types_and_layout(tmp_path):
     assert store.lengths.dtype == store.num_trained.dtype == np.int32
     assert store.lengths.tolist() == [3, 2, 4] and store.num_trained.tolist() == [1, 1, 2]
     assert store.ids == ["a", "b", "ü"]
-    flat = np.fromfile(tmp_path / "store/input_ids.bin", "<i4")
+    flat = np.fromfile(tmp_path / "store/part-00000/input_ids.bin", "<i4")
     assert flat.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 4]
-    labels = np.fromfile(tmp_path / "store/labels.bin", "<i4")
+    labels = np.fromfile(tmp_path / "store/part-00000/labels.bin", "<i4")
     assert labels.tolist() == [-100, 7, -100, 9, -100, -100, 3, 4, -100]
     assert (store[-1].id, store[2].id) == ("ü", "ü")
     for i in (3, -4):
@@ -89,7 +107,7 @@ def test_columns_have_the_promised_types_and_layout(tmp_path):
 
 def test_samples_are_views_of_the_map_and_read_only(tmp_path):
     store = written(tmp_path / "store")
-    assert np.shares_memory(store[0].input_ids, store._input_ids)
+    assert np.shares_memory(store[0].input_ids, store._parts[0].input_ids)
     with pytest.raises(ValueError, match="read-only"):
         store[0].input_ids[0] = 1
 
@@ -105,7 +123,7 @@ def test_manifest_keeps_the_account(tmp_path):
     assert manifest["rejected_by_reason"] == {"wrong_type": 1}
     assert manifest["altered_by_reason"] == {"seam_apart": 1}
     assert (manifest["num_tokens"], manifest["num_trained_tokens"]) == (9, 4)
-    assert (manifest["fingerprint"], manifest["format_version"]) == ("f00d", 1)
+    assert (manifest["fingerprint"], manifest["format_version"]) == ("f00d", 2)
     assert set(manifest["created_with"]) == {"numpy", "pyarrow", "tokenizers", "transformers"}
     assert [json.loads(x)["row"] for x in (tmp_path / "store/ledger.jsonl").read_text().splitlines()] == [
         3,
@@ -121,7 +139,7 @@ def test_a_stale_fingerprint_or_another_format_is_refused(tmp_path):
     ):
         TokenStore.open(tmp_path / "store", "beef")
     edit_manifest(tmp_path / "store", format_version=99)
-    with pytest.raises(UserInputError, match="store format 99, this is 1"):
+    with pytest.raises(UserInputError, match="store format 99, this is 2"):
         TokenStore.open(tmp_path / "store", "f00d")
 
 
@@ -135,20 +153,20 @@ def resize(path: Path, num_bytes: int) -> None:
         handle.truncate(num_bytes)
 
 
-@pytest.mark.parametrize("name", ["input_ids.bin", "labels.bin", "index.arrow"])
+@pytest.mark.parametrize("name", ["input_ids.bin", "labels.bin", "rows.arrow"])
 def test_truncated_grown_and_missing_columns_are_named(tmp_path, name):
     store = written(tmp_path / "store")
-    size = store.manifest["files"][name]["bytes"]
+    size = store.manifest["parts"][0]["files"][name]["bytes"]
     for num_bytes in (size - 4, size + 4, 0):
-        resize(tmp_path / "store" / name, num_bytes)
+        resize(tmp_path / "store/part-00000" / name, num_bytes)
         with pytest.raises(UserInputError, match=f"{name} has {num_bytes} bytes, not {size}"):
             TokenStore.open(tmp_path / "store", "f00d")
-    (tmp_path / "store" / name).unlink()
+    (tmp_path / "store/part-00000" / name).unlink()
     with pytest.raises(UserInputError, match=f"{name} has 0 bytes, not {size}"):
         TokenStore.open(tmp_path / "store", "f00d")
 
 
-@pytest.mark.parametrize("name", ["input_ids.bin", "labels.bin", "ledger.jsonl"])
+@pytest.mark.parametrize("name", ["part-00000/input_ids.bin", "part-00000/labels.bin", "ledger.jsonl"])
 def test_an_edited_byte_is_found_by_its_checksum(tmp_path, name):
     ledger = Ledger()
     ledger.reject(Rejection(file="f", row=3, reason=Reason.WRONG_TYPE))
@@ -162,9 +180,9 @@ def test_an_edited_byte_is_found_by_its_checksum(tmp_path, name):
 
 def test_an_unreadable_index_is_named(tmp_path):
     written(tmp_path / "store")
-    path = tmp_path / "store/index.arrow"
+    path = tmp_path / "store/part-00000/rows.arrow"
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(UserInputError, match="index.arrow can't be read"):
+    with pytest.raises(UserInputError, match="rows.arrow can't be read"):
         TokenStore.open(tmp_path / "store")
 
 
@@ -193,24 +211,27 @@ def test_a_folder_without_a_proper_manifest_is_refused(tmp_path, content, messag
         TokenStore.open(tmp_path)
 
 
-def test_no_samples_is_an_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(UserInputError, match="no row became a training sample"):
-        written(tmp_path / "store", [])
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_error_half_way_leaves_nothing(tmp_path):
     def broken():
-        yield from THREE
+        yield THREE[0][0]
         raise UserInputError("enough")
 
     with pytest.raises(UserInputError, match="enough"):
-        written(tmp_path / "store", broken())
+        write_part(tmp_path / "part", broken(), lambda records: [None], ledger=Ledger(), about={})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "victim", ["input_ids.bin", "labels.bin", "index.arrow", "ledger.jsonl", "manifest.json"]
+    "victim",
+    [
+        "input_ids.bin",
+        "labels.bin",
+        "rows.arrow",
+        "ledger.jsonl",
+        "part.json",
+        "outcome.bin",
+        "manifest.json",
+    ],
 )
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, victim):
     """Every file in turn is the one whose write fails."""
@@ -245,7 +266,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, victim):
     ledger.reject(Rejection(file="f", row=3, reason=Reason.WRONG_TYPE))
     monkeypatch.setattr("builtins.open", failing_open)
     with pytest.raises(MissingEnvironmentError, match="No space left(.|\n)*free space there"):
-        write_store(tmp_path / "store", iter(THREE), fingerprint="f00d", ledger=ledger)
+        write_store(tmp_path / "store", THREE, ledger=ledger)
     monkeypatch.undo()
     assert hits and list(tmp_path.iterdir()) == []
 
@@ -257,9 +278,9 @@ def test_a_really_full_disk(tmp_path):
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("may not mount a file system")
     try:
-        many = (sample(list(range(100)), id=str(i)) for i in range(2000))
+        many = [(record(str(i)), encoded(list(range(100)))) for i in range(2000)]
         with pytest.raises(MissingEnvironmentError, match="No space left"):
-            write_store(disk / "store", many, fingerprint="f00d", ledger=Ledger())
+            write_store(disk / "store", many)
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -271,7 +292,7 @@ def test_a_read_only_place_is_explained(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(MissingEnvironmentError, match="read-only: choose another folder"):
-        write_store(tmp_path / "store", iter(THREE), fingerprint="f00d", ledger=Ledger())
+        write_store(tmp_path / "store", THREE)
 
 
 def test_the_first_of_two_writers_wins_and_both_read_the_same(tmp_path):
@@ -287,9 +308,11 @@ def test_writing_holds_no_rows_in_memory(tmp_path):
     """Ten times the rows, the same peak (within 20 %); the samples are made on the fly."""
 
     def peak(num_rows: int) -> int:
-        rows = (sample([1, 2, 3, 4] * 8, id="x", row=i) for i in range(num_rows))
+        rows = (record("x", i) for i in range(num_rows))
+        sample = encoded([1, 2, 3, 4] * 8)
         tracemalloc.start()
-        write_store(tmp_path / str(num_rows), rows, fingerprint="f", ledger=Ledger())
+        folder = tmp_path / str(num_rows)
+        write_part(folder, rows, lambda records: [sample] * len(records), ledger=Ledger(), about={})
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak_bytes

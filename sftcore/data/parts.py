@@ -1,0 +1,148 @@
+"""One part of a store: the columns of one unit of work, before anybody has compared it with the others.
+
+In: the rows of a `Unit`, a `Prompter`. Out: a folder with ids, labels, one line a record, its own ledger.
+Invariant: a part under its final name is complete (one rename, part.json written last) and depends on its
+unit and the recipe only; duplicates, leaks and contradictions are decided later, from the hashes in it.
+Trade-off: rows that the comparison will drop are tokenised too (2 % of EntityQuestions), and in return a part
+needs no other part: any process, on any node, in any order, can write it.
+
+    input_ids.bin  int32 ids of all samples, end to end        |s0 s0 s0|s1 s1|s2 s2 s2 s2|
+    labels.bin     int32 targets, likewise                      ^0       ^3    ^5
+    rows.arrow     one line a record (`ROWS_SCHEMA`); a sample's offset is the sum of the num_tokens before it
+    ledger.jsonl   rows that did not parse, texts that were altered
+    part.json      its unit, totals, sizes, checksums
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from sftcore.data.hygiene import hash_id, hash_row
+from sftcore.data.ledger import Change, Ledger, Reason, Rejection, printable_path
+from sftcore.data.prompts import Refusal
+from sftcore.data.records import Record
+from sftcore.data.rows import has_surrogates
+from sftcore.data.seam import Encoded
+from sftcore.fsio import atomic_folder, sha256_of_file, write_json
+
+BATCH_RECORDS = 1024  # encoded and written together; EntityQuestions: 0.3 MB of text
+PART_COLUMNS = ("input_ids.bin", "labels.bin", "rows.arrow", "ledger.jsonl")
+INT32 = np.dtype("<i4")
+REASONS, CHANGES = tuple(Reason), tuple(Change)
+NO_REFUSAL = -1
+ROWS_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("id_hash", pa.uint64()),
+        ("item_hash", pa.uint64()),
+        ("question_hash", pa.uint64()),
+        ("text_hash", pa.uint64()),
+        ("label", pa.int8()),  # of a pair; -1 for others
+        ("num_tokens", pa.int32()),  # 0: no sample
+        ("num_trained", pa.int32()),
+        ("refusal", pa.int8()),  # position in REASONS, or NO_REFUSAL
+        ("detail", pa.string()),  # of the refusal
+        ("changes", pa.int32()),  # bit i: CHANGES[i]
+    ]
+)
+Encode = Callable[[Sequence[Record]], Sequence[Encoded | Refusal | None]]
+
+
+def part_name(number: int) -> str:
+    """Folder of unit `number` in a store."""
+    return f"part-{number:05d}"
+
+
+def write_part(
+    folder: Path,
+    rows: Iterable[Record | Rejection],
+    encode: Encode,
+    *,
+    ledger: Ledger,
+    about: dict[str, Any],
+) -> None:
+    """Write a part; `folder` appears when all of it is on disk, or not at all.
+
+    Args:
+        folder: final name; a part that another process finished meanwhile stays.
+        rows: consumed once; 1,024 of them are held at a time.
+        encode: a sample, a refusal, or None for a record that was not selected.
+        ledger: of these rows only; takes the rejections.
+        about: what part.json says of where the rows come from.
+
+    Raises:
+        UserInputError: the rows can't be read.
+        MissingEnvironmentError: disk full, read-only or not permitted.
+    """
+    with atomic_folder(folder, keep_existing=True) as temporary:
+        totals = _write_columns(temporary, ledger.take(rows), encode)
+        ledger.write(temporary / "ledger.jsonl")
+        described = {
+            **about,
+            **totals,
+            "num_rows_read": ledger.num_rows_read,
+            "altered_by_reason": dict(ledger.altered_by_reason),
+            "files": {name: describe_file(temporary / name) for name in PART_COLUMNS},
+        }
+        write_json(temporary / "part.json", described)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and checksum."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def _write_columns(folder: Path, records: Iterator[Record], encode: Encode) -> dict[str, int]:
+    totals = {"num_records": 0, "num_tokens": 0}
+    with (
+        open(folder / "input_ids.bin", "wb") as ids,
+        open(folder / "labels.bin", "wb") as labels,
+        open(folder / "rows.arrow", "wb") as rows,
+        pa.ipc.new_file(rows, ROWS_SCHEMA) as writer,
+    ):
+        while batch := list(islice(records, BATCH_RECORDS)):
+            results = encode(batch)
+            samples = [result for result in results if isinstance(result, Encoded)]
+            _write_flat(ids, [sample.ids for sample in samples])
+            _write_flat(labels, [sample.labels for sample in samples])
+            writer.write_batch(_row_batch(batch, results))
+            totals["num_records"] += len(batch)
+            totals["num_tokens"] += sum(len(sample.ids) for sample in samples)
+    return totals
+
+
+def _write_flat(handle: IO[bytes], lists: list[list[int]]) -> None:
+    handle.write(np.fromiter(chain.from_iterable(lists), INT32, sum(map(len, lists))).tobytes())
+
+
+def _row_batch(records: list[Record], results: Sequence[Encoded | Refusal | None]) -> pa.RecordBatch:
+    hashes = zip(*(hash_row(record.content) for record in records), strict=True)
+    columns = [
+        [_storable(record.id) for record in records],
+        [record.row for record in records],
+        [hash_id(record.id) for record in records],
+        *hashes,
+        [len(r.ids) if isinstance(r, Encoded) else 0 for r in results],
+        [r.num_trained if isinstance(r, Encoded) else 0 for r in results],
+        [REASONS.index(r.reason) if isinstance(r, Refusal) else NO_REFUSAL for r in results],
+        [_storable(r.detail) if isinstance(r, Refusal) else None for r in results],
+        [_change_bits(r.changes) if isinstance(r, Encoded) else 0 for r in results],
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, ROWS_SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=ROWS_SCHEMA)
+
+
+def _storable(text: str) -> str:
+    """Ids may hold a file's name, which may hold any bytes."""
+    return printable_path(text) if has_surrogates(text) else text
+
+
+def _change_bits(changes: tuple[Change, ...]) -> int:
+    return sum(1 << CHANGES.index(change) for change in changes)

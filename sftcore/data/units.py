@@ -1,0 +1,125 @@
+"""The training files cut into units of work: byte ranges, row groups or whole files.
+
+In: the training sources. Out: numbered `Unit`s; each becomes one part of the store.
+Invariant: units depend on the files' bytes alone, not on the number of workers, so an interrupted prepare
+goes on with any number of them; together the units of a file hold each of its rows once.
+Trade-off: line numbers need a count of the newlines before each range (2 GB/s); files that can't be cut
+(gzip, CSV, whose quotes may hold newlines, JSON lists, anything under `limit`) are one unit each.
+
+    rows.jsonl   |aaa\\n bb\\n cccc\\n|dd\\n e\\n fff\\n|g\\n|     "|" is the first line end after part_bytes
+    unit          0                 1             2
+    first_row     1                 4             7
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sftcore.config import LabelWords, Source
+from sftcore.data.arrow import arrow_spans, dataset_files, is_arrow, is_dataset
+from sftcore.data.records import shares_of
+from sftcore.data.rows import WHOLE, Span, read_errors_explained
+from sftcore.errors import Problem, UserInputError
+from sftcore.recipe import source_files
+
+PART_BYTES = 4 * 2**20  # about 1 s of work, so that workers end together
+MAX_PARTS = 512  # each is three memory maps when the store is open
+COUNTED_BYTES = 2**20
+LINE_FORMATS = (".jsonl", ".tsv", ".txt", ".json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What one worker reads at a time.
+
+    Args:
+        number: 0-based over all units; its part of the store is named by it.
+        source: 0-based position in data.train.
+        file: path, or `hub:` name.
+        span: which stretch of the file.
+        limit: rows to take at most; None: all.
+        num_bytes: about how much there is to read, for even shares.
+    """
+
+    number: int
+    source: int
+    file: Path
+    span: Span
+    limit: int | None
+    num_bytes: int
+
+
+def cut_sources(sources: Sequence[Source], labels: LabelWords, part_bytes: int = PART_BYTES) -> list[Unit]:
+    """All units of the training sources, in the order of sources, files and rows.
+
+    Raises:
+        UserInputError: naming every file that can't be read.
+    """
+    problems: list[Problem] = []
+    pieces: list[tuple[int, Path, Span, int | None, int]] = []
+    total = sum(_num_bytes(source, file) for source in sources for file in source_files(source))
+    part_bytes = max(part_bytes, total // MAX_PARTS)
+    for number, source in enumerate(sources):
+        files = source_files(source)
+        for file, share in zip(files, shares_of(source, files, labels, problems), strict=True):
+            if share == 0:
+                continue
+            try:
+                spans = _cut_file(source, file, part_bytes)
+            except UserInputError as error:
+                problems += error.problems
+                continue
+            pieces += [(number, file, span, share, num_bytes) for span, num_bytes in spans]
+    if problems:
+        raise UserInputError(*problems)
+    return [
+        Unit(number=i, source=source, file=file, span=span, limit=share, num_bytes=num_bytes)
+        for i, (source, file, span, share, num_bytes) in enumerate(pieces)
+    ]
+
+
+def _num_bytes(source: Source, file: Path) -> int:
+    files = dataset_files(source, file) if is_dataset(file) else [file]
+    return sum(f.stat().st_size for f in files if f.is_file())
+
+
+def _cut_file(source: Source, file: Path, part_bytes: int) -> list[tuple[Span, int]]:
+    if source.limit is not None or source.format == "entityquestions":
+        return [(WHOLE, _num_bytes(source, file))]
+    if is_arrow(file):
+        return arrow_spans(source, file, part_bytes)
+    if file.suffix.lower() not in LINE_FORMATS:
+        return [(WHOLE, _num_bytes(source, file))]
+    with read_errors_explained(file):
+        return _cut_lines(file, part_bytes)
+
+
+def _cut_lines(file: Path, part_bytes: int) -> list[tuple[Span, int]]:
+    """Byte ranges that end at line ends; a line longer than `part_bytes` is never cut."""
+    spans: list[tuple[Span, int]] = []
+    start, first_row, size = 0, 1, file.stat().st_size
+    with open(file, "rb") as handle:
+        while start < size:
+            handle.seek(start + part_bytes)
+            handle.readline()
+            end = min(handle.tell(), size)
+            spans.append((Span(start=start, end=end, first_row=first_row), end - start))
+            handle.seek(start)
+            for position in range(start, end, COUNTED_BYTES):
+                first_row += handle.read(min(COUNTED_BYTES, end - position)).count(b"\n")
+            start = end
+    return spans or [(WHOLE, 0)]
+
+
+def share_of_job(units: Sequence[Unit], job: int, num_jobs: int) -> list[Unit]:
+    """The units of job `job` (0-based) of `num_jobs`: largest first to the job with the least bytes."""
+    load = [0] * num_jobs
+    mine: list[Unit] = []
+    for unit in sorted(units, key=lambda unit: (-unit.num_bytes, unit.number)):
+        target = load.index(min(load))
+        load[target] += unit.num_bytes + 1
+        if target == job:
+            mine.append(unit)
+    return mine
