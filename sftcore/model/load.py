@@ -11,6 +11,7 @@ holds for any architecture, where a list of known ones would be out of date.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from sftcore.batching.collate import Batch
-from sftcore.config import ModelSettings
+from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.model.adapters import add_adapter, base_of, is_adapter
 from sftcore.model.attention import choose_attention
 from sftcore.model.loss import TrainedTokenHead
+from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -62,27 +65,60 @@ def decode_states(causal_lm: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return output.last_hidden_state
 
 
-def load_for_training(settings: ModelSettings, *, z_loss: float, label_smoothing: float) -> LossModel:
-    """The model with per-document attention and the trained-token head, proven on packs.
+def load_for_training(recipe: Recipe) -> LossModel:
+    """The model with per-document attention and the trained-token head, proven on packs, and its adapter.
 
     Raises:
-        UserInputError: no model there, or one that can't be trained in packs.
+        UserInputError: no model there, or one that can't be trained in packs; wrong adapter targets.
     """
+    settings = recipe.model
     config = load_config(settings)
     model = _load(
-        settings, dtype=DTYPES[settings.dtype], attention=choose_attention(config, settings.attention)
+        settings,
+        dtype=DTYPES[settings.dtype],
+        attention=choose_attention(config, settings.attention),
+        quantised=recipe.adapter.kind == "qlora",
     )
     model.config.use_cache = False
-    prove_head_and_packs(model, z_loss=z_loss, label_smoothing=label_smoothing)
+    prove_head_and_packs(model, z_loss=recipe.train.z_loss, label_smoothing=recipe.train.label_smoothing)
+    if recipe.adapter.kind != "none":
+        add_adapter(model, recipe.adapter, seed=recipe.seed)
     return LossModel(model)
 
 
-def load_for_decoding(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
-    """The model as transformers decodes with it, on the GPU if there is one."""
+def checkpoint_activations(model: PreTrainedModel, *, stage: int) -> None:
+    """Keep only each layer's input for backward and compute the rest again.
+
+    Under ZeRO-3 torch's newer way sees weights that were gathered in forward and are sharded in backward
+    and refuses; the reentrant way does not look. It needs an input with a gradient, which frozen embeddings
+    would not give.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": stage == 3})
+    if stage == 3:
+        model.enable_input_require_grads()
+
+
+def load_for_decoding(
+    settings: ModelSettings, *, dtype: str | None = None, quantised: bool = False
+) -> PreTrainedModel:
+    """The model as transformers decodes with it, on the GPU if there is one.
+
+    Args:
+        settings: its path may be an adapter folder: its base is loaded, with the adapter beside the layers.
+        quantised: hold the base in 4 bits, as QLoRA trained it.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    adapter = Path(settings.path) if is_adapter(Path(settings.path)) else None
+    if adapter:
+        settings = settings.model_copy(update={"path": base_of(adapter)})
     model = _load(
-        settings, dtype=DTYPES[dtype or settings.dtype], attention="sdpa" if device == "cuda" else "eager"
+        settings,
+        dtype=DTYPES[dtype or settings.dtype],
+        attention="sdpa" if device == "cuda" else "eager",
+        quantised=quantised,
     )
+    if adapter:
+        model.load_adapter(str(adapter))
     return model.eval().to(device)
 
 
@@ -98,7 +134,9 @@ def load_config(settings: ModelSettings) -> Any:
         raise _not_loadable(settings.path, error) from error
 
 
-def _load(settings: ModelSettings, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def _load(
+    settings: ModelSettings, *, dtype: torch.dtype, attention: str, quantised: bool = False
+) -> PreTrainedModel:
     disable_progress_bar()  # transformers' own; ours tell of stages
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -106,6 +144,7 @@ def _load(settings: ModelSettings, *, dtype: torch.dtype, attention: str) -> Pre
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=settings.trust_remote_code,
+            **({"quantization_config": quantisation_settings(dtype)} if quantised else {}),
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(settings.path, error) from error
@@ -150,6 +189,7 @@ def prove_head_and_packs(model: PreTrainedModel, *, z_loss: float, label_smoothi
     tolerance = TOLERANCES[model.dtype]
     was_training = model.training
     model.eval()
+    keep_trainable_layout(model.modules())
     with torch.no_grad():
         ids = torch.arange(1, 13, device=model.device) * 7 % config.vocab_size
         states, alone = (decode_states(model, _bare_batch(ids, documents)) for documents in ([5, 7], [5]))
