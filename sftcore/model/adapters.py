@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -51,6 +51,30 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, seed: int)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Put a saved adapter beside the layers of its base model, in place.
+
+    Through peft: transformers 5.23's own `load_adapter` drops DoRA's magnitudes with a warning.
+
+    Raises:
+        UserInputError: the folder's weights are not those that its configuration asks for.
+    """
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    inject_adapter_in_model(config, model)
+    weights = {
+        name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()
+    }
+    result: Any = set_peft_model_state_dict(model, weights)
+    wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
+    if wrong:
+        raise UserInputError(
+            Problem(what="the adapter does not fit its base", where=str(folder), got=", ".join(wrong[:3]))
+        )
 
 
 def _check_targets(model: PreTrainedModel, settings: AdapterSettings) -> None:

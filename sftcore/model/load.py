@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from sftcore.batching.collate import Batch
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
-from sftcore.model.adapters import add_adapter, base_of, is_adapter
+from sftcore.model.adapters import add_adapter, attach_adapter, base_of, is_adapter
 from sftcore.model.attention import choose_attention
 from sftcore.model.loss import TrainedTokenHead
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
@@ -118,8 +118,10 @@ def load_for_decoding(
         quantised=quantised,
     )
     if adapter:
-        model.load_adapter(str(adapter))
-    return model.eval().to(device)
+        attach_adapter(model, adapter)
+    ready = model.eval().to(device)
+    keep_trainable_layout(ready.modules())
+    return ready
 
 
 def load_config(settings: ModelSettings) -> Any:

@@ -57,7 +57,8 @@ def keep_trainable_layout(modules: Iterable[nn.Module]) -> None:
     """Leave 4-bit layers in training mode, in a model that is otherwise in evaluation mode.
 
     On CPUs with AVX512-BF16, bitsandbytes 0.50.2 repacks a layer's weights at its first forward in
-    evaluation mode, into a layout that has no backward: gradients would stop there in silence.
+    evaluation mode, into a layout that has no backward (gradients would stop there in silence), rounds the
+    scales to bfloat16, and fails for layers with fewer than 64 inputs.
     """
     for module in modules:
         if type(module).__name__ == "Linear4bit":
