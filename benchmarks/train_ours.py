@@ -31,7 +31,7 @@ def main() -> None:
     )
     store = prepare_store(recipe, load_tokenizer(model_path), cache_root=Path(items).parent / "stores")
     init_process_group()
-    model = load_for_training(recipe.model, z_loss=0.0, label_smoothing=0.0)
+    model = load_for_training(recipe)
     engine = Engine(model, recipe, read_ds_config(deepspeed_file(recipe)))
     seconds, losses = [], []
     for number in range(steps + 1):

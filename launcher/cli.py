@@ -133,6 +133,19 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="folder to write; must not exist")],
+    merge: Annotated[bool, typer.Option("--merge", help="merge an adapter into its base model")] = False,
+) -> None:
+    """Copy what a run trained to a folder; with --merge as a whole model, one shard after another."""
+    from launcher.exporting import export_run
+
+    export_run(run, to, merge=merge)
+    print(to)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="run folder", metavar="DIR")]) -> None:
     """Write report.html and report.json of a run, and print the table."""
     from sftcore.study.report import write_report

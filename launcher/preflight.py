@@ -24,7 +24,7 @@ MAX_STEPS_LISTED = 1000
 
 def measure_recipe(recipe: Recipe) -> ModelCost:
     """Sizes of the recipe's model."""
-    return measure_model(load_config(recipe.model))
+    return measure_model(load_config(recipe.model), recipe.adapter)
 
 
 def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict
         },
         "predictions": {
             "num_parameters": cost.num_parameters,
+            "num_trained_parameters": cost.num_trained_parameters,
             "state_bytes_per_rank": cost.state_bytes_per_rank(
                 stage=zero_stage(ds_config), world=schedule.world, weight_bytes=weight_bytes
             ),

@@ -28,6 +28,7 @@ from sftcore.fsio import fingerprint_of, read_json, read_jsonl, write_json, writ
 from sftcore.knowledge.levels import FactLevel, level_counts
 from sftcore.knowledge.probe import fingerprint_model, probe_facts, read_levels
 from sftcore.knowledge.selection import select_facts
+from sftcore.model.adapters import is_adapter
 from sftcore.model.load import load_for_decoding
 
 log = logging.getLogger("sftcore.stages")
@@ -107,7 +108,7 @@ def evaluate(recipe: Recipe, *, model: Path | None = None) -> dict[str, dict[str
         UserInputError: the recipe has no held-out data, or there is no such model.
     """
     with open_run(recipe, purpose="evaluation") as run:
-        folders = _models_to_evaluate(recipe, run, model)
+        folders = _models_to_evaluate(recipe, model)
         tokenizer = _tokenizer(recipe)
         records = _records(recipe, run, "test", "ood")
         if not records:
@@ -137,12 +138,13 @@ def _records(recipe: Recipe, run: Path, *splits: str) -> list[Record]:
     return records
 
 
-def _models_to_evaluate(recipe: Recipe, run: Path, model: Path | None) -> dict[str, str]:
+def _models_to_evaluate(recipe: Recipe, model: Path | None) -> dict[str, str]:
     if model is not None:
-        if not (model / "config.json").is_file():
+        if not (model / "config.json").is_file() and not is_adapter(model):
             raise UserInputError(Problem(what="no model in this folder", where=f"--model {model}"))
         return {model.resolve().name: str(model.resolve())}
-    tuned = {"tuned": str((run / "model").resolve())} if (run / "model").is_dir() else {}
+    result = recipe.result_folder
+    tuned = {"tuned": str(result.resolve())} if result.is_dir() else {}
     return {"base": recipe.model.path, **tuned}
 
 
@@ -179,7 +181,9 @@ def _evaluate_one(
     log.info("evaluating %s (%s) on %d items", name, folder, len(records))
     started = time.perf_counter()
     settings = recipe.model.model_copy(update={"path": folder})
-    rows = predict(records, load_for_decoding(settings), tokenizer, prompter, recipe.evaluate, levels=levels)
+    quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(folder))
+    loaded = load_for_decoding(settings, quantised=quantised)
+    rows = predict(records, loaded, tokenizer, prompter, recipe.evaluate, levels=levels)
     scores = score(rows)
     (target / "manifest.json").unlink(missing_ok=True)
     write_jsonl(target / "predictions.jsonl", rows)

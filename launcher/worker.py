@@ -25,12 +25,12 @@ from sftcore.config import Recipe
 from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.fsio import write_json
 from sftcore.log import setup_logging
-from sftcore.model.load import load_for_training
+from sftcore.model.load import checkpoint_activations, load_for_training
 from sftcore.recipe import deepspeed_file, load_recipe
 from sftcore.train.checkpoint import check_resumable, newest_usable, read_state, why_not_usable
-from sftcore.train.ds_config import read_ds_config
-from sftcore.train.engine import Engine, init_process_group
-from sftcore.train.export import export_model
+from sftcore.train.ds_config import read_ds_config, zero_stage
+from sftcore.train.engine import Engine, check_engine, init_process_group
+from sftcore.train.export import export_weights
 from sftcore.train.loop import make_schedule, run_steps
 
 log = logging.getLogger("sftcore.worker")
@@ -63,40 +63,39 @@ def train_recipe(recipe: Recipe, *, resume: str = "auto") -> Path:
             checkpoint folder.
 
     Returns:
-        RUN/model.
+        RUN/model, or RUN/adapter.
 
     Raises:
         SftError: see the exit codes of DESIGN.
     """
     owner = open_run(recipe, purpose="training") if dist.rank() == 0 else nullcontext(recipe.run_folder)
     with owner as run:
-        if (run / "model").is_dir():
-            log.info("%s is finished; its model is in %s", run, run / "model")
-            return run / "model"
+        if recipe.result_folder.is_dir():
+            log.info("%s is finished; its weights are in %s", run, recipe.result_folder)
+            return recipe.result_folder
         started = time.perf_counter()
         _train(recipe, run, resume)
         if dist.rank() == 0:
             record_seconds(run, "train", time.perf_counter() - started)
-        return run / "model"
+        return recipe.result_folder
 
 
 def _train(recipe: Recipe, run: Path, resume: str) -> None:
     ds_config = read_ds_config(deepspeed_file(recipe))
+    check_engine(ds_config)
     start = _checkpoint_to_resume(run, resume)
     tokenizer, store = prepare(recipe)
     schedule = make_schedule(recipe, store, world=dist.world_size(), cost=measure_recipe(recipe).coefficients)
     if dist.rank() == 0:
         write_json(run / "plan.json", describe_plan(recipe, store, schedule))
     init_process_group()
-    model = load_for_training(
-        recipe.model, z_loss=recipe.train.z_loss, label_smoothing=recipe.train.label_smoothing
-    )
+    model = load_for_training(recipe)
     if recipe.train.activation_checkpointing == "full":
-        model.causal_lm.activation_checkpointing_enable()
+        checkpoint_activations(model.causal_lm, stage=zero_stage(ds_config))
     engine = Engine(model, recipe, ds_config)
     first = _resume(engine, start, schedule)
     run_steps(recipe, engine, schedule, store, first=first)
-    export_model(engine, tokenizer, run / "model", name_or_path=recipe.name)
+    export_weights(engine, tokenizer, recipe)
     engine.close()
 
 

@@ -40,9 +40,19 @@ class ModelSettings(Settings):
 
 
 class AdapterSettings(Settings):
-    """What is trained: all weights."""
+    """What is trained: all weights, or low-rank updates beside frozen ones."""
 
-    kind: Literal["none"] = Field("none", description="none: full fine-tuning")
+    kind: Literal["none", "lora", "qlora"] = Field(
+        "none", description="none: full fine-tuning; qlora: LoRA beside 4-bit weights"
+    )
+    r: Positive = Field(16, description="rank of the updates")
+    alpha: Positive = Field(32, description="updates are scaled by alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' inputs")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="names of linear layers, such as [q_proj, v_proj]"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+    dora: bool = Field(False, description="train each row's magnitude apart (DoRA)")
 
 
 class Columns(Settings):
@@ -282,6 +292,11 @@ class Recipe(Settings):
     def max_length(self) -> int:
         """Tokens in a sample at most."""
         return self.data.max_length or self.batch.capacity
+
+    @property
+    def result_folder(self) -> Path:
+        """Where the trained weights go: RUN/model, or RUN/adapter."""
+        return self.run_folder / ("model" if self.adapter.kind == "none" else "adapter")
 
     @property
     def run_folder(self) -> Path:

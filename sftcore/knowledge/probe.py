@@ -141,11 +141,12 @@ def read_levels(run: Path, *, model_fingerprint: str) -> list[FactLevel]:
 
 
 def fingerprint_model(path: str) -> str:
-    """Identity of a model folder: a hash of configuration and weights; a hub name stands for itself."""
+    """Identity of a model or adapter folder: its configuration and weights; a hub name stands for itself."""
     folder = Path(path)
     if not folder.is_dir():
         return path
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    configs = [f for f in (folder / "config.json", folder / "adapter_config.json") if f.is_file()]
+    files = sorted([*configs, *folder.glob("*.safetensors")])
     return fingerprint_of({file.name: sha256_of_file(file) for file in files})
 
 

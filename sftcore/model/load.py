@@ -11,6 +11,7 @@ holds for any architecture, where a list of known ones would be out of date.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from sftcore.batching.collate import Batch
-from sftcore.config import ModelSettings
+from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.model.adapters import add_adapter, attach_adapter, base_of, is_adapter
 from sftcore.model.attention import choose_attention
 from sftcore.model.loss import TrainedTokenHead
+from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -73,52 +76,74 @@ def output_head(model: PreTrainedModel) -> nn.Module:
     return model.get_submodule("score") if head is None else head
 
 
-def load_classifier_for_training(
-    settings: ModelSettings, *, num_labels: int, label_smoothing: float
-) -> LossModel:
+def load_classifier_for_training(recipe: Recipe, *, num_labels: int) -> LossModel:
     """The model with a linear classifier on one position per document (its last), instead of the vocabulary.
 
     Samples for it have one label, at their last position: the class. Everything else is as for a causal LM.
     """
-    return _load_trainable(
-        settings,
-        AutoModelForSequenceClassification,
-        z_loss=0.0,
-        label_smoothing=label_smoothing,
-        num_labels=num_labels,
-    )
+    return _load_trainable(recipe, AutoModelForSequenceClassification, num_labels=num_labels)
 
 
-def load_for_training(settings: ModelSettings, *, z_loss: float, label_smoothing: float) -> LossModel:
-    """The model with per-document attention and the trained-token head, proven on packs.
+def load_for_training(recipe: Recipe) -> LossModel:
+    """The model with per-document attention and the trained-token head, proven on packs, and its adapter.
 
     Raises:
-        UserInputError: no model there, or one that can't be trained in packs.
+        UserInputError: no model there, or one that can't be trained in packs; wrong adapter targets.
     """
-    return _load_trainable(settings, AutoModelForCausalLM, z_loss=z_loss, label_smoothing=label_smoothing)
+    return _load_trainable(recipe, AutoModelForCausalLM)
 
 
-def _load_trainable(
-    settings: ModelSettings, kind: Any, *, z_loss: float, label_smoothing: float, **options: Any
-) -> LossModel:
+def _load_trainable(recipe: Recipe, kind: Any, **options: Any) -> LossModel:
+    settings = recipe.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = choose_attention(
         load_config(settings), settings.attention, dtype=settings.dtype, device=device
     )
-    model = _load(settings, kind, dtype=DTYPES[settings.dtype], attention=attention, **options)
+    dtype = DTYPES[settings.dtype]
+    if recipe.adapter.kind == "qlora":
+        options["quantization_config"] = quantisation_settings(dtype)
+    model = _load(settings, kind, dtype=dtype, attention=attention, **options)
     model.config.use_cache = False
-    prove_head_and_packs(model, z_loss=z_loss, label_smoothing=label_smoothing)
+    prove_head_and_packs(model, z_loss=recipe.train.z_loss, label_smoothing=recipe.train.label_smoothing)
+    if recipe.adapter.kind != "none":
+        add_adapter(model, recipe.adapter, seed=recipe.seed)
     return LossModel(model)
 
 
-def load_for_decoding(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
-    """The model as transformers decodes with it, on the GPU if there is one."""
+def checkpoint_activations(model: PreTrainedModel, *, stage: int) -> None:
+    """Keep only each layer's input for backward and compute the rest again.
+
+    Under ZeRO-3 torch's newer way sees weights that were gathered in forward and are sharded in backward
+    and refuses; the reentrant way does not look. It needs an input with a gradient, which frozen embeddings
+    would not give.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": stage == 3})
+    if stage == 3:
+        model.enable_input_require_grads()
+
+
+def load_for_decoding(
+    settings: ModelSettings, *, dtype: str | None = None, quantised: bool = False
+) -> PreTrainedModel:
+    """The model as transformers decodes with it, on the GPU if there is one.
+
+    Args:
+        settings: its path may be an adapter folder: its base is loaded, with the adapter beside the layers.
+        quantised: hold the base in 4 bits, as QLoRA trained it.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention = (
-        "sdpa" if device == "cuda" else "eager"
-    )  # eager decodes one token a row 1.3 times as fast on CPUs
-    model = _load(settings, AutoModelForCausalLM, dtype=DTYPES[dtype or settings.dtype], attention=attention)
-    return model.eval().to(device)
+    adapter = Path(settings.path) if is_adapter(Path(settings.path)) else None
+    if adapter:
+        settings = settings.model_copy(update={"path": base_of(adapter)})
+    own_dtype = DTYPES[dtype or settings.dtype]
+    attention = "sdpa" if device == "cuda" else "eager"  # eager: 1.3 times as fast a token on CPUs
+    options = {"quantization_config": quantisation_settings(own_dtype)} if quantised else {}
+    model = _load(settings, AutoModelForCausalLM, dtype=own_dtype, attention=attention, **options)
+    if adapter:
+        attach_adapter(model, adapter)
+    ready = model.eval().to(device)
+    keep_trainable_layout(ready.modules())
+    return ready
 
 
 def load_config(settings: ModelSettings) -> Any:
@@ -191,6 +216,7 @@ def prove_head_and_packs(model: PreTrainedModel, *, z_loss: float, label_smoothi
     tolerance = TOLERANCES[model.dtype]
     was_training = model.training
     model.eval()
+    keep_trainable_layout(model.modules())
     with torch.no_grad():
         ids = torch.arange(1, 13, device=model.device) * 7 % config.vocab_size
         states, alone = (decode_states(model, _bare_batch(ids, documents)) for documents in ([5, 7], [5]))

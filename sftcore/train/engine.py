@@ -31,12 +31,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which else warns and guesses
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from sftcore import dist
 from sftcore.batching.collate import Batch
 from sftcore.config import Recipe, TrainSettings
 from sftcore.errors import TrainingFailed
 from sftcore.model.load import LossModel
+from sftcore.train.compatibility import ASYNC_IO, check_machine, need_of
 from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
 
 NO_DECAY_NDIM = 1  # norms' weights and biases are vectors
@@ -58,6 +60,20 @@ class StepResult:
     rank_imbalance: float
 
 
+def check_engine(ds_config: dict[str, Any]) -> None:
+    """Refuse a configuration that DeepSpeed can't run on this machine.
+
+    Raises:
+        MissingEnvironmentError: it needs CUDA or asynchronous file access.
+    """
+    asks = need_of(ds_config) is ASYNC_IO
+    check_machine(
+        ds_config,
+        has_cuda=torch.cuda.is_available(),
+        has_async_io=asks and bool(AsyncIOBuilder().is_compatible(verbose=False)),
+    )
+
+
 def init_process_group() -> None:
     """Join the other ranks; a process without a launcher becomes rank 0 of 1."""
     dist.fill_environment()
@@ -77,8 +93,11 @@ class Engine:
         self.stage = zero_stage(ds_config)
         self.autocasts = autocasts(ds_config, recipe)
         self.save_dtype = model.causal_lm.dtype
+        self.trains_adapter = recipe.adapter.kind != "none"
         if self.autocasts:
-            model = model.float()
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         optimizer = make_optimizer(model, recipe.train)
         self._hooked_norm: float | None = None
         if self.stage == 0:
@@ -128,22 +147,29 @@ class Engine:
         )
 
     def save(self, folder: Path) -> None:
-        """Write model and optimizer state below `folder`; all ranks must call it."""
-        self.deepspeed.save_checkpoint(str(folder), tag="ds", save_latest=False)
+        """Write trained weights and optimizer state below `folder`; all ranks must call it."""
+        self.deepspeed.save_checkpoint(
+            str(folder), tag="ds", save_latest=False, exclude_frozen_parameters=self.trains_adapter
+        )
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, at the same world size; all ranks must call it."""
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag="ds")
+        path, _ = self.deepspeed.load_checkpoint(
+            str(folder), tag="ds", load_module_strict=not self.trains_adapter
+        )
         if path is None:
             raise TrainingFailed(f"DeepSpeed found no state in {folder}")
 
     def gather_weights(self) -> dict[str, torch.Tensor]:
-        """The causal LM's weights by name on rank 0's CPU, in the recipe's dtype; empty on other ranks.
+        """The causal LM's weights (of an adapter run, the trained ones) by name, in the recipe's dtype.
 
-        All ranks must call it: under ZeRO-3 each parameter is gathered in turn, one at a time.
+        They are on rank 0's CPU; other ranks get none. All ranks must call it: under ZeRO-3 each parameter
+        is gathered in turn, one at a time.
         """
         weights = {}
         for name, parameter in self.loss_model.causal_lm.named_parameters():
+            if self.trains_adapter and not parameter.requires_grad:
+                continue
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                 if dist.rank() == 0:
                     weights[name] = parameter.detach().to("cpu", self.save_dtype, copy=True)

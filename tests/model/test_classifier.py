@@ -11,7 +11,7 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sftcore.batching.collate import UNTRAINED, collate
-from sftcore.config import ModelSettings
+from sftcore.config import Recipe
 from sftcore.model.load import load_classifier_for_training
 
 LENGTHS, CLASSES = (6, 9, 6, 1, 13), (0, 1, 1, 0, 1)
@@ -38,8 +38,14 @@ def folder(request, tmp_path):
 
 def test_packed_classes_equal_documents_alone_forward_and_backward(folder):
     torch.manual_seed(1)
-    settings = ModelSettings(path=str(folder), dtype="float32")
-    ours = load_classifier_for_training(settings, num_labels=2, label_smoothing=0.0)
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": str(folder), "dtype": "float32"},
+            "data": {"train": [{"format": "jsonl", "path": "x"}]},
+            "batch": {"samples_per_step": 5},
+        }
+    )
+    ours = load_classifier_for_training(recipe, num_labels=2)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
     theirs.load_state_dict(ours.causal_lm.state_dict())
     loss = ours(collate(documents(), **STEP))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 import signal
 import subprocess
@@ -13,43 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from launching import BIN, ENVIRONMENT, ROOT, run, run_cells, steps, weights, weights_hash, write_recipe
 from safetensors.torch import load_file
 
-from sftcore.fsio import read_json, read_jsonl
+from sftcore.fsio import read_json
 from sftcore.train.checkpoint import newest_usable, why_not_usable
 
-ROOT = Path(__file__).parent.parent.parent
-BIN = Path(sys.executable).parent
 CELLS = [
     (stage, dtype) for stage in ("zero0", "zero1", "zero2", "zero3") for dtype in ("float32", "bfloat16")
 ]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-
-
-def write_recipe(recipe: dict, name: str, **changes) -> Path:
-    merged = recipe | {"name": name}
-    for key, value in changes.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    path = Path(f"{name}.yaml")
-    path.write_text(yaml.safe_dump(merged), encoding="utf-8")
-    return path
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
-def weights(name: str) -> dict[str, torch.Tensor]:
-    return load_file(Path("runs") / name / "model" / "model.safetensors")
-
-
-def weights_hash(name: str) -> str:
-    return hashlib.sha256((Path("runs") / name / "model" / "model.safetensors").read_bytes()).hexdigest()
-
-
-def steps(name: str) -> list[dict]:
-    return read_jsonl(Path("runs") / name / "metrics.jsonl")
 
 
 def test_two_ranks_equal_one_process_in_every_stage_and_dtype(tiny_recipe):
@@ -60,11 +30,8 @@ def test_two_ranks_equal_one_process_in_every_stage_and_dtype(tiny_recipe):
             changes = {"model": {"dtype": dtype}, "batch": {"samples_per_step": 7, "capacity": 64}}
             changes |= {"train": {"max_grad_norm": 0.3}}
             paths.append(write_recipe(tiny_recipe, f"{ranks}-{stage}-{dtype}", deepspeed=stage, **changes))
-    script = str(ROOT / "tests" / "train" / "run_cells.py")
-    one = run(sys.executable, script, *map(str, recipes["one"]))
-    assert one.returncode == 0, one.stderr[-3000:]
-    two = run(str(BIN / "deepspeed"), "--num_accelerators", "2", script, *map(str, recipes["two"]))
-    assert two.returncode == 0, (two.stdout + two.stderr)[-3000:]
+    run_cells(recipes["one"], ranks=1)
+    run_cells(recipes["two"], ranks=2)
     initial = load_file(Path(tiny_recipe["model"]["path"]) / "model.safetensors")
     for stage, dtype in CELLS:
         check_cell(f"one-{stage}-{dtype}", f"two-{stage}-{dtype}", dtype, initial)

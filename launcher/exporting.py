@@ -1,0 +1,61 @@
+"""`sftcore export`: a finished run -> a folder to hand on.
+
+In: a run folder. Out: a copy of its model or adapter, or base and adapter merged.
+Invariant: the folder appears whole or not at all, and never over an existing one.
+Trade-off: a copy (seconds a gigabyte), not a link, so that the run can be deleted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from sftcore.config import Recipe
+from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import atomic_folder
+from sftcore.model.adapters import base_of, is_adapter
+from sftcore.model.load import DTYPES
+from sftcore.model.merge import merge_adapter
+
+
+def export_run(run: Path, to: Path, *, merge: bool) -> None:
+    """Write a run's result into `to`.
+
+    Raises:
+        UserInputError: no finished run there, nothing to merge, or `to` exists.
+        MissingEnvironmentError: the disk is full.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserInputError(Problem(what="not a run folder (no recipe.yaml)", where=str(run)))
+    recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+    result = run / recipe.result_folder.name
+    if not result.is_dir():
+        remedy = "finish it: sftcore train RECIPE"
+        raise UserInputError(Problem(what="this run has no result yet", where=str(run), remedy=remedy))
+    if to.exists():
+        raise UserInputError(Problem(what="this folder exists", where=f"--to {to}", remedy="name a new one"))
+    if not merge:
+        with atomic_folder(to) as temporary:
+            shutil.copytree(result, temporary, dirs_exist_ok=True)
+        return
+    if not is_adapter(result):
+        remedy = "leave --merge out"
+        raise UserInputError(Problem(what="this run trained all weights", where=str(run), remedy=remedy))
+    merge_adapter(
+        result,
+        _local_base(base_of(result)),
+        to,
+        dtype=DTYPES[recipe.model.dtype],
+        quantised=recipe.adapter.kind == "qlora",
+    )
+
+
+def _local_base(name: str) -> Path:
+    """The base model's folder; a hub name's is the one in the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))

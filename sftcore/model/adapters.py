@@ -1,0 +1,167 @@
+"""Adapters: low-rank updates beside frozen weights (LoRA, arXiv 2106.09685), through peft.
+
+In: a causal LM and the recipe's adapter section. Out: the same model with trainable A and B beside its
+layers; a peft folder that plain transformers and peft load.
+Invariant: adapter weights are drawn from the recipe's seed alone, on every rank alike, and B starts at 0:
+the model's first outputs are the base model's.
+Trade-off: layers are replaced inside the model (not wrapped around it), so training, ZeRO and decoding see
+the class they know; the price is peft's "base_model.model." prefix, added here when a folder is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from sftcore.config import AdapterSettings
+from sftcore.errors import Problem, TrainingFailed, UserInputError
+
+PREFIX = "base_model.model."
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, seed: int) -> None:
+    """Freeze the model and put a trainable adapter beside its target layers, in place.
+
+    Raises:
+        UserInputError: a target names no linear layer, or the output layer.
+    """
+    from peft import LoraConfig  # 3 s, and it loads bitsandbytes: only adapter runs pay
+
+    _check_targets(model, settings)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    model.add_adapter(config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Put a saved adapter beside the layers of its base model, in place.
+
+    Through peft: transformers 5.23's own `load_adapter` drops DoRA's magnitudes with a warning.
+
+    Raises:
+        UserInputError: the folder's weights are not those that its configuration asks for.
+    """
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    inject_adapter_in_model(config, model)
+    weights = {
+        name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()
+    }
+    result: Any = set_peft_model_state_dict(model, weights)
+    wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
+    if wrong:
+        raise UserInputError(
+            Problem(what="the adapter does not fit its base", where=str(folder), got=", ".join(wrong[:3]))
+        )
+
+
+def _check_targets(model: PreTrainedModel, settings: AdapterSettings) -> None:
+    if settings.targets == "all-linear":
+        return
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    wrong = [target for target in settings.targets if target not in names]
+    if wrong:
+        raise UserInputError(
+            Problem(
+                what="no linear layer of this model has that name (the output layer can't have an adapter)",
+                where="adapter.targets",
+                got=", ".join(wrong),
+                allowed=f"all-linear, or a list of: {', '.join(sorted(names))}",
+            )
+        )
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that are trained."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def write_adapter(model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write a peft folder: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        weights: the trained parameters by their names in `model`, whole (not sharded).
+
+    Raises:
+        TrainingFailed: a weight is empty or absent; ZeRO-3 leaves such husks where nothing was gathered.
+    """
+    from peft import get_peft_model_state_dict
+
+    named = get_peft_model_state_dict(model, state_dict=weights)
+    check_complete(named, wanted=len(trained_names(model)))
+    config = model.peft_config["default"]
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    save_file(
+        {PREFIX + name: tensor.contiguous() for name, tensor in named.items()}, folder / ADAPTER_WEIGHTS
+    )
+
+
+def check_complete(weights: dict[str, torch.Tensor], *, wanted: int) -> None:
+    """Refuse an adapter with missing or empty weights.
+
+    Raises:
+        TrainingFailed: fewer than `wanted` weights, or one without elements.
+    """
+    empty = sorted(name for name, tensor in weights.items() if not tensor.numel())
+    if empty or len(weights) != wanted:
+        raise TrainingFailed(
+            f"the adapter to be saved has {len(weights)} of {wanted} weights, {len(empty)} of them empty"
+            + (f" (such as {empty[0]})" if empty else "")
+        )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter instead of a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The base model that an adapter folder names."""
+    base: str = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return base
+
+
+def merge_weight(weight: torch.Tensor, parts: dict[str, torch.Tensor], config: Any) -> torch.Tensor:
+    """W + s B A, or DoRA's m (W + s B A) / ||W + s B A|| by rows (arXiv 2402.09353); float32 inside.
+
+    s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
+
+    Args:
+        weight: (out, in) of the base layer.
+        parts: lora_A (r, in), lora_B (out, r) and, for DoRA, lora_magnitude_vector (out,).
+        config: adapter_config.json as a dictionary.
+    """
+    r = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(r) if config["use_rslora"] else r)
+    merged = weight.float() + scale * (parts["lora_B"].float() @ parts["lora_A"].float())
+    if config["use_dora"]:
+        merged = merged * (parts["lora_magnitude_vector"].float() / merged.norm(dim=1))[:, None]
+    return merged.to(weight.dtype)

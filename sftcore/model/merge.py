@@ -1,0 +1,143 @@
+"""Merging: a base model's files + an adapter -> a whole Hugging Face folder, one shard after another.
+
+In: the base folder, the adapter folder, the dtype that was trained in, whether the base was held in 4 bits.
+Out: a folder that plain transformers loads, with the logits of base and adapter together.
+Invariant: every adapter weight is used exactly once, else nothing is written.
+Trade-off: weights are read and written by name from the safetensors files, without building the model: peak
+memory is one shard and one layer in float32 (5 GB for shards of 5 GB, whatever the model's size); a base
+without safetensors files is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import atomic_folder, read_json, write_json
+from sftcore.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, merge_weight
+from sftcore.model.quantise import round_trip
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """What is done to each weight of the base.
+
+    Args:
+        config: adapter_config.json.
+        parts: base weight's name -> {lora_A, lora_B, lora_magnitude_vector} -> tensor.
+        dtype: of the result, and of the base while it was trained.
+        quantised: names of the weights that were held in 4 bits.
+        used: filled with the names that were merged.
+    """
+
+    config: dict[str, Any]
+    parts: dict[str, dict[str, torch.Tensor]]
+    dtype: torch.dtype
+    quantised: frozenset[str]
+    used: set[str] = field(default_factory=set)
+
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The merged form of a base weight."""
+        if weight.is_floating_point():
+            weight = weight.to(self.dtype)
+        if name in self.quantised:
+            weight = round_trip(weight)
+        if name in self.parts:
+            self.used.add(name)
+            weight = merge_weight(weight, self.parts[name], self.config)
+        return weight.contiguous()
+
+
+def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: torch.dtype, quantised: bool) -> None:
+    """Write base + adapter as a whole model into `folder`.
+
+    Raises:
+        UserInputError: the base has no safetensors files, or the adapter names weights that it lacks.
+        MissingEnvironmentError: the disk is full; or bitsandbytes is missing for a 4-bit base.
+    """
+    merge = Merge(
+        config=read_json(adapter / ADAPTER_CONFIG),
+        parts=_parts(adapter / ADAPTER_WEIGHTS),
+        dtype=dtype,
+        quantised=linear_weights(base) if quantised else frozenset(),
+    )
+    shards = _shards(base)
+    with atomic_folder(folder) as temporary:
+        for shard in shards:
+            save_file(dict(_merged(shard, merge)), temporary / shard.name, metadata={"format": "pt"})
+        left = sorted(merge.parts.keys() - merge.used)
+        if left:
+            raise UserInputError(
+                Problem(
+                    what="the adapter names weights that the base model lacks",
+                    where=str(adapter),
+                    got=", ".join(left[:3]),
+                    remedy=f"is {base} the model that it was trained on?",
+                )
+            )
+        _copy_the_rest(base, adapter, temporary, dtype)
+
+
+def linear_weights(base: Path) -> frozenset[str]:
+    """Names of the weights that QLoRA holds in 4 bits: of all linear layers but the output layer."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    head = model.get_output_embeddings()
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    )
+
+
+def _parts(file: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """{"model.layers.0.mlp.up_proj.weight": {"lora_A": ..., "lora_B": ...}} from a peft file."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        parts.setdefault(f"{module}.weight", {})[part] = tensor
+    return parts
+
+
+def _shards(base: Path) -> list[Path]:
+    files = sorted(base.glob("model*.safetensors"))
+    if not files:
+        remedy = "give a folder with model*.safetensors (sftcore model pull NAME --to DIR)"
+        raise UserInputError(Problem(what="no safetensors to merge into", where=str(base), remedy=remedy))
+    return files
+
+
+def _merged(shard: Path, merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(shard, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+            yield name, merge.apply(name, tensors.get_tensor(name))
+
+
+def _copy_the_rest(base: Path, adapter: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Configurations of the base in the new dtype, the adapter's tokenizer, the index of the shards."""
+    config = read_json(base / "config.json")
+    config.pop("torch_dtype", None)
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    if (base / "generation_config.json").is_file():
+        shutil.copy(base / "generation_config.json", folder)
+    for pattern in TOKENIZER_FILES:
+        for file in adapter.glob(pattern):
+            shutil.copy(file, folder)
+    if (base / INDEX).is_file():
+        index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+        sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+        write_json(folder / INDEX, index | {"metadata": {"total_size": sum(sizes)}})
