@@ -18,7 +18,7 @@ from sftcore.model.pull import pull_model
 
 TEXTS = (
     ("Where is the Eiffel Tower?", " Paris, France"),
-    ("Which river flows through Vienna, Budapest and Belgrade on its way to the Black Sea?", " the Danube"),
+    ("Which river flows through Vienna and Belgrade on its way to the Black Sea?", " the Danube"),
     ("法国的首都是哪里？", "巴黎"),
 )
 # Norm of a gradient's difference, relative to its norm. Measured on an AMX Xeon: at most 1.6e-3 (float32) and
