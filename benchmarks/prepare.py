@@ -1,4 +1,4 @@
-"""How fast `sftcore prepare` is beside raw `tokenizers` and TRL, how much memory it takes, how fast it starts.
+"""Speed of `sftcore prepare` beside raw `tokenizers` and TRL, its memory, and how fast it starts.
 
 In: GSM8K's training rows seven times (SFTCORE_TEST_DATA), SmolLM2's tokenizer. Out: results/prepare.json.
 Invariant: contestants take turns within a round, each in a fresh process that is timed after its imports and
