@@ -1,8 +1,8 @@
-"""How fast `sftcore prepare` is beside raw `tokenizers` and TRL; its memory, and how fast it starts.
+"""Speed of `sftcore prepare` beside raw `tokenizers` and TRL, its memory, and how fast it starts.
 
 In: GSM8K's training rows seven times (SFTCORE_TEST_DATA), SmolLM2's tokenizer. Out: results/prepare.json.
-Invariant: contestants take turns within a round, each in a fresh process that is timed after its imports
-and after the tokenizer is loaded; medians over the rounds.
+Invariant: contestants take turns within a round, each in a fresh process that is timed after its imports and
+after the tokenizer is loaded; medians over the rounds.
 Trade-off: raw `tokenizers` writes nothing, masks nothing and checks nothing; it is the ceiling, not a peer.
 
     SFTCORE_TEST_DATA=../shared/data .venv/bin/python benchmarks/prepare.py --trl-python TRL/bin/python

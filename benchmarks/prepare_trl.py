@@ -1,9 +1,8 @@
-"""TRL's preparation of the same rows, as its SFTTrainer runs it; runs in an environment of its own.
+"""TRL's preparation of the same rows, as its SFTTrainer runs it; needs an environment with trl 1.16.
 
 In: a prompt-completion JSONL file, a fresh cache folder. Out: one line of JSON with seconds and tokens.
 Invariant: what is timed is `load_dataset` and `SFTTrainer._prepare_dataset`, two processes, nothing cached.
-Trade-off: the method is called without a trainer around it (it needs three attributes), so no model is
-loaded.
+Trade-off: the method is called without a trainer around it (it needs three attributes): no model is loaded.
 """
 
 from __future__ import annotations

@@ -64,15 +64,35 @@ def model_pull(
 
 
 @app.command()
-def prepare(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None) -> None:
+def prepare(
+    recipe: RecipePath,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; one a core if not given")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="i/N", help="make share i (0 to N-1) of the parts only; see --merge")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="only write the manifest; all shards have to be done")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="report on the data: RUN/check.txt and RUN/check.png")
+    ] = False,
+    set_: Overrides = None,
+    run: RunFolder = None,
+) -> None:
     """Records -> samples -> token store, cached by content."""
     loaded = _load(recipe, set_, run)
     from launcher.stages import prepare as prepare_stage
+    from launcher.stages import prepare_share, write_check
 
-    _, store = prepare_stage(loaded)
+    if shard is not None:
+        print(prepare_share(loaded, shard, num_workers=workers, is_alone=not (merge or check)))
+        return
+    _, store = prepare_stage(loaded, num_workers=workers, merge_only=merge)
     print(f"store {store.folder}")
     for key, value in store.manifest.items():
-        print(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
+        print(f"  {key}: {len(value) if key == 'parts' else json.dumps(value, ensure_ascii=False)}")
+    if check:
+        print(write_check(loaded, store))
 
 
 @app.command()

@@ -53,6 +53,7 @@ def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict
             "flops": float(loads.sum()),
             "largest_pack_tokens": max(int(schedule.lengths[p].sum()) for s in steps for p in s.packs),
         },
+        "sources": _describe_sources(store, schedule, steps),
         "predictions": {
             "num_parameters": cost.num_parameters,
             "num_trained_parameters": cost.num_trained_parameters,
@@ -62,6 +63,22 @@ def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict
         },
         "steps": [_describe_step(schedule, step) for step in steps[:MAX_STEPS_LISTED]],
     }
+
+
+def _describe_sources(store: TokenStore, schedule: Schedule, steps: list[Step]) -> list[dict[str, Any]]:
+    """What each training source has, and what the run uses of it."""
+    samples = np.concatenate([step.samples for step in steps])
+    of = schedule.sources[samples]
+    return [
+        {
+            "name": source["name"],
+            "num_samples_in_store": source["num_samples"],
+            "num_samples": int((of == number).sum()),
+            "num_tokens": int(schedule.lengths[samples[of == number]].sum()),
+            "num_trained_tokens": int(schedule.num_trained[samples[of == number]].sum()),
+        }
+        for number, source in enumerate(store.manifest["sources"])
+    ]
 
 
 def _rank_costs(schedule: Schedule, step: Step) -> list[float]:
@@ -105,4 +122,7 @@ def plan_table(plan: dict[str, Any]) -> str:
             + f" = {sum(state.values()) / 1e9:.2f} GB, plus activations",
         ),
     ]
+    for source in plan["sources"] if len(plan["sources"]) > 1 else []:
+        text = f"{source['num_samples']:,} samples of {source['num_samples_in_store']:,} in the store"
+        lines.append((f"  {source['name']}", f"{text}, {source['num_tokens']:,} tokens"))
     return "\n".join(f"{name:<16}{text}" for name, text in lines)

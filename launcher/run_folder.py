@@ -36,6 +36,9 @@ NO_RESULTS = {
     "environment.json",
     "run.log",
     ".lock",
+    "check.txt",
+    "check.json",
+    "check.png",
 }  # left by an attempt that failed at once
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "peft", "datasets")
 

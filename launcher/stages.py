@@ -9,14 +9,16 @@ reading them again costs under a second.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 from launcher.run_folder import open_run, record_seconds
 from sftcore.config import Recipe
+from sftcore.data.check import check_store, check_text, draw_check
 from sftcore.data.ledger import Ledger
-from sftcore.data.prepare import load_records, prepare_store
+from sftcore.data.prepare import load_records, prepare_shard, prepare_store
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
 from sftcore.data.store import TokenStore
@@ -24,7 +26,7 @@ from sftcore.data.tokens import Tokenizer, load_tokenizer
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.generate import predict
 from sftcore.evaluate.score import score
-from sftcore.fsio import fingerprint_of, read_json, read_jsonl, write_json, write_jsonl
+from sftcore.fsio import atomic_file, fingerprint_of, read_json, read_jsonl, write_json, write_jsonl
 from sftcore.knowledge.levels import FactLevel, level_counts
 from sftcore.knowledge.probe import fingerprint_model, probe_facts, read_levels
 from sftcore.knowledge.selection import select_facts
@@ -35,15 +37,70 @@ log = logging.getLogger("sftcore.stages")
 SPLITS = ("train", "test", "ood")
 
 
-def prepare(recipe: Recipe) -> tuple[Tokenizer, TokenStore]:
+def prepare(
+    recipe: Recipe, *, num_workers: int | None = None, merge_only: bool = False
+) -> tuple[Tokenizer, TokenStore]:
     """The tokenizer and the token store of the training samples; selects by memory level first, if asked.
+
+    Args:
+        num_workers: processes; None: one a core.
+        merge_only: the parts have been made by `prepare_share`.
 
     Raises:
         UserInputError: bad data; or `select` is set and nothing was probed yet.
     """
     tokenizer = _tokenizer(recipe)
-    chosen = None if recipe.select is None else {level.id for level in select(recipe)}
-    return tokenizer, prepare_store(recipe, tokenizer, only_ids=chosen)
+    store = prepare_store(
+        recipe, tokenizer, only_ids=_chosen(recipe), num_workers=num_workers, merge_only=merge_only
+    )
+    return tokenizer, store
+
+
+def prepare_share(recipe: Recipe, shard: str, *, num_workers: int | None, is_alone: bool) -> str:
+    """Make the parts of one job of an array; says what was done.
+
+    Args:
+        shard: "i/N", i from 0.
+        is_alone: no other option was given that needs the whole store.
+
+    Raises:
+        UserInputError: not of that form, or not alone.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserInputError(
+            Problem(
+                what="a share is i/N with i from 0 to N-1", where="--shard", got=shard, allowed="0/4 to 3/4"
+            )
+        )
+    if not is_alone:
+        raise UserInputError(Problem(what="--merge and --check need all shards", where="--shard", got=shard))
+    job, num_jobs = int(match[1]), int(match[2])
+    mine, total = prepare_shard(
+        recipe,
+        _tokenizer(recipe),
+        job=job,
+        num_jobs=num_jobs,
+        only_ids=_chosen(recipe),
+        num_workers=num_workers,
+    )
+    return f"shard {shard}: {mine} of {total} parts are done; then: sftcore prepare RECIPE --merge"
+
+
+def write_check(recipe: Recipe, store: TokenStore) -> str:
+    """Report on the data in RUN/check.txt, check.json and check.png; returns the text."""
+    run = recipe.run_folder
+    report = check_store(recipe, store)
+    text = check_text(report)
+    with atomic_file(run / "check.txt") as handle:
+        handle.write(text + "\n")
+    write_json(run / "check.json", report)
+    draw_check(report, run / "check.png")
+    return f"{text}\n\n{run / 'check.png'}"
+
+
+def _chosen(recipe: Recipe) -> set[str] | None:
+    return None if recipe.select is None else {level.id for level in select(recipe)}
 
 
 def select(recipe: Recipe) -> list[FactLevel]:

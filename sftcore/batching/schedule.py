@@ -2,7 +2,8 @@
 
 In: sample lengths, trained tokens, seed, batch settings, world size. Out: any step of any epoch, by number.
 Invariant: what a step holds is a function of (lengths, seed, epoch, batch settings) alone; the world size
-only decides who computes it. Every sample is in exactly one step of each epoch, and nothing is dropped.
+only decides who computes it. Every sample is in exactly one step of each epoch, and nothing is dropped; with
+`source_counts` an epoch holds the samples of `draw_epoch` instead, each as often as it was drawn.
 Trade-off: packs of a step are dealt by predicted cost, longest first, which needs all packs of one step
 (never of the epoch) in memory: microseconds for hundreds of packs, against about 10 % idle time for random
 dealing.
@@ -10,12 +11,14 @@ dealing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from sftcore.batching.mixture import draw_epoch
 from sftcore.batching.packing import IntArray, Packs, pack
 from sftcore.fsio import fingerprint_of
 
@@ -86,6 +89,8 @@ class Schedule:
         samples_per_step: int | None = None,
         tokens_per_step: int | None = None,
         cost: CostCoefficients | None = None,
+        sources: npt.ArrayLike | None = None,
+        source_counts: Sequence[int] | None = None,
     ) -> None:
         """See DESIGN: exactly one of `samples_per_step` and `tokens_per_step` (a multiple of `capacity`).
 
@@ -94,6 +99,8 @@ class Schedule:
             num_trained: (num_samples,) positions with a target per sample.
             capacity: tokens in a pack at most.
             world: number of ranks.
+            sources: (num_samples,) source of each sample; None: all of one.
+            source_counts: samples of each source in an epoch; None: each sample once.
         """
         assert (samples_per_step is None) != (tokens_per_step is None)
         self.lengths = np.asarray(lengths, np.int64)
@@ -102,12 +109,17 @@ class Schedule:
         self.samples_per_step = samples_per_step
         self.packs_per_step = tokens_per_step // capacity if tokens_per_step else None
         self.cost = cost or CostCoefficients()
+        self.sources = (
+            np.zeros(len(self.lengths), np.int64) if sources is None else np.asarray(sources, np.int64)
+        )
+        self.source_counts = None if source_counts is None else tuple(source_counts)
         self._epoch_packs = lru_cache(maxsize=2)(self._pack_epoch)
+        self._epoch_samples = lru_cache(maxsize=2)(self._draw_epoch)
 
     @property
     def num_samples(self) -> int:
         """Samples in an epoch."""
-        return len(self.lengths)
+        return len(self.lengths) if self.source_counts is None else sum(self.source_counts)
 
     @cached_property
     def first_steps(self) -> IntArray:
@@ -143,6 +155,10 @@ class Schedule:
             num_trained_tokens=int(self.num_trained[samples].sum()),
         )
 
+    def samples_by_source(self, step: Step) -> list[int]:
+        """How many samples of each source a step holds."""
+        return np.bincount(self.sources[step.samples], minlength=int(self.sources.max()) + 1).tolist()
+
     def deal(self, step: Step) -> IntArray:
         """Who runs which pack when.
 
@@ -164,8 +180,10 @@ class Schedule:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of what the steps hold; the world size and the dealing are not part of it."""
+        mixed = {"mixture": [self.sources.tolist(), self.source_counts]} if self.source_counts else {}
         return fingerprint_of(
             {
+                **mixed,
                 "lengths": self.lengths.tolist(),
                 "num_trained": self.num_trained.tolist(),
                 "settings": [self.capacity, self.seed, self.epochs],
@@ -181,6 +199,8 @@ class Schedule:
         assert self.samples_per_step
         order = _shuffled(self.num_samples, self.seed, epoch)
         samples = order[number * self.samples_per_step : (number + 1) * self.samples_per_step]
+        if self.source_counts:
+            samples = self._epoch_samples(epoch)[samples]
         return self._pack_step(samples, _seed_of(self.seed, epoch, number))
 
     def _pack_step(self, samples: IntArray, seed: int) -> tuple[IntArray, ...]:
@@ -192,7 +212,16 @@ class Schedule:
         return _spread(samples, self.lengths[samples], wanted)
 
     def _pack_epoch(self, epoch: int) -> Packs:
-        return pack(self.lengths, capacity=self.capacity, seed=_seed_of(self.seed, epoch))
+        seed = _seed_of(self.seed, epoch)
+        if not self.source_counts:
+            return pack(self.lengths, capacity=self.capacity, seed=seed)
+        samples = self._epoch_samples(epoch)
+        packs = pack(self.lengths[samples], capacity=self.capacity, seed=seed)
+        return Packs(indices=samples[packs.indices], offsets=packs.offsets)
+
+    def _draw_epoch(self, epoch: int) -> IntArray:
+        assert self.source_counts
+        return draw_epoch(self.sources, self.source_counts, seed=self.seed, epoch=epoch)
 
 
 def deal(costs: npt.ArrayLike, *, world: int) -> IntArray:

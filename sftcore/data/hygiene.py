@@ -31,6 +31,8 @@ def normalised(text: str) -> str:
     >>> normalised("Where is  ＰＡＲＩＳ?\n")
     'where is paris?'
     """
+    if text.isascii():
+        return " ".join(text.lower().split())  # the same, at a third of the time
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

@@ -9,6 +9,7 @@ EntityQuestions, SmolLM2, 2026-11) and can write out their whole state; models w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -59,8 +60,9 @@ class Codec:
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()  # an earlier call with truncation or padding would stay in force
         backend.no_padding()
-        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        full = [text for text in texts if text]
+        encodings = iter(backend.encode_batch_fast(full, add_special_tokens=False))
+        return [next(encodings).ids if text else [] for text in texts]
 
     def last_cut(self, text: str, start: int, end: int) -> int:
         """The last place in text[start:end] with ids(before) + ids(after) = ids(whole), or `start`.
@@ -162,9 +164,11 @@ def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
     Truncation and padding are left out: a call switches them off, so they would make the fingerprint of a
     tokenizer depend on whether it was used before (trl#6206: a cache key that never repeats).
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    backend = tokenizer.backend_tokenizer.to_str()
     return {
-        "backend": {key: backend[key] for key in backend if key not in ("truncation", "padding")},
+        "backend_sha256": hashlib.sha256(backend.encode()).hexdigest(),
         "chat_template": tokenizer.chat_template,
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }

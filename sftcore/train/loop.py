@@ -17,9 +17,11 @@ import torch
 
 from sftcore import dist
 from sftcore.batching.collate import Batch, collate
+from sftcore.batching.mixture import samples_per_epoch, temperature_shares
 from sftcore.batching.schedule import IDLE, CostCoefficients, Schedule, Step
 from sftcore.config import Recipe, TrainSettings
 from sftcore.data.store import TokenStore
+from sftcore.errors import Problem, UserInputError
 from sftcore.train.checkpoint import TrainState, save_checkpoint
 from sftcore.train.engine import Engine
 from sftcore.train.metrics import MetricsWriter, StepMetrics, peak_memory_bytes
@@ -39,7 +41,29 @@ def make_schedule(
         samples_per_step=recipe.batch.samples_per_step,
         tokens_per_step=recipe.batch.tokens_per_step,
         cost=cost,
+        sources=store.sources,
+        source_counts=source_counts(recipe, store),
     )
+
+
+def source_counts(recipe: Recipe, store: TokenStore) -> list[int] | None:
+    """Samples of each training source in an epoch, if the recipe mixes them; None: each sample once.
+
+    Raises:
+        UserInputError: a weighted source has no samples.
+    """
+    data = recipe.data
+    weights = [source.weight for source in data.train if source.weight is not None]
+    if not weights and data.temperature is None:
+        return None
+    sizes = np.bincount(store.sources, minlength=len(data.train)).tolist()
+    if 0 in sizes:
+        where = f"data.train.{sizes.index(0)}"
+        remedy = "see the store's ledger, or take the source out"
+        raise UserInputError(
+            Problem(what="no sample is left of this mixed source", where=where, remedy=remedy)
+        )
+    return samples_per_epoch(len(store), weights or temperature_shares(sizes, data.temperature or 1.0))
 
 
 def run_steps(recipe: Recipe, engine: Engine, schedule: Schedule, store: TokenStore, *, first: int) -> None:
@@ -49,6 +73,7 @@ def run_steps(recipe: Recipe, engine: Engine, schedule: Schedule, store: TokenSt
         TrainingFailed: a loss that is not finite; the last checkpoint stays.
     """
     run = recipe.run_folder
+    names = [source["name"] for source in store.manifest["sources"]]
     with MetricsWriter(
         run, steps_done=first, num_steps=schedule.num_steps, tensorboard=recipe.tracking.tensorboard
     ) as writer:
@@ -73,6 +98,7 @@ def run_steps(recipe: Recipe, engine: Engine, schedule: Schedule, store: TokenSt
                     num_pad_tokens=0,
                     num_samples=step.num_samples,
                     num_packs=len(step.packs),
+                    num_samples_by_source=dict(zip(names, schedule.samples_by_source(step), strict=False)),
                     elapsed_seconds=writer.elapsed_seconds,
                     step_seconds=seconds,
                     data_seconds=data_seconds,

@@ -40,6 +40,7 @@ class StepMetrics:
     num_pad_tokens: int
     num_samples: int
     num_packs: int
+    num_samples_by_source: dict[str, int]
     elapsed_seconds: float
     step_seconds: float
     data_seconds: float

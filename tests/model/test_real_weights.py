@@ -22,7 +22,7 @@ TEXTS = (
     ("法国的首都是哪里？", "巴黎"),
 )
 # Norm of a gradient's difference, relative to its norm. Measured on an AMX Xeon: at most 1.6e-3 (float32) and
-# 1.3e-2 (bfloat16), the sums of a pack being blocked otherwise than a document's; a leak would give 0.1 and more.
+# 1.3e-2 (bfloat16), the sums of a pack being blocked otherwise than a document's; a leak gives 0.1 and more.
 GRADIENT_TOLERANCES = {"float32": 5e-3, "bfloat16": 4e-2}
 LOSS_TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 
