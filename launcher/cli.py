@@ -127,6 +127,9 @@ def plan(
 def train(
     recipe: RecipePath,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="checkpoint to go on from")] = "auto",
+    restart_schedule: Annotated[
+        bool, typer.Option("--restart-schedule", help="with --resume PATH: begin this recipe's plan anew")
+    ] = False,
     set_: Overrides = None,
     run: RunFolder = None,
 ) -> None:
@@ -134,7 +137,7 @@ def train(
     loaded = _load(recipe, set_, run)
     from launcher.worker import train_recipe
 
-    print(train_recipe(loaded, resume=resume))
+    print(train_recipe(loaded, resume=resume, restart_schedule=restart_schedule))
 
 
 @app.command()

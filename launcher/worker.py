@@ -27,11 +27,18 @@ from sftcore.fsio import write_json
 from sftcore.log import setup_logging
 from sftcore.model.load import checkpoint_activations, load_for_training
 from sftcore.recipe import deepspeed_file, load_recipe
-from sftcore.train.checkpoint import check_resumable, newest_usable, read_state, why_not_usable
+from sftcore.train.checkpoint import (
+    check_resumable,
+    for_this_world,
+    newest_usable,
+    read_state,
+    why_not_usable,
+)
 from sftcore.train.ds_config import read_ds_config, zero_stage
 from sftcore.train.engine import Engine, check_engine, init_process_group
 from sftcore.train.export import export_weights
-from sftcore.train.loop import make_schedule, run_steps
+from sftcore.train.loop import make_schedule, plan_settings, run_steps
+from sftcore.train.stopping import StopRequest
 
 log = logging.getLogger("sftcore.worker")
 
@@ -43,24 +50,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides")
     parser.add_argument("--run", default=None, metavar="DIR")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH")
+    parser.add_argument("--restart-schedule", action="store_true")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by the launcher")
     options = parser.parse_args(arguments)
     setup_logging(rank=dist.rank())
     try:
         recipe = with_run(load_recipe(options.recipe, options.overrides), options.run)
-        train_recipe(recipe, resume=options.resume)
+        train_recipe(recipe, resume=options.resume, restart_schedule=options.restart_schedule)
     except SftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def train_recipe(recipe: Recipe, *, resume: str = "auto") -> Path:
+def train_recipe(recipe: Recipe, *, resume: str = "auto", restart_schedule: bool = False) -> Path:
     """Train, or say that the run is finished; all ranks call it.
 
     Args:
         resume: "auto" (newest checkpoint that verifies, if any), "never" (refuses a run that has steps), or a
             checkpoint folder.
+        restart_schedule: take weights and optimizer from that folder, but begin this recipe's plan at step 1.
 
     Returns:
         RUN/model, or RUN/adapter.
@@ -68,19 +77,25 @@ def train_recipe(recipe: Recipe, *, resume: str = "auto") -> Path:
     Raises:
         SftError: see the exit codes of DESIGN.
     """
+    if restart_schedule and resume in ("auto", "never"):
+        remedy = "name the checkpoint: --resume PATH --restart-schedule"
+        raise UserInputError(
+            Problem(what="nothing to restart from", where="--restart-schedule", remedy=remedy)
+        )
     owner = open_run(recipe, purpose="training") if dist.rank() == 0 else nullcontext(recipe.run_folder)
     with owner as run:
         if recipe.result_folder.is_dir():
             log.info("%s is finished; its weights are in %s", run, recipe.result_folder)
             return recipe.result_folder
         started = time.perf_counter()
-        _train(recipe, run, resume)
+        with StopRequest() as stop:
+            _train(recipe, run, resume, stop, restart=restart_schedule)
         if dist.rank() == 0:
             record_seconds(run, "train", time.perf_counter() - started)
         return recipe.result_folder
 
 
-def _train(recipe: Recipe, run: Path, resume: str) -> None:
+def _train(recipe: Recipe, run: Path, resume: str, stop: StopRequest, *, restart: bool) -> None:
     ds_config = read_ds_config(deepspeed_file(recipe))
     check_engine(ds_config)
     start = _checkpoint_to_resume(run, resume)
@@ -92,9 +107,11 @@ def _train(recipe: Recipe, run: Path, resume: str) -> None:
     model = load_for_training(recipe)
     if recipe.train.activation_checkpointing == "full":
         checkpoint_activations(model.causal_lm, stage=zero_stage(ds_config))
-    engine = Engine(model, recipe, ds_config)
-    first = _resume(engine, start, schedule)
-    run_steps(recipe, engine, schedule, store, first=first)
+    stage = zero_stage(ds_config)
+    resized = start is not None and read_state(start).world_size != dist.world_size() and stage > 0
+    engine = Engine(model, recipe, ds_config, loads_universal=resized)
+    first = _resume(engine, start, schedule, restart=restart)
+    run_steps(recipe, engine, schedule, store, first=first, stop=stop)
     export_weights(engine, tokenizer, recipe)
     engine.close()
 
@@ -120,13 +137,20 @@ def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
-def _resume(engine: Engine, checkpoint: Path | None, schedule: Schedule) -> int:
+def _resume(engine: Engine, checkpoint: Path | None, schedule: Schedule, *, restart: bool) -> int:
     """Load a checkpoint; returns the number of steps done."""
     if checkpoint is None:
         return 0
     state = read_state(checkpoint)
-    check_resumable(checkpoint, state, plan_fingerprint=schedule.fingerprint)
-    engine.load(checkpoint)
+    if not restart:
+        check_resumable(
+            checkpoint, state, plan_fingerprint=schedule.fingerprint, plan_settings=plan_settings(schedule)
+        )
+    with for_this_world(checkpoint, state, stage=engine.stage) as folder:
+        engine.load(folder)
+    if restart:
+        log.info("starting this plan with the weights and optimizer of %s", checkpoint)
+        return 0
     log.info("resuming after step %d from %s", state.step, checkpoint)
     return state.step
 

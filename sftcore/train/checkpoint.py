@@ -11,19 +11,27 @@ writing it; every resume reads all files once.
 
 from __future__ import annotations
 
+import argparse
+import io
+import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 
 from sftcore import dist
-from sftcore.errors import Problem, UserInputError
+from sftcore.errors import MissingEnvironmentError, Problem, SftError, UserInputError
 from sftcore.fsio import atomic_file, disk_errors_explained, read_json, sync_entry, sync_folder, write_json
-from sftcore.train.engine import Engine
+from sftcore.train.engine import Engine  # first: it tells DeepSpeed what it runs on
+
+from deepspeed.checkpoint import ds_to_universal  # isort: skip
 
 log = logging.getLogger(__name__)
 COMMITTED, MANIFEST, STATE = "COMMITTED", "MANIFEST.json", "state.json"
@@ -39,6 +47,7 @@ class TrainState:
         plan_fingerprint: of the schedule that the steps came from.
         world_size: ranks that saved.
         num_threads: torch's CPU threads (another number changes the last bits on a CPU).
+        plan_settings: what the plan follows from, by recipe key; names what differs when it does.
     """
 
     step: int
@@ -46,6 +55,7 @@ class TrainState:
     plan_fingerprint: str
     world_size: int
     num_threads: int
+    plan_settings: dict[str, Any]
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -61,12 +71,13 @@ def save_checkpoint(run: Path, engine: Engine, state: TrainState, *, keep: int) 
     """
     final = checkpoint_folder(run, state.step)
     temporary = final.with_name(f".{final.name}.tmp")
-    with disk_errors_explained(run):
+    with disk_errors_explained(run), _removed_on_failure(temporary):
         if dist.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        engine.save(temporary)
+        with _torch_write_errors_explained(run):
+            engine.save(temporary)
         if dist.rank() == 0:
             write_json(temporary / STATE, asdict(state))
         dist.barrier()
@@ -77,6 +88,34 @@ def save_checkpoint(run: Path, engine: Engine, state: TrainState, *, keep: int) 
             prune(run, keep=keep)
     dist.barrier()
     return final
+
+
+@contextmanager
+def _removed_on_failure(temporary: Path) -> Iterator[None]:
+    """A save that failed leaves nothing behind: its part would keep a full disk full."""
+    try:
+        yield
+    except (OSError, SftError):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _torch_write_errors_explained(run: Path) -> Iterator[None]:
+    """torch reports a write that failed (disk full, quota) as a RuntimeError of its zip writer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
+            raise
+        raise MissingEnvironmentError(
+            Problem(
+                what=f"can't write a checkpoint: {str(error).splitlines()[0][:200]}",
+                where=str(run),
+                got=f"{shutil.disk_usage(run).free:,} bytes free",
+                remedy="free space there, or point --run to another disk; the earlier checkpoint is intact",
+            )
+        ) from error
 
 
 def _merged_manifest(folder: Path) -> dict[str, list[int | str]]:
@@ -157,28 +196,26 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**read_json(folder / STATE))
 
 
-def check_resumable(folder: Path, state: TrainState, *, plan_fingerprint: str) -> None:
-    """Refuse a checkpoint of another plan or another world size; warn of another thread count.
+def check_resumable(
+    folder: Path, state: TrainState, *, plan_fingerprint: str, plan_settings: dict[str, Any]
+) -> None:
+    """Refuse a checkpoint of another plan; warn of another thread count.
 
     Raises:
-        UserInputError: this run can't go on from that checkpoint.
+        UserInputError: this run can't go on from that checkpoint; the settings that differ are named.
     """
     if state.plan_fingerprint != plan_fingerprint:
+        now = json.loads(json.dumps(plan_settings))
+        differing = {key: (value, now.get(key)) for key, value in state.plan_settings.items()}
+        differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
         raise UserInputError(
             Problem(
-                what="this checkpoint belongs to another plan (data, seed, epochs or batch settings differ)",
+                what="this checkpoint belongs to another plan",
                 where=str(folder),
-                remedy="use the recipe it was made with, or another run folder (--run DIR)",
-            )
-        )
-    if state.world_size != dist.world_size():
-        raise UserInputError(
-            Problem(
-                what="this checkpoint was saved by another number of ranks",
-                where=str(folder),
-                got=str(dist.world_size()),
-                allowed=str(state.world_size),
-                remedy=f"start {state.world_size} ranks, or train anew in another run folder",
+                got=", ".join(f"{key} {new}" for key, (_, new) in differing.items()),
+                allowed=", ".join(f"{key} {old}" for key, (old, _) in differing.items()),
+                remedy="use the recipe it was made with, or start a new plan from its weights and optimizer: "
+                "--resume PATH --restart-schedule",
             )
         )
     if state.num_threads != torch.get_num_threads():
@@ -187,3 +224,43 @@ def check_resumable(folder: Path, state: TrainState, *, plan_fingerprint: str) -
             torch.get_num_threads(),
             state.num_threads,
         )
+
+
+@contextmanager
+def for_this_world(folder: Path, state: TrainState, *, stage: int) -> Iterator[Path]:
+    """A checkpoint folder that this number of ranks can load: itself, or converted; all ranks enter.
+
+    DeepSpeed's sharded optimizer state loads at the world size it was saved with; its universal form (one
+    file per parameter and state, in float32, beside the checkpoint while it is loaded) loads at any. At
+    stage 0 every rank has all of it.
+    """
+    if state.world_size == dist.world_size() or stage == 0:
+        yield folder
+        return
+    log.info("converting the checkpoint of %d ranks for %d", state.world_size, dist.world_size())
+    converted = folder.with_name(f".{folder.name}.universal.tmp")
+    with disk_errors_explained(folder):
+        if dist.rank() == 0:
+            shutil.rmtree(converted, ignore_errors=True)
+            with _torch_write_errors_explained(folder):
+                _convert(folder / "ds", converted / "ds")
+        dist.barrier()
+        yield converted
+        dist.barrier()
+        if dist.rank() == 0:
+            shutil.rmtree(converted)
+
+
+def _convert(source: Path, target: Path) -> None:
+    """DeepSpeed's ds_to_universal in this process; what it prints is kept off the terminal."""
+    options = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(options)

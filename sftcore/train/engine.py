@@ -18,6 +18,7 @@ DeepSpeed averages gradients over `world` ranks: it would step along (1 / world)
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -53,11 +54,24 @@ class StepResult:
         loss: exact loss over all trained tokens of the step.
         grad_norm: L2 norm of the step's gradient before clipping.
         rank_imbalance: slowest rank's compute seconds / mean - 1.
+        stop_requested: whether any rank was asked to stop.
     """
 
     loss: float
     grad_norm: float
     rank_imbalance: float
+    stop_requested: bool
+
+
+class NotFinite(TrainingFailed):
+    """A loss or gradient norm that is infinite or not a number; weights and optimizer are untouched.
+
+    Raised by all ranks in the same step; `micro_batches` are this rank's packs whose own loss is not finite.
+    """
+
+    def __init__(self, what: str, micro_batches: list[int]) -> None:
+        super().__init__(what)
+        self.micro_batches = micro_batches
 
 
 def check_engine(ds_config: dict[str, Any]) -> None:
@@ -84,11 +98,14 @@ def init_process_group() -> None:
 class Engine:
     """DeepSpeed behind three verbs: step, save, load."""
 
-    def __init__(self, model: LossModel, recipe: Recipe, ds_config: dict[str, Any]) -> None:
+    def __init__(
+        self, model: LossModel, recipe: Recipe, ds_config: dict[str, Any], *, loads_universal: bool = False
+    ) -> None:
         """Wrap `model`; must be called by all ranks after `init_process_group`.
 
         Args:
             ds_config: as read by `read_ds_config`.
+            loads_universal: `load` will be given a checkpoint converted for another world size.
         """
         self.stage = zero_stage(ds_config)
         self.autocasts = autocasts(ds_config, recipe)
@@ -100,11 +117,11 @@ class Engine:
                     parameter.data = parameter.data.float()
         optimizer = make_optimizer(model, recipe.train)
         self._hooked_norm: float | None = None
-        if self.stage == 0:
-            self._clip_in_optimizer(optimizer, model, recipe.train.max_grad_norm)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=complete_ds_config(ds_config, recipe)
-        )
+        optimizer.register_step_pre_hook(lambda *_: self._before_update(model, recipe.train.max_grad_norm))
+        complete = complete_ds_config(ds_config, recipe)
+        if loads_universal:
+            complete["checkpoint"] = {**complete.get("checkpoint", {}), "load_universal": True}
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
         self.device = self.deepspeed.device
 
     @property
@@ -112,37 +129,46 @@ class Engine:
         """The wrapped model (its parameters are sharded under ZeRO-3)."""
         return self.deepspeed.module
 
-    def step(self, batches: Sequence[Batch], *, seeds: Sequence[int], lr: float) -> StepResult:
+    def step(
+        self, batches: Sequence[Batch], *, seeds: Sequence[int], lr: float, stop: bool = False
+    ) -> StepResult:
         """Forward and backward over this rank's packs, then one optimizer step over all ranks.
 
         Args:
             batches: this rank's packs; as many on every rank (idle ones have zero weights).
             seeds: one per pack, for dropout.
             lr: learning rate of this step.
+            stop: whether this rank was asked to stop.
 
         Raises:
-            TrainingFailed: the loss is not finite; weights and optimizer are untouched.
+            NotFinite: the loss or the gradient norm; weights and optimizer are untouched.
         """
         self.deepspeed.train()
         started = time.perf_counter()
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        losses = []
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocasts):
                 loss = self.deepspeed(batch.to(self.device))
             self.deepspeed.backward(loss * dist.world_size(), scale_wrt_gas=False)
-            total += loss.detach()
-        rank_loss = total.item()
+            losses.append(loss.detach())
+        rank_losses = torch.stack(losses).tolist()
         seconds = time.perf_counter() - started
-        (loss_sum, seconds_sum), (seconds_max,) = dist.sums_and_maxima([rank_loss, seconds], [seconds])
-        if not abs(loss_sum) < float("inf"):
-            raise TrainingFailed(f"the loss is {loss_sum}; the weights were not updated")
+        (loss_sum, seconds_sum), (seconds_max, any_stop) = dist.sums_and_maxima(
+            [sum(rank_losses), seconds], [seconds, float(stop)]
+        )
+        if not math.isfinite(loss_sum):
+            raise NotFinite(
+                f"the loss is {loss_sum}",
+                [number for number, loss in enumerate(rank_losses) if not math.isfinite(loss)],
+            )
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = lr
-        self.deepspeed.step()
+        self.deepspeed.step()  # skips the update, or our hook raises, if the norm is not finite
         return StepResult(
             loss=loss_sum,
-            grad_norm=self._grad_norm(),
+            grad_norm=self._finite_grad_norm(),
+            stop_requested=bool(any_stop),
             rank_imbalance=seconds_max * dist.world_size() / seconds_sum - 1,
         )
 
@@ -179,19 +205,23 @@ class Engine:
         """Give up DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
 
-    def _grad_norm(self) -> float:
-        norm = self._hooked_norm if self.stage == 0 else self.deepspeed.get_global_grad_norm()
+    def _finite_grad_norm(self) -> float:
+        # DeepSpeed's engine learns the norm after the step, its optimizer before; -1 stands for not finite
+        norm = self._hooked_norm if self.stage == 0 else self.deepspeed.optimizer._global_grad_norm
         assert norm is not None
+        if not math.isfinite(norm) or norm < 0:
+            raise NotFinite("the gradient norm is not finite", [])
         return float(norm)
 
-    def _clip_in_optimizer(self, optimizer: torch.optim.Optimizer, model: LossModel, max_norm: float) -> None:
-        """At stage 0 gradients are whole on each rank when the optimizer steps: clip them there."""
+    def _before_update(self, model: LossModel, max_norm: float) -> None:
+        """At stage 0 gradients are whole on each rank when the optimizer steps: measure and clip them there.
 
-        def before_step(*_: Any) -> None:
+        At every stage the norm, the same on all ranks, is known by now: no update follows a bad one.
+        """
+        if self.stage == 0:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
             self._hooked_norm = norm.item()
-
-        optimizer.register_step_pre_hook(before_step)
+        self._finite_grad_norm()
 
 
 def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

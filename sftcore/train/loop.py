@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from sftcore.batching.mixture import samples_per_epoch, temperature_shares
 from sftcore.batching.schedule import IDLE, CostCoefficients, Schedule, Step
 from sftcore.config import Recipe, TrainSettings
 from sftcore.data.store import TokenStore
-from sftcore.errors import Problem, UserInputError
+from sftcore.errors import Problem, StoppedOnRequest, TrainingFailed, UserInputError
 from sftcore.train.checkpoint import TrainState, save_checkpoint
-from sftcore.train.engine import Engine
+from sftcore.train.engine import Engine, NotFinite
 from sftcore.train.metrics import MetricsWriter, StepMetrics, peak_memory_bytes
+from sftcore.train.stopping import StopRequest, name_samples
 
 
 def make_schedule(
@@ -66,12 +68,22 @@ def source_counts(recipe: Recipe, store: TokenStore) -> list[int] | None:
     return samples_per_epoch(len(store), weights or temperature_shares(sizes, data.temperature or 1.0))
 
 
-def run_steps(recipe: Recipe, engine: Engine, schedule: Schedule, store: TokenStore, *, first: int) -> None:
+def run_steps(
+    recipe: Recipe,
+    engine: Engine,
+    schedule: Schedule,
+    store: TokenStore,
+    *,
+    first: int,
+    stop: StopRequest | None = None,
+) -> None:
     """Train from step `first` (0-based) to the end; all ranks call it.
 
     Raises:
-        TrainingFailed: a loss that is not finite; the last checkpoint stays.
+        TrainingFailed: a loss or gradient norm that is not finite; the last checkpoint stays.
+        StoppedOnRequest: a rank was asked to stop; a checkpoint was made.
     """
+    stop = stop or StopRequest()
     run = recipe.run_folder
     names = [source["name"] for source in store.manifest["sources"]]
     with MetricsWriter(
@@ -83,7 +95,10 @@ def run_steps(recipe: Recipe, engine: Engine, schedule: Schedule, store: TokenSt
             batches, seeds = rank_batches(recipe, schedule, store, step)
             data_seconds = time.perf_counter() - started
             lr = learning_rate(number, schedule.num_steps, recipe.train)
-            result = engine.step(batches, seeds=seeds, lr=lr)
+            try:
+                result = engine.step(batches, seeds=seeds, lr=lr, stop=stop.requested)
+            except NotFinite as error:
+                raise _explain_not_finite(error, schedule, store, step) from error
             seconds = time.perf_counter() - started
             _, (peak,) = dist.sums_and_maxima([], [peak_memory_bytes()])
             writer.write(
@@ -108,9 +123,35 @@ def run_steps(recipe: Recipe, engine: Engine, schedule: Schedule, store: TokenSt
                     peak_memory_bytes=int(peak),
                 )
             )
-            if _is_save_due(number + 1, schedule.num_steps, recipe.checkpoint.save_every_steps):
+            stopping = result.stop_requested and number + 1 < schedule.num_steps
+            if stopping or _is_save_due(number + 1, schedule.num_steps, recipe.checkpoint.save_every_steps):
                 state = state_after(number, schedule, step.epoch)
                 save_checkpoint(run, engine, state, keep=recipe.checkpoint.keep)
+            if stopping:
+                raise StoppedOnRequest(f"stopped on request after step {number + 1}; start again to go on")
+
+
+def _explain_not_finite(
+    error: NotFinite, schedule: Schedule, store: TokenStore, step: Step
+) -> TrainingFailed:
+    """Which step, packs and samples it was; all ranks call it, and all say the same."""
+    dealt = schedule.deal(step)
+    found = {
+        int(dealt[rank, micro_batch])
+        for rank, numbers in enumerate(dist.gather_objects(error.micro_batches))
+        for micro_batch in numbers
+    } - {IDLE}
+    packs = sorted(found) or list(range(len(step.packs)))
+    ids = store.ids
+    samples = [ids[int(i)] for p in packs for i in step.packs[p]]
+    return TrainingFailed(
+        Problem(
+            what=f"{error} in step {step.number + 1}; the weights were not updated",
+            got=f"packs {', '.join(map(str, packs))} of {len(step.packs)}, samples {name_samples(samples)}",
+            remedy="look at these samples (sftcore inspect), lower train.lr, or raise train.warmup_ratio; "
+            "the last checkpoint is good",
+        )
+    )
 
 
 def state_after(number: int, schedule: Schedule, epoch: int) -> TrainState:
@@ -121,7 +162,22 @@ def state_after(number: int, schedule: Schedule, epoch: int) -> TrainState:
         plan_fingerprint=schedule.fingerprint,
         world_size=dist.world_size(),
         num_threads=torch.get_num_threads(),
+        plan_settings=plan_settings(schedule),
     )
+
+
+def plan_settings(schedule: Schedule) -> dict[str, Any]:
+    """What decides the content of a plan's steps, by recipe key."""
+    return {
+        "seed": schedule.seed,
+        "train.epochs": schedule.epochs,
+        "batch.capacity": schedule.capacity,
+        "batch.samples_per_step": schedule.samples_per_step,
+        "packs per step": schedule.packs_per_step,
+        "number of samples": schedule.num_samples,
+        "tokens in an epoch": int(schedule.lengths.sum()),
+        "trained tokens in an epoch": int(schedule.num_trained.sum()),
+    }
 
 
 def _is_save_due(steps_done: int, num_steps: int, every: int) -> bool:
