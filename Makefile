@@ -35,8 +35,8 @@ format: $(STAMP)     ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)      ## packing speed and quality, written to benchmarks/
-	$(BIN)/python benchmarks/packing.py
+bench: $(STAMP)      ## speed, memory and start of preparation, written to benchmarks/results
+	$(BIN)/python benchmarks/prepare.py
 
 clean:               ## remove caches, keep .venv and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
