@@ -59,7 +59,7 @@ def _parquet_batches(file: Path, span: Span) -> Iterator[list[dict[str, Any]]]:
         try:
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(groups), use_threads=False):
                 yield batch.to_pylist()
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(file, f"damaged Parquet file: {error}", remedy="fetch it again") from error
 
 
@@ -70,7 +70,7 @@ def _open_parquet(file: Path) -> Any:
     with read_errors_explained(file):
         try:
             return pq.ParquetFile(file)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, ValueError) as error:
             raise damaged(file, f"not a Parquet file: {error}", remedy="fetch it again") from error
 
 

@@ -4,7 +4,8 @@ In: the parts of all units, the hashes of what the held-out sets ask. Out: outco
 the ledger, manifest.json last; no token and no text is copied.
 Invariant: num_rows_read = num_samples + num_rejected + num_not_selected; of several reasons to drop a record
 the first of these counts: id given twice, leak, contradiction, duplicate, not selected, refused by prompts.
-Trade-off: comparing all records holds 45 bytes of hashes for each (10 million: 450 MB), never their texts.
+Trade-off: comparing all records holds hashes, never texts: 98 bytes a row, measured as resident memory
+between 100,000 and a million rows (benchmarks/results/prepare.json).
 """
 
 from __future__ import annotations

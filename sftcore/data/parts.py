@@ -3,8 +3,8 @@
 In: the rows of a `Unit`, a `Prompter`. Out: a folder with ids, labels, one line a record, its own ledger.
 Invariant: a part under its final name is complete (one rename, part.json written last) and depends on its
 unit and the recipe only; duplicates, leaks and contradictions are decided later, from the hashes in it.
-Trade-off: rows that the comparison will drop are tokenised too (2 % of EntityQuestions), and in return a part
-needs no other part: any process, on any node, in any order, can write it.
+Trade-off: rows that the comparison will drop are tokenised too (0.3 % of EntityQuestions), and in return a
+part needs no other part: any process, on any node, in any order, can write it.
 
     input_ids.bin  int32 ids of all samples, end to end        |s0 s0 s0|s1 s1|s2 s2 s2 s2|
     labels.bin     int32 targets, likewise                      ^0       ^3    ^5

@@ -150,10 +150,21 @@ class Prompter:
         return [self._fitted(content, e) for content, e in zip(contents, encoded, strict=True)]
 
     def _encode(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
-        drafts = [self._draft(content) for content in contents]
+        drafts = [self._not_endless(self._draft(content)) for content in contents]
         encoded = iter(encode_drafts(self.codec, [d for d in drafts if isinstance(d, Draft)]))
         nothing = Refusal(reason=Reason.NO_TOKENS, detail="prompt or answer has no tokens")
         return [(next(encoded) or nothing) if isinstance(d, Draft) else d for d in drafts]
+
+    def _not_endless(self, draft: Draft | Refusal) -> Draft | Refusal:
+        """Refuse a text that can't fit whatever its tokens are: 50 MB would be encoded for minutes."""
+        longest = self.codec.longest_token
+        if isinstance(draft, Refusal) or longest is None:
+            return draft
+        num_characters = sum(map(len, draft.pieces))
+        if num_characters <= longest * self.options.max_length:
+            return draft
+        detail = f"{num_characters} characters, more than {self.options.max_length} tokens can hold"
+        return Refusal(reason=Reason.OVERLENGTH, detail=detail)
 
     def _draft(self, content: Content) -> Draft | Refusal:
         if isinstance(content, Chat):
@@ -201,9 +212,14 @@ class Prompter:
 
     def _fitted(self, content: Content, encoded: Encoded | Refusal) -> Encoded | Refusal:
         """`encoded`, cut to `max_length` if the recipe says so, or a refusal."""
-        if isinstance(encoded, Refusal) or len(encoded.ids) <= self.options.max_length:
+        if isinstance(encoded, Refusal):
+            if encoded.reason is not Reason.OVERLENGTH:
+                return encoded
+            detail = encoded.detail
+        elif len(encoded.ids) <= self.options.max_length:
             return encoded
-        detail = f"{len(encoded.ids)} tokens, {self.options.max_length} fit"
+        else:
+            detail = f"{len(encoded.ids)} tokens, {self.options.max_length} fit"
         if self.options.overlength == "trim_prompt":
             trimmed = self._trimmed(content)
             if trimmed is not None:

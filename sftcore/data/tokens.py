@@ -45,6 +45,7 @@ class Codec:
         stop_id: eos, the id that ends an answer.
         special_ids: ids of its special tokens.
         is_local: it encodes what stands before and after a space between two words independently.
+        longest_token: bytes that a token stands for at most; None where that isn't known.
     """
 
     tokenizer: Tokenizer
@@ -52,6 +53,7 @@ class Codec:
     stop_id: int
     special_ids: frozenset[int]
     is_local: bool = False
+    longest_token: int | None = None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without prefix and stop."""
@@ -106,7 +108,8 @@ def codec_of(tokenizer: Tokenizer) -> Codec:
         prefix=_own_prefix(tokenizer),
         stop_id=tokenizer.eos_token_id,
         special_ids=frozenset(special | set(tokenizer.all_special_ids)),
-        is_local=_is_local(tokenizer),
+        is_local=(is_local := _is_local(tokenizer)),
+        longest_token=max(map(len, tokenizer.get_vocab())) if is_local else None,
     )
 
 

@@ -3,8 +3,9 @@
 In: the training sources. Out: numbered `Unit`s; each becomes one part of the store.
 Invariant: units depend on the files' bytes alone, not on the number of workers, so an interrupted prepare
 goes on with any number of them; together the units of a file hold each of its rows once.
-Trade-off: line numbers need a count of the newlines before each range (2 GB/s); files that can't be cut
-(gzip, CSV, whose quotes may hold newlines, JSON lists, anything under `limit`) are one unit each.
+Trade-off: line numbers need a count of the newlines before each range, one more read of the file; files
+that can't be cut (gzip, CSV, whose quotes may hold newlines, JSON lists, anything under `limit`) are one
+unit each.
 
     rows.jsonl   |aaa\\n bb\\n cccc\\n|dd\\n e\\n fff\\n|g\\n|     "|" is the first line end after part_bytes
     unit          0                 1             2

@@ -3,9 +3,9 @@
 In: units, and what every worker needs. Out: one part folder a unit; the problems of files that can't be read.
 Invariant: which process writes a part, and when, changes nothing in it; a killed parent takes its workers
 along, so that no orphan holds the lock.
-Trade-off: workers are forked, so they start in 10 ms with the tokenizer loaded (a fresh interpreter imports
-transformers for 3 s); each encodes with one thread, which beats one process with as many threads by 1.6x on
-two cores (SmolLM2, GSM8K, 2026-11), since reading and checking rows runs on all cores too.
+Trade-off: workers are forked, so they start with the tokenizer loaded (a fresh interpreter imports
+transformers for 2 s); each encodes with one thread, so that reading and checking rows use all cores too. End
+to end this reached 0.54 of the speed of raw `tokenizers` (benchmarks/LOG.md, 2026-11-21).
 """
 
 from __future__ import annotations

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import build_bpe
+from tokenizers import pre_tokenizers
 
 from sftcore.data.ledger import Change
 from sftcore.data.seam import IGNORED, Draft, encode_drafts
@@ -97,3 +101,49 @@ def test_a_batch_equals_one_by_one(bpe):
     drafts = [Draft(pieces=p, is_bare=True) for p in (("A:", " Paris"), ("A: ", "Paris"), ("x", "y"))]
     assert encode_drafts(codec, drafts) == [encode_drafts(codec, [draft])[0] for draft in drafts]
     assert encode_drafts(codec, []) == []
+
+
+STRETCHES = ["Where", " is", " it", "a b", " ", "  ", "\n", "?", "'s", "1", "北", "é", "<|im_end|>", ". "]
+PHRASES = st.lists(st.sampled_from(STRETCHES), min_size=1, max_size=12).map("".join)
+
+
+@given(st.lists(PHRASES, min_size=2, max_size=6).filter(lambda p: len(p) % 2 == 0))
+@settings(max_examples=400, deadline=None)
+def test_encoding_from_the_last_cut_on_changes_nothing(bpe, pieces):
+    """The shortcut through spaces between words gives what encoding every prefix whole gives."""
+    codec = codec_of(bpe)
+    assert codec.is_local
+    draft = Draft(pieces=tuple(pieces), is_bare=False)
+    assert encode_drafts(codec, [draft]) == encode_drafts(replace(codec, is_local=False), [draft])
+
+
+def test_the_shortcut_is_taken(bpe):
+    codec = codec_of(bpe)
+    assert codec.last_cut("Where is it? Yes", 0, 12) == 8  # before " it"
+    assert codec.last_cut("Where is it? Yes", 0, 10) == 8
+    assert codec.last_cut("Where is it? Yes", 0, 9) == 5  # nothing after the space is known yet
+    assert codec.last_cut("Where?", 2, 6) == 2
+    assert replace(codec, is_local=False).last_cut("Where is it? Yes", 0, 12) == 0
+
+
+def test_tokenizers_that_may_look_across_a_space_take_no_shortcut(words):
+    assert not codec_of(words).is_local
+    for token in ("New York", "Rome", "<|a b|>"):
+        tokenizer = build_bpe()
+        tokenizer.add_tokens([token])
+        assert not codec_of(tokenizer).is_local
+    for step in (
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        pre_tokenizers.Split(" ", "merged_with_previous"),
+    ):
+        tokenizer = build_bpe()
+        tokenizer.backend_tokenizer.pre_tokenizer = step
+        assert not codec_of(tokenizer).is_local
+
+
+def test_texts_are_encoded_as_the_tokenizer_itself_does(bpe, words):
+    texts = ["Where is Paris?", "", "<|im_end|> x", "why so"]
+    for tokenizer in (bpe, words):
+        expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        tokenizer(texts, truncation=True, max_length=2)  # would stay in force
+        assert codec_of(tokenizer).encode(texts) == expected

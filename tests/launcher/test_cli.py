@@ -77,6 +77,28 @@ def test_probing_twice_and_probing_another_model(tiny_recipe):
     assert refused.returncode == 2 and "belong to another model" in refused.stderr
 
 
+def test_preparing_in_shards_with_a_report(tiny_recipe):
+    path = save(tiny_recipe, data=tiny_recipe["data"] | {"temperature": 2.0})
+    refused = sftcore("prepare", path, "--merge")
+    assert refused.returncode == 2 and "1 of 1 parts are missing" in refused.stderr
+    assert sftcore("prepare", path, "--shard=2/2").returncode == 2
+    refused = sftcore("prepare", path, "--shard", "0/2", "--check")
+    assert refused.returncode == 2 and "need all shards" in refused.stderr
+    done = [sftcore("prepare", path, "--shard", f"{i}/2", "--workers", "1") for i in (0, 1)]
+    assert [run.returncode for run in done] == [0, 0] and "1 of 1 parts are done" in done[0].stdout
+    merged = sftcore("prepare", path, "--merge", "--check")
+    assert merged.returncode == 0, merged.stderr
+    assert "parts: 1" in merged.stdout and "16 of 16 rows" in merged.stdout
+    assert json.loads(Path("runs/tiny/check.json").read_text())["num_samples"] == 16
+    assert Path("runs/tiny/check.png").stat().st_size > 1000
+    trained = sftcore("train", path)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    plan = json.loads(Path("runs/tiny/plan.json").read_text())
+    assert [(s["name"], s["num_samples"]) for s in plan["sources"]] == [("train.jsonl", 32)]
+    steps = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert sum(step["num_samples_by_source"]["train.jsonl"] for step in steps) == 32
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
