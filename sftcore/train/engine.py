@@ -180,11 +180,20 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, at the same world size; all ranks must call it."""
+        optimizer = self.deepspeed.basic_optimizer
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
         path, _ = self.deepspeed.load_checkpoint(
             str(folder), tag="ds", load_module_strict=not self.trains_adapter
         )
         if path is None:
             raise TrainingFailed(f"DeepSpeed found no state in {folder}")
+        # Loading a universal checkpoint at stage 3, DeepSpeed 0.19.8 gives all groups one step counter, which
+        # each then advances, and the first group's weight decay.
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
 
     def gather_weights(self) -> dict[str, torch.Tensor]:
         """The causal LM's weights (of an adapter run, the trained ones) by name, in the recipe's dtype.

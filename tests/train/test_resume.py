@@ -35,12 +35,12 @@ def cut_after(names: list[str], step: int) -> None:
             shutil.rmtree(Path("runs") / name / result, ignore_errors=True)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
 def test_another_number_of_ranks_continues_the_same_mathematics(tiny_recipe, before, after):
     """Cut after 3 of 8 steps; the losses of the others are those of the run that was not cut."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     write_json(Path("all3.json"), {"zero_optimization": zero})
-    base = {"train": {"lr": 2e-3}, "checkpoint": {"save_every_steps": 3, "keep": 9}}
+    base = {"train": {"lr": 2e-3, "weight_decay": 0.5}, "checkpoint": {"save_every_steps": 3, "keep": 9}}
     paths = [write_recipe(tiny_recipe, name, **base, **changes) for name, changes in SIZES.items()]
     run_cells(paths, ranks=before)
     losses = {name: [s["loss"] for s in steps(name)] for name in SIZES}
@@ -73,6 +73,7 @@ def test_another_plan_is_refused_with_what_differs_and_can_be_restarted(tiny_rec
     assert steps("second")[0]["loss"] < steps("first")[0]["loss"], "it began with trained weights"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_explained_and_the_earlier_checkpoint_is_intact(tiny_recipe, tmp_path):
     """A tmpfs with room for one checkpoint and a half."""
     disk = tmp_path / "disk"

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from launching import BIN, ENVIRONMENT, ROOT, run, run_cells, steps, weights_hash, write_recipe
 
 STAGES = ((0, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16"))
@@ -49,6 +50,7 @@ def test_a_signal_to_one_worker_stops_all_ranks_behind_a_checkpoint(tiny_recipe)
     assert weights_hash("cut") == weights_hash("whole")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_step_pack_and_samples(tiny_recipe):
     script = (
         "import sys, torch\n"
