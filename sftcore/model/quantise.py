@@ -73,11 +73,3 @@ def round_trip(weight: torch.Tensor) -> torch.Tensor:
     )
     restored: torch.Tensor = functional.dequantize_4bit(blocks, state)
     return restored.to(weight.dtype)
-
-
-def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """AdamW with 8-bit moments (arXiv 2110.02861), 2 bytes of optimizer state a weight instead of 8."""
-    optimizer: torch.optim.Optimizer = require_bitsandbytes("train.optimizer: adamw8bit").optim.AdamW8bit(
-        groups, **settings
-    )
-    return optimizer

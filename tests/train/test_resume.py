@@ -35,7 +35,8 @@ def cut_after(names: list[str], step: int) -> None:
             shutil.rmtree(Path("runs") / name / result, ignore_errors=True)
 
 
-@pytest.mark.parametrize(("before", "after"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_another_number_of_ranks_continues_the_same_mathematics(tiny_recipe, before, after):
     """Cut after 3 of 8 steps; the losses of the others are those of the run that was not cut."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -59,6 +60,7 @@ def test_another_number_of_ranks_continues_the_same_mathematics(tiny_recipe, bef
         assert not list((Path("runs") / name / "checkpoints").glob(".*")), "the converted form is gone"
 
 
+@pytest.mark.slow
 def test_another_plan_is_refused_with_what_differs_and_can_be_restarted(tiny_recipe):
     first = write_recipe(tiny_recipe, "first", train={"epochs": 1})
     run_cells([first], ranks=1)
