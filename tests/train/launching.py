@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,17 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
 
 
+def launcher(ranks: int) -> list[str]:
+    """The deepspeed launcher on a free port, so that two test runs on one machine don't meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port)]
+
+
 def run_cells(paths: list[Path], *, ranks: int) -> subprocess.CompletedProcess[str]:
     """Train the recipes one after another in one launch; fails with the end of its log."""
-    start = [sys.executable] if ranks == 1 else [str(BIN / "deepspeed"), "--num_accelerators", str(ranks)]
+    start = [sys.executable] if ranks == 1 else launcher(ranks)
     done = run(*start, CELL_RUNNER, *map(str, paths))
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done

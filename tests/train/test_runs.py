@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import BIN, ENVIRONMENT, ROOT, run, run_cells, steps, weights, weights_hash, write_recipe
+from launching import (
+    BIN,
+    ENVIRONMENT,
+    ROOT,
+    launcher,
+    run,
+    run_cells,
+    steps,
+    weights,
+    weights_hash,
+    write_recipe,
+)
 from safetensors.torch import load_file
 
 from sftcore.fsio import read_json
@@ -121,7 +132,7 @@ def test_damaged_checkpoints_are_skipped_for_the_newest_that_verifies(tiny_recip
 def test_the_worker_line_works_as_typed_and_reports_wrong_input(tiny_recipe):
     path = write_recipe(tiny_recipe, "typed")
     worker = str(ROOT / "launcher" / "worker.py")
-    done = run(str(BIN / "deepspeed"), "--num_accelerators", "2", worker, str(path))
+    done = run(*launcher(2), worker, str(path))
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert len(steps("typed")) == 8 and Path("runs/typed/model/config.json").exists()
     wrong = run(sys.executable, worker, "--local_rank=0", str(path), "--set", "train.lr=0")

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import BIN, ENVIRONMENT, ROOT, run, run_cells, steps, weights_hash, write_recipe
+from launching import ENVIRONMENT, ROOT, launcher, run, run_cells, steps, weights_hash, write_recipe
 
 STAGES = ((0, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16"))
 LONG = {"train": {"epochs": 10}, "checkpoint": {"save_every_steps": 1000}}
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_names_step_pack_and_samples(tiny_recipe):
     ]
     ENVIRONMENT["PYTHONPATH"] = str(ROOT)
     for kind, expected in (("loss", "the loss is nan"), ("gradient", "the gradient norm is not finite")):
-        done = run(str(BIN / "deepspeed"), "--num_accelerators", "2", "broken.py", kind, *paths)
+        done = run(*launcher(2), "broken.py", kind, *paths)
         lines = re.findall(r"FAILED \d.*?checkpoint is good", done.stdout)
         assert len(lines) == 2 * len(paths), (done.stdout + done.stderr)[-3000:]
         for line in lines:
