@@ -53,7 +53,7 @@ def test_a_signal_to_one_worker_stops_all_ranks_behind_a_checkpoint(tiny_recipe)
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_step_pack_and_samples(tiny_recipe):
     script = (
-        "import sys, torch\n"
+        "import os, sys, torch\n"
         "from pathlib import Path\n"
         "from sftcore.train import engine\n"
         "from launcher import worker\n"
@@ -77,7 +77,8 @@ def test_a_loss_that_is_not_finite_names_step_pack_and_samples(tiny_recipe):
         "    try:\n"
         "        worker.train_recipe(load_recipe(Path(path)))\n"
         "    except engine.TrainingFailed as error:\n"
-        "        print('FAILED', dist.rank(), str(error).replace(chr(10), ' '), flush=True)\n"
+        "        line = f'FAILED {dist.rank()} ' + str(error).replace(chr(10), ' ')\n"
+        "        os.write(1, (line + chr(10)).encode())  # in one piece: both ranks write here\n"
     )
     Path("broken.py").write_text(script)
     changes = {"batch": {"samples_per_step": 4, "capacity": 4096}, "checkpoint": {"save_every_steps": 1}}
