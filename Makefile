@@ -25,7 +25,7 @@ lint: $(STAMP)       ## ruff, formatting, types of the pure core
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint           ## lint, then all tests but the slow ones (under 10 minutes on two cores)
+test: lint           ## lint, then all tests but the slow ones
 	$(BIN)/pytest -m "not slow and not slurm and not gpu"
 
 test-full: lint      ## everything that this machine can run
