@@ -3,8 +3,8 @@
 In: nothing but this package and a package index. Out: a run folder with report.html.
 Invariant: it is the ordinary path (a recipe and its stages); nothing here trains, probes or scores by
 itself.
-Trade-off: a probe of 4 templates x 5 samples instead of 21 x 10 (a tenth of the 25 minutes that the full
-one would take for these facts on two cores): levels of single facts are rough, and the report says so.
+Trade-off: a probe of 4 templates x 5 samples instead of 21 x 10, 20 trials a fact instead of 210: levels of
+single facts are rough, and the report says so.
 """
 
 from __future__ import annotations
