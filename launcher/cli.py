@@ -114,8 +114,9 @@ def plan(
 ) -> None:
     """Steps, packs, utilisation, imbalance, predicted memory; touches no GPU."""
     loaded = _load(recipe, set_, run)
-    from launcher.preflight import describe_plan, measure_recipe, plan_table
+    from launcher.preflight import describe_plan, plan_table
     from launcher.stages import prepare as prepare_stage
+    from sftcore.model.cost import measure_recipe
     from sftcore.train.loop import make_schedule
 
     _, store = prepare_stage(loaded)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from launcher.preflight import measure_recipe
 from launcher.stages import prepare
 from sftcore.batching.collate import UNTRAINED
 from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
+from sftcore.model.cost import measure_recipe
 from sftcore.train.loop import learning_rate, make_schedule
 
 GREEN, DIM, RESET = "\033[32;1m", "\033[2m", "\033[0m"

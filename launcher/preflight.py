@@ -14,17 +14,10 @@ import numpy as np
 from sftcore.batching.schedule import IDLE, Schedule, Step
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
-from sftcore.model.cost import ModelCost, measure_model
-from sftcore.model.load import DTYPES, load_config
-from sftcore.recipe import deepspeed_file
-from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
+from sftcore.model.cost import measure_recipe
+from sftcore.train.memory import predict_bytes
 
 MAX_STEPS_LISTED = 1000
-
-
-def measure_recipe(recipe: Recipe) -> ModelCost:
-    """Sizes of the recipe's model."""
-    return measure_model(load_config(recipe.model), recipe.adapter)
 
 
 def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict[str, Any]:
@@ -32,10 +25,9 @@ def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict
     cost = measure_recipe(recipe)
     steps = [schedule.step(number) for number in range(schedule.num_steps)]
     loads = np.array([_rank_costs(schedule, step) for step in steps])  # (steps, world) predicted FLOPs
-    ds_config = read_ds_config(deepspeed_file(recipe))
     num_packs = sum(len(step.packs) for step in steps)
     num_tokens = sum(step.num_tokens for step in steps)
-    weight_bytes = 4 if autocasts(ds_config, recipe) else DTYPES[recipe.model.dtype].itemsize
+    largest = max(int(schedule.lengths[p].sum()) for step in steps for p in step.packs)
     return {
         "fingerprint": schedule.fingerprint,
         "store": store.fingerprint,
@@ -51,15 +43,13 @@ def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict
             "utilisation": num_tokens / (num_packs * schedule.capacity),
             "imbalance": float(loads.max(1).sum() / loads.mean(1).sum() - 1),
             "flops": float(loads.sum()),
-            "largest_pack_tokens": max(int(schedule.lengths[p].sum()) for s in steps for p in s.packs),
+            "largest_pack_tokens": largest,
         },
         "sources": _describe_sources(store, schedule, steps),
         "predictions": {
             "num_parameters": cost.num_parameters,
             "num_trained_parameters": cost.num_trained_parameters,
-            "state_bytes_per_rank": cost.state_bytes_per_rank(
-                stage=zero_stage(ds_config), world=schedule.world, weight_bytes=weight_bytes
-            ),
+            "bytes_per_rank": predict_bytes(recipe, world=schedule.world, num_tokens=largest),
         },
         "steps": [_describe_step(schedule, step) for step in steps[:MAX_STEPS_LISTED]],
     }
@@ -102,7 +92,7 @@ def _describe_step(schedule: Schedule, step: Step) -> dict[str, Any]:
 def plan_table(plan: dict[str, Any]) -> str:
     """The plan's totals as lines for a terminal, each derived number with its arithmetic."""
     t, p = plan["totals"], plan["predictions"]
-    state = p["state_bytes_per_rank"]
+    memory = p["bytes_per_rank"]
     share = t["num_trained_tokens"] / t["num_tokens"]
     lines = [
         ("steps", f"{t['num_steps']} over {t['epochs']} epoch(s) of {t['num_samples']} samples"),
@@ -117,9 +107,9 @@ def plan_table(plan: dict[str, Any]) -> str:
         ("compute", f"{t['flops']:.3g} FLOPs, forward and backward"),
         ("model", f"{p['num_parameters']:,} parameters"),
         (
-            "state per rank",
-            " + ".join(f"{name} {size / 1e9:.2f} GB" for name, size in state.items())
-            + f" = {sum(state.values()) / 1e9:.2f} GB, plus activations",
+            "memory per rank",
+            " + ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items())
+            + f" = {sum(memory.values()) / 1e9:.2f} GB",
         ),
     ]
     for source in plan["sources"] if len(plan["sources"]) > 1 else []:

@@ -21,6 +21,7 @@ from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records, prepare_shard, prepare_store
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
+from sftcore.data.splits import with_valid_as_train
 from sftcore.data.store import TokenStore
 from sftcore.data.tokens import Tokenizer, load_tokenizer
 from sftcore.errors import Problem, UserInputError
@@ -54,6 +55,11 @@ def prepare(
         recipe, tokenizer, only_ids=_chosen(recipe), num_workers=num_workers, merge_only=merge_only
     )
     return tokenizer, store
+
+
+def prepare_valid(recipe: Recipe, tokenizer: Tokenizer) -> TokenStore:
+    """The token store of data.valid."""
+    return prepare_store(with_valid_as_train(recipe), tokenizer)
 
 
 def prepare_share(recipe: Recipe, shard: str, *, num_workers: int | None, is_alone: bool) -> str:

@@ -15,17 +15,19 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-from launcher.preflight import describe_plan, measure_recipe
+from launcher.preflight import describe_plan
 from launcher.run_folder import open_run, record_seconds, with_run
-from launcher.stages import prepare
+from launcher.stages import prepare, prepare_valid
 from sftcore import dist
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
 from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.fsio import write_json
 from sftcore.log import setup_logging
-from sftcore.model.load import checkpoint_activations, load_for_training
+from sftcore.model.cost import measure_recipe
+from sftcore.model.load import checkpoint_activations, load_for_training, prove_head_and_packs
 from sftcore.recipe import deepspeed_file, load_recipe
 from sftcore.train.checkpoint import (
     check_resumable,
@@ -34,11 +36,14 @@ from sftcore.train.checkpoint import (
     read_state,
     why_not_usable,
 )
-from sftcore.train.ds_config import read_ds_config, zero_stage
+from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_stage
 from sftcore.train.engine import Engine, check_engine, init_process_group
 from sftcore.train.export import export_weights
 from sftcore.train.loop import make_schedule, plan_settings, run_steps
 from sftcore.train.stopping import StopRequest
+from sftcore.train.tracking import check_tracker
+from sftcore.train.validate import Validation
+from sftcore.train.watchdog import Watchdog
 
 log = logging.getLogger("sftcore.worker")
 
@@ -99,21 +104,47 @@ def _train(recipe: Recipe, run: Path, resume: str, stop: StopRequest, *, restart
     ds_config = read_ds_config(deepspeed_file(recipe))
     check_engine(ds_config)
     start = _checkpoint_to_resume(run, resume)
+    check_tracker(recipe)
     tokenizer, store = prepare(recipe)
+    valid_store = prepare_valid(recipe, tokenizer) if recipe.data.valid else None
     schedule = make_schedule(recipe, store, world=dist.world_size(), cost=measure_recipe(recipe).coefficients)
     if dist.rank() == 0:
         write_json(run / "plan.json", describe_plan(recipe, store, schedule))
     init_process_group()
-    model = load_for_training(recipe)
-    if recipe.train.activation_checkpointing == "full":
-        checkpoint_activations(model.causal_lm, stage=zero_stage(ds_config))
-    stage = zero_stage(ds_config)
-    resized = start is not None and read_state(start).world_size != dist.world_size() and stage > 0
-    engine = Engine(model, recipe, ds_config, loads_universal=resized)
-    first = _resume(engine, start, schedule, restart=restart)
-    run_steps(recipe, engine, schedule, store, first=first, stop=stop)
-    export_weights(engine, tokenizer, recipe)
-    engine.close()
+    with Watchdog(recipe.train.hang_seconds) as watchdog:
+        is_sharded = loads_sharded(recipe, ds_config)
+        model = load_for_training(
+            recipe, sharded_by=complete_ds_config(ds_config, recipe) if is_sharded else None
+        )
+        if recipe.train.activation_checkpointing == "full":
+            checkpoint_activations(model.causal_lm, stage=zero_stage(ds_config))
+        stage = zero_stage(ds_config)
+        resized = start is not None and read_state(start).world_size != dist.world_size() and stage > 0
+        engine = Engine(model, recipe, ds_config, loads_universal=resized)
+        if is_sharded:
+            prove_head_and_packs(engine.loss_model.causal_lm)
+        first = _resume(engine, start, schedule, restart=restart)
+        validation = Validation(recipe, valid_store, tokenizer, steps_done=first) if valid_store else None
+        run_steps(
+            recipe,
+            engine,
+            schedule,
+            store,
+            first=first,
+            stop=stop,
+            validation=validation,
+            watchdog=watchdog,
+        )
+        if validation and recipe.train.keep == "best":
+            validation.promote_best()
+        else:
+            export_weights(engine, tokenizer, recipe, folder=recipe.result_folder)
+        engine.close()
+
+
+def loads_sharded(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
+    """Whether weights are sharded as they are read: under ZeRO-3, where no adapter needs whole weights."""
+    return zero_stage(ds_config) == 3 and recipe.adapter.kind != "qlora" and not recipe.adapter.dora
 
 
 def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:

@@ -125,6 +125,7 @@ class DataSettings(Settings):
     """What is read, and how it becomes samples."""
 
     train: list[Source] = Field(min_length=1, description="training sources")
+    valid: list[Source] = Field([], description="held-out sources whose loss is taken during training")
     test: list[Source] = Field([], description="held-out sources, in domain")
     ood: list[Source] = Field([], description="held-out sources, out of domain; reported apart")
     template: str | InlineTemplate = Field("qa-plain", description="name in sftcore/assets, or inline")
@@ -147,7 +148,7 @@ class DataSettings(Settings):
             raise ValueError("give `weight` to all training sources, or to none")
         if any(weighted) and self.temperature is not None:
             raise ValueError("give `weight` to the sources or `temperature`, not both")
-        if any(source.weight is not None for source in (*self.test, *self.ood)):
+        if any(source.weight is not None for source in (*self.valid, *self.test, *self.ood)):
             raise ValueError("`weight` is for training sources: held-out ones are always read whole")
         return self
 
@@ -199,13 +200,16 @@ class TrainSettings(Settings):
 
     epochs: Positive = Field(1, description="passes over the training samples")
     lr: Annotated[float, Field(gt=0)] = Field(1e-5, description="peak learning rate")
-    scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="decay to 0 after warm-up"
+    scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="decay to 0 after warm-up; wsd: stable, then a linear decay over the last steps"
     )
     warmup_ratio: Fraction = Field(0.0, description="share of the steps with a rising rate")
+    decay_ratio: Fraction = Field(0.2, description="wsd only: share of the steps with a falling rate")
     weight_decay: NonNegative = Field(0.0, description="not applied to norms and biases")
     max_grad_norm: NonNegative = Field(1.0, description="gradient norm is clipped to this; 0 does not clip")
-    optimizer: Literal["adamw"] = Field("adamw", description="betas 0.9, 0.999; eps 1e-8")
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw", description="betas 0.9, 0.999; eps 1e-8; 8-bit: moments in 2 bytes a parameter instead of 8"
+    )
     normalise: Literal["token", "sample"] = Field(
         "token", description="mean over trained tokens, or over samples"
     )
@@ -214,6 +218,27 @@ class TrainSettings(Settings):
     )
     z_loss: NonNegative = Field(0.0, description="weight of log(Z)^2 per trained token")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of uniform target")
+    init_adapter: str | None = Field(
+        None, description="adapter folder to go on from; its rank, alpha and targets have to be the recipe's"
+    )
+    hang_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="a step that takes longer ends the job; null: max(300, 10 median steps)"
+    )
+    evaluate_every_steps: Positive | None = Field(
+        None, description="optimizer steps between losses on data.valid; null: once an epoch"
+    )
+    patience: Positive | None = Field(
+        None, description="stop after this many losses on data.valid without a new lowest; null: never"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="weights that become the result: the last, or those with the lowest valid loss"
+    )
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> TrainSettings:
+        if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError("warmup_ratio + decay_ratio must not be over 1")
+        return self
 
 
 class CheckpointSettings(Settings):
@@ -254,6 +279,8 @@ class TrackingSettings(Settings):
     """Where metrics go besides metrics.jsonl."""
 
     tensorboard: bool = Field(True, description="write TensorBoard event files")
+    to: Literal["trackio", "wandb"] | None = Field(None, description="a tracker of runs, beside TensorBoard")
+    project: str = Field("sftcore", description="the project's name in that tracker")
 
 
 class Recipe(Settings):
@@ -286,6 +313,28 @@ class Recipe(Settings):
             raise ValueError(
                 f"data.max_length ({self.data.max_length}) is over batch.capacity ({self.batch.capacity})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _valid_is_there(self) -> Recipe:
+        train = self.train
+        asked = [
+            name
+            for name, is_set in {
+                "evaluate_every_steps": train.evaluate_every_steps is not None,
+                "patience": train.patience is not None,
+                "keep: best": train.keep == "best",
+            }.items()
+            if is_set
+        ]
+        if asked and not self.data.valid:
+            raise ValueError(f"train.{asked[0]} needs held-out samples: give data.valid")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_is_there(self) -> Recipe:
+        if self.train.init_adapter is not None and self.adapter.kind == "none":
+            raise ValueError("train.init_adapter needs adapter.kind: lora or qlora")
         return self
 
     @property

@@ -10,6 +10,7 @@ trust.
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from datetime import timedelta
 from typing import Any
@@ -73,6 +74,13 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(values, value)
     return values
+
+
+def peak_memory_bytes() -> int:
+    """This rank's peak: GPU bytes allocated by torch, or the process's resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def barrier() -> None:

@@ -169,12 +169,16 @@ def _resolve_paths(raw: dict[str, Any], recipe_path: Path) -> list[Problem]:
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model["path"], problem = _resolve_model(model["path"], base)
         problems.append(problem)
-    for split in ("train", "test", "ood"):
+    for split in ("train", "valid", "test", "ood"):
         sources = data.get(split) if isinstance(data, dict) else None
         for number, source in enumerate(sources if isinstance(sources, list) else []):
             if isinstance(source, dict) and isinstance(source.get("path"), str):
                 source["path"], problem = _resolve_source(source["path"], base, f"data.{split}.{number}.path")
                 problems.append(problem)
+    train = raw.get("train")
+    if isinstance(train, dict) and isinstance(train.get("init_adapter"), str):
+        train["init_adapter"], problem = _resolve_adapter(train["init_adapter"], base)
+        problems.append(problem)
     if isinstance(raw.get("deepspeed", "zero1"), str):
         raw["deepspeed"], problem = _resolve_deepspeed(raw.get("deepspeed", "zero1"), base)
         problems.append(problem)
@@ -189,6 +193,14 @@ def _resolve_model(text: str, base: Path) -> tuple[str, Problem | None]:
         return text, None
     remedy = "give a Hugging Face model folder or a hub name, or fetch one: sftcore model pull smollm2-135m"
     return text, Problem(what="no such model folder", where="model.path", got=text, remedy=remedy)
+
+
+def _resolve_adapter(text: str, base: Path) -> tuple[str, Problem | None]:
+    for folder in (base / text, Path(text)):
+        if (folder / "adapter_config.json").is_file():
+            return str(folder.resolve()), None
+    remedy = "give a peft folder with adapter_config.json, such as runs/NAME/adapter"
+    return text, Problem(what="no adapter there", where="train.init_adapter", got=text, remedy=remedy)
 
 
 def _resolve_source(text: str, base: Path, where: str) -> tuple[str, Problem | None]:

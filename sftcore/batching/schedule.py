@@ -178,6 +178,12 @@ class Schedule:
         )
 
     @cached_property
+    def largest_pack(self) -> IntArray:
+        """(num_samples_in_pack,) sample numbers of the run's pack with most tokens, of several the first."""
+        packs = (pack for number in range(self.num_steps) for pack in self.step(number).packs)
+        return max(packs, key=lambda pack: int(self.lengths[pack].sum()))
+
+    @cached_property
     def fingerprint(self) -> str:
         """Identity of what the steps hold; the world size and the dealing are not part of it."""
         mixed = {"mixture": [self.sources.tolist(), self.source_counts]} if self.source_counts else {}

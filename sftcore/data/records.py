@@ -53,7 +53,7 @@ class Record:
 
     Args:
         id: the row's own id, else "<file stem>:<row>"; unique within a split.
-        split: "train", "test" or "ood".
+        split: "train", "valid", "test" or "ood".
         file: path of the file it stands in.
         row: 1-based; header lines do not count.
         content: what it says.
@@ -78,7 +78,7 @@ def read_source(
 
     Args:
         source: of a resolved recipe.
-        split: "train", "test" or "ood".
+        split: "train", "valid", "test" or "ood".
         labels: words that stand for 0 and 1 in `pairs` files.
         prefixes: what ids of each file begin with, if the split has other sources (`id_prefixes`).
         ledger: takes the alterations; the caller deals with rejections.

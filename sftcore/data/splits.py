@@ -18,7 +18,7 @@ from sftcore.data.records import Record, id_prefixes, read_source
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 
-HELD_OUT = ("test", "ood")
+HELD_OUT = ("valid", "test", "ood")
 FORMATS = {
     "qa": ("entityquestions", "facts", "jsonl"),
     "matching": ("pairs",),
@@ -27,7 +27,7 @@ FORMATS = {
 
 
 def load_records(recipe: Recipe, split: str, ledger: Ledger) -> list[Record]:
-    """All usable records of a split; for "train" after hygiene against "test" and "ood".
+    """All usable records of a split; for "train" after hygiene against those held out.
 
     Raises:
         UserInputError: unusable files, formats that the task can't use, too many rejected rows.
@@ -45,15 +45,16 @@ def load_items(recipe: Recipe, split: str, ledger: Ledger | None = None) -> list
     """The held-out records that are probed and evaluated; empty if the recipe has no such source.
 
     Args:
-        split: "test" or "ood".
+        split: "valid", "test" or "ood".
     """
     assert split in HELD_OUT
     return load_records(recipe, split, ledger or Ledger())
 
 
 def sources_of(recipe: Recipe, split: str) -> list[Source]:
-    """The sources of a split."""
-    return {"train": recipe.data.train, "test": recipe.data.test, "ood": recipe.data.ood}[split]
+    """The sources of a split: "train", "valid", "test" or "ood"."""
+    sources: list[Source] = getattr(recipe.data, split)
+    return sources
 
 
 def split_prefixes(recipe: Recipe, split: str) -> dict[Path, str]:
@@ -75,6 +76,13 @@ def held_out_records(recipe: Recipe) -> Iterator[Record]:
             problems += error.problems
     if problems:
         raise UserInputError(*problems)
+
+
+def with_valid_as_train(recipe: Recipe) -> Recipe:
+    """A recipe whose training samples are the validation samples of `recipe`; test items stay held out."""
+    data = recipe.data
+    swapped = data.model_copy(update={"train": data.valid, "valid": [], "temperature": None})
+    return recipe.model_copy(update={"data": swapped})
 
 
 def check_formats(recipe: Recipe) -> None:

@@ -24,6 +24,13 @@ from sftcore.config import AdapterSettings
 from sftcore.errors import Problem, TrainingFailed, UserInputError
 
 PREFIX = "base_model.model."
+COMPARED = {  # keys of adapter_config.json that have to agree -> what the recipe calls them
+    "r": "r",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -53,6 +60,38 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, seed: int)
             parameter.data = parameter.data.to(model.dtype)
 
 
+def continue_adapter(model: PreTrainedModel, folder: Path, settings: AdapterSettings) -> None:
+    """Overwrite the fresh adapter of `model` (see `add_adapter`) with a saved one, in place.
+
+    Raises:
+        UserInputError: it was trained with other settings, or for another model.
+    """
+    saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config: Any = model.peft_config["default"]
+    ours = config.to_dict()
+    differing = [key for key in COMPARED if _plain(saved.get(key)) != _plain(ours[key])]
+    if differing:
+        raise UserInputError(
+            *(
+                Problem(
+                    what=f"the adapter to go on from has another {name}",
+                    where=str(folder),
+                    got=str(_plain(saved.get(key))),
+                    allowed=str(_plain(ours[key])),
+                    remedy=f"set adapter.{name} as it was trained",
+                )
+                for key in differing
+                for name in (COMPARED[key],)
+            )
+        )
+    _fill_adapter(model, folder)
+
+
+def _plain(value: Any) -> Any:
+    """A peft setting as it can be compared: sets and lists alike."""
+    return sorted(value) if isinstance(value, set | list | tuple) else value
+
+
 def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Put a saved adapter beside the layers of its base model, in place.
 
@@ -61,11 +100,22 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         UserInputError: the folder's weights are not those that its configuration asks for.
     """
-    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import PeftConfig, inject_adapter_in_model
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     inject_adapter_in_model(config, model)
+    _fill_adapter(model, folder)
+
+
+def _fill_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Load a folder's weights into the adapter that `model` has.
+
+    Raises:
+        UserInputError: they are not those that the adapter asks for.
+    """
+    from peft import set_peft_model_state_dict
+
     weights = {
         name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()
     }

@@ -17,18 +17,34 @@ Where a layer has a sliding window w, len^2 / 2 becomes the number of pairs in t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sftcore.batching.schedule import CostCoefficients
-from sftcore.config import AdapterSettings
+from sftcore.config import AdapterSettings, Recipe
 from sftcore.model.adapters import add_adapter
+from sftcore.model.load import load_config
+from sftcore.model.loss import CHUNK_ELEMENTS
 
 FLOPS_PER_WEIGHT = 6  # 2 forward, 4 backward
 FLOPS_PER_FROZEN_WEIGHT = 4  # 2 forward, 2 backward: only the gradient of its input
-ADAM_STATE_BYTES = 12  # float32 master weight and two moments
+MASTER_BYTES, MOMENT_BYTES, EIGHT_BIT_MOMENT_BYTES = 4, 8, 2  # a float32 weight; both moments of Adam
+FOUR_BIT_BYTES = 0.516  # nf4 in blocks of 64 with 8-bit scales of 32-bit scales (QLoRA, arXiv 2305.14314)
+COUNTED_TOKENS = 64
+COUNTED = "sftcore_counted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedBytes:
+    """Bytes that autograd keeps of one token."""
+
+    all_layers: int
+    dearest_layer: int
+    inputs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +59,8 @@ class ModelCost:
         num_layers: L.
         attention_width: h_attn = query heads * head size.
         num_trained_parameters: all of them, or an adapter's.
+        saved_bytes: what autograd keeps for backward of one token, in the training dtype: of all layers, of
+            the dearest layer, and of the layers' inputs alone.
     """
 
     num_parameters: int
@@ -52,6 +70,7 @@ class ModelCost:
     num_layers: int
     attention_width: int
     num_trained_parameters: int
+    saved_bytes: SavedBytes
 
     @property
     def coefficients(self) -> CostCoefficients:
@@ -69,20 +88,46 @@ class ModelCost:
         """Whether no weight is frozen."""
         return self.num_trained_parameters == self.num_parameters
 
-    def state_bytes_per_rank(self, *, stage: int, world: int, weight_bytes: int) -> dict[str, int]:
+    def state_bytes_per_rank(
+        self,
+        *,
+        stage: int,
+        world: int,
+        weight_bytes: int,
+        quantised: bool = False,
+        optimizer: str = "adamw",
+    ) -> dict[str, int]:
         """Bytes of weights, gradients and optimizer state on each rank, without activations.
 
         ZeRO shards the optimizer state from stage 1, gradients from stage 2, weights from stage 3
         (arXiv 1910.02054); gradients are accumulated in float32. Frozen weights have neither.
+
+        Args:
+            quantised: the layers' weights are held in 4 bits.
+            optimizer: as in the recipe.
         """
         n = self.num_trained_parameters
-        master = ADAM_STATE_BYTES if weight_bytes < 4 else ADAM_STATE_BYTES - 4
-        held = self.num_parameters + (0 if self.trains_all else n)
+        moments = EIGHT_BIT_MOMENT_BYTES if optimizer == "adamw-8bit" else MOMENT_BYTES
+        master = MASTER_BYTES if weight_bytes < 4 else 0
+        weights: float = self.num_parameters * weight_bytes
+        if quantised:
+            weights -= self.num_body_parameters * (weight_bytes - FOUR_BIT_BYTES)
+        weights += 0 if self.trains_all else n * weight_bytes
         return {
-            "weights": held * weight_bytes // (world if stage >= 3 else 1),
+            "weights": int(weights) // (world if stage >= 3 else 1),
             "gradients": n * 4 // (world if stage >= 2 else 1),
-            "optimizer": n * master // (world if stage >= 1 else 1),
+            "optimizer": n * (master + moments) // (world if stage >= 1 else 1),
         }
+
+    def activation_bytes(self, num_tokens: int, *, is_recomputed: bool) -> int:
+        """Kept for backward of a pack: all layers' tensors, or the layers' inputs and one layer's tensors."""
+        saved = self.saved_bytes
+        return num_tokens * (saved.inputs + saved.dearest_layer if is_recomputed else saved.all_layers)
+
+    def head_bytes(self, num_tokens: int) -> int:
+        """A chunk of float32 logits and its gradient; the float32 gradient of a trained projection."""
+        chunk = 2 * 4 * min(CHUNK_ELEMENTS, num_tokens * self.vocabulary)
+        return chunk + (4 * self.vocabulary * self.hidden_size if self.trains_all else 0)
 
 
 def measure_model(config: Any, adapter: AdapterSettings | None = None) -> ModelCost:
@@ -109,7 +154,71 @@ def measure_model(config: Any, adapter: AdapterSettings | None = None) -> ModelC
         num_layers=text.num_hidden_layers,
         attention_width=heads * (values.get("head_dim") or text.hidden_size // heads),
         num_trained_parameters=trained,
+        saved_bytes=count_saved_bytes(model),
     )
+
+
+class _CountedAttention(torch.autograd.Function):
+    """Keeps what fused attention kernels keep: queries, keys, values, output, and a float32 per row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, out.new_empty(out.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("counted, not computed")
+
+
+def _counted_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    return _CountedAttention.apply(query, key, value).transpose(1, 2), None
+
+
+def count_saved_bytes(model: Any) -> SavedBytes:
+    """What autograd keeps per token of a forward, by running one on the meta device.
+
+    Args:
+        model: a causal LM on the meta device, with its adapter; it is converted to bfloat16.
+    """
+    AttentionInterface.register(COUNTED, _counted_attention)  # without a mask of that name none is made
+    model.to(torch.bfloat16).train().set_attn_implementation(COUNTED)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    kept: dict[int, torch.Tensor] = {}  # by storage; the tensors stay, so that no identity is used twice
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    marks: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            kept.setdefault(storage, tensor)
+        return tensor
+
+    def total() -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    hooks = [layer.register_forward_pre_hook(lambda *_: marks.append(total())) for layer in layers]
+    ids = torch.ones(1, COUNTED_TOKENS, dtype=torch.int64, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        state = model.get_decoder()(
+            input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False
+        ).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    each = [after - before for before, after in pairwise([*marks, total()])]
+    return SavedBytes(
+        all_layers=total() // COUNTED_TOKENS,
+        dearest_layer=max(each, default=0) // COUNTED_TOKENS,
+        inputs=len(layers) * state.element_size() * state.shape[-1],
+    )
+
+
+def measure_recipe(recipe: Recipe) -> ModelCost:
+    """Sizes of the recipe's model."""
+    return measure_model(load_config(recipe.model), recipe.adapter)
 
 
 def _adapter_parameters(model: Any, adapter: AdapterSettings) -> int:

@@ -22,12 +22,19 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sftcore.batching.collate import Batch
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
-from sftcore.model.adapters import add_adapter, attach_adapter, base_of, is_adapter
+from sftcore.model.adapters import (
+    add_adapter,
+    attach_adapter,
+    base_of,
+    continue_adapter,
+    is_adapter,
+)
 from sftcore.model.attention import choose_attention
 from sftcore.model.loss import TrainedTokenHead
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
@@ -76,24 +83,34 @@ def output_head(model: PreTrainedModel) -> nn.Module:
     return model.get_submodule("score") if head is None else head
 
 
-def load_classifier_for_training(recipe: Recipe, *, num_labels: int) -> LossModel:
+def load_classifier_for_training(
+    recipe: Recipe, *, num_labels: int, sharded_by: dict[str, Any] | None = None
+) -> LossModel:
     """The model with a linear classifier on one position per document (its last), instead of the vocabulary.
 
     Samples for it have one label, at their last position: the class. Everything else is as for a causal LM.
     """
-    return _load_trainable(recipe, AutoModelForSequenceClassification, num_labels=num_labels)
+    return _load_trainable(
+        recipe, AutoModelForSequenceClassification, sharded_by=sharded_by, num_labels=num_labels
+    )
 
 
-def load_for_training(recipe: Recipe) -> LossModel:
+def load_for_training(recipe: Recipe, *, sharded_by: dict[str, Any] | None = None) -> LossModel:
     """The model with per-document attention and the trained-token head, proven on packs, and its adapter.
+
+    Args:
+        sharded_by: a ZeRO-3 configuration of DeepSpeed: each weight is cut up over the ranks as it is read,
+            so that no rank holds them all; the caller then calls `prove_head_and_packs` with the engine.
 
     Raises:
         UserInputError: no model there, or one that can't be trained in packs; wrong adapter targets.
     """
-    return _load_trainable(recipe, AutoModelForCausalLM)
+    return _load_trainable(recipe, AutoModelForCausalLM, sharded_by=sharded_by)
 
 
-def _load_trainable(recipe: Recipe, kind: Any, **options: Any) -> LossModel:
+def _load_trainable(
+    recipe: Recipe, kind: Any, *, sharded_by: dict[str, Any] | None, **options: Any
+) -> LossModel:
     settings = recipe.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = choose_attention(
@@ -102,11 +119,18 @@ def _load_trainable(recipe: Recipe, kind: Any, **options: Any) -> LossModel:
     dtype = DTYPES[settings.dtype]
     if recipe.adapter.kind == "qlora":
         options["quantization_config"] = quantisation_settings(dtype)
+    # from_pretrained shards the weights as it reads them, as long as this object lives
+    sharding = HfDeepSpeedConfig(sharded_by) if sharded_by is not None else None
     model = _load(settings, kind, dtype=dtype, attention=attention, **options)
+    del sharding
     model.config.use_cache = False
-    prove_head_and_packs(model, z_loss=recipe.train.z_loss, label_smoothing=recipe.train.label_smoothing)
+    install_head(model, z_loss=recipe.train.z_loss, label_smoothing=recipe.train.label_smoothing)
+    if sharded_by is None:
+        prove_head_and_packs(model)
     if recipe.adapter.kind != "none":
         add_adapter(model, recipe.adapter, seed=recipe.seed)
+        if recipe.train.init_adapter is not None:
+            continue_adapter(model, Path(recipe.train.init_adapter), recipe.adapter)
     return LossModel(model)
 
 
@@ -194,31 +218,43 @@ def _not_loadable(path: str, error: Exception) -> UserInputError | MissingEnviro
     )
 
 
-def prove_head_and_packs(model: PreTrainedModel, *, z_loss: float, label_smoothing: float) -> None:
-    """Install the trained-token head, and check it and the packing against the model itself.
+def install_head(model: PreTrainedModel, *, z_loss: float, label_smoothing: float) -> None:
+    """Put the trained-token head in the place of the output layer, with its weights.
 
     Raises:
-        UserInputError: the head's logits differ from the model's (it edits logits in a way we don't know),
-            or a packed document's states differ from the document alone (it mixes documents).
+        UserInputError: the output layer is not linear.
     """
-    config = model.config.get_text_config()
     linear = output_head(model)
     if not isinstance(linear, nn.Linear):
         raise _unfit(model, f"its output layer is a {type(linear).__name__}, not a linear layer")
-    softcap = config.to_dict().get("final_logit_softcapping")
     head = TrainedTokenHead.from_linear(
-        linear, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing
+        linear,
+        softcap=model.config.get_text_config().to_dict().get("final_logit_softcapping"),
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
     )
     if model.get_output_embeddings() is None:
         model.score = head
     else:
         model.set_output_embeddings(head)
+
+
+def prove_head_and_packs(model: PreTrainedModel) -> None:
+    """Check the trained-token head and the packing against the model itself.
+
+    Raises:
+        UserInputError: the head's logits differ from the model's (it edits logits in a way we don't know),
+            or a packed document's states differ from the document alone (it mixes documents).
+    """
+    head: Any = output_head(model)
+    softcap = head.softcap
+    vocabulary = model.config.get_text_config().vocab_size
     tolerance = TOLERANCES[model.dtype]
     was_training = model.training
     model.eval()
     keep_trainable_layout(model.modules())
     with torch.no_grad():
-        ids = torch.arange(1, 13, device=model.device) * 7 % config.vocab_size
+        ids = torch.arange(1, 13, device=model.device) * 7 % vocabulary
         states, alone = (decode_states(model, _bare_batch(ids, documents)) for documents in ([5, 7], [5]))
         second = decode_states(model, _bare_batch(ids[5:], [7]))
         own = model(input_ids=ids[None, :5], document_lengths=(5,)).logits.float()

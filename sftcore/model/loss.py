@@ -46,7 +46,10 @@ class TrainedTokenHead(nn.Linear):
         targets: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (..., V) without targets; with (K,) targets and weights, the loss of (K, D) states."""
+        """Logits (..., V) without targets; with (K,) targets and weights, the loss of (K, D) states.
+
+        In eval mode that is the cross-entropy alone, so that losses of runs can be compared.
+        """
         if targets is None:
             return super().forward(hidden)
         assert weights is not None
@@ -60,8 +63,8 @@ class TrainedTokenHead(nn.Linear):
             targets=targets,
             weights=weights,
             softcap=self.softcap,
-            z_loss=self.z_loss,
-            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss if self.training else 0.0,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
         )
 
 

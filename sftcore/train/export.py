@@ -1,48 +1,100 @@
 """Export: trained weights -> a folder that transformers (or peft) loads.
 
-In: an engine, a tokenizer. Out: RUN/model with safetensors, configuration, tokenizer, generation
-configuration; of an adapter run RUN/adapter, a peft folder with the tokenizer.
+In: an engine, a tokenizer. Out: safetensors, configurations, tokenizer, a model card; of an adapter run a
+peft folder with the tokenizer and a card.
 Invariant: the folder appears whole, by rename, after everything in it was written and flushed.
-Trade-off: rank 0 holds one full copy of the trained weights in CPU memory (2 bytes per parameter) while it
-writes.
+Trade-off: weights are gathered and written one shard at a time, so rank 0 holds at most `SHARD_BYTES` of them
+(2 GB) beside its own, whatever the model's size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 from sftcore import dist
 from sftcore.config import Recipe
-from sftcore.fsio import atomic_folder
+from sftcore.fsio import atomic_folder, write_json
 from sftcore.model.adapters import write_adapter
 from sftcore.train.engine import Engine
+from sftcore.train.model_card import write_card
+
+SHARD_BYTES = 2 * 10**9
+Named = tuple[str, torch.Tensor]
 
 
-def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe) -> None:
-    """Write what was trained into the recipe's result folder; all ranks must call it.
+def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Path) -> None:
+    """Write what was trained into `folder`; all ranks must call it.
 
     Raises:
-        MissingEnvironmentError: the disk is full; nothing is left under that folder.
+        MissingEnvironmentError: the disk is full; nothing is left there.
         TrainingFailed: an adapter's weights are empty or missing.
     """
-    weights = engine.gather_weights()
+    weights = engine.gathered_weights()
     if dist.rank() == 0:
-        with atomic_folder(recipe.result_folder) as temporary:
+        with atomic_folder(folder) as temporary:
             if engine.trains_adapter:
-                write_adapter(engine.loss_model.causal_lm, weights, temporary)
+                write_adapter(engine.loss_model.causal_lm, dict(weights), temporary)
             else:
                 _write_model(engine, weights, temporary, recipe.name)
             tokenizer.save_pretrained(temporary)
+            write_card(recipe, temporary)
+    else:
+        for _ in weights:
+            pass
     dist.barrier()
 
 
-def _write_model(engine: Engine, weights: dict[str, torch.Tensor], folder: Path, name: str) -> None:
+def _write_model(engine: Engine, weights: Iterable[Named], folder: Path, name: str) -> None:
     model = engine.loss_model.causal_lm
     model.config.use_cache = True
     model.config.dtype = engine.save_dtype
     model.config._attn_implementation = "sdpa"
     model.config._name_or_path = name
-    model.save_pretrained(folder, state_dict=weights)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    write_shards((revert_weight_conversion(model, shard) for shard in shards_of(weights)), folder)
+
+
+def shards_of(weights: Iterable[Named], max_bytes: int = SHARD_BYTES) -> Iterator[dict[str, torch.Tensor]]:
+    """Runs of weights of at most `max_bytes` (a larger weight alone)."""
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in weights:
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def write_shards(shards: Iterable[dict[str, torch.Tensor]], folder: Path) -> None:
+    """Write model.safetensors, or numbered files and their index, named as transformers does."""
+    written: list[tuple[Path, list[str], int]] = []
+    for number, shard in enumerate(shards, 1):
+        file = folder / f"part-{number}.safetensors"
+        contiguous = {name: tensor.contiguous() for name, tensor in shard.items()}
+        save_file(contiguous, file, metadata={"format": "pt"})
+        written.append((file, list(shard), sum(tensor.nbytes for tensor in shard.values())))
+    if len(written) == 1:
+        written[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, (file, names, _) in enumerate(written, 1):
+        target = folder / f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        file.rename(target)
+        weight_map |= dict.fromkeys(names, target.name)
+    total = sum(size for _, _, size in written)
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )

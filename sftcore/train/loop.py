@@ -2,31 +2,37 @@
 
 In: an engine, a schedule, a store. Out: trained weights in the engine; RUN/metrics.jsonl, RUN/checkpoints.
 Invariant: step s of a run is the same computation whether or not the run was interrupted before it.
-Trade-off: batches are collated just before they run: about 0.1 ms per pack, against 100 ms and more to
-compute it.
+Trade-off: the largest pack of the plan runs once with zero weights before the first step, so that a run that
+will not fit fails in its first minute; it costs a pack's time at each start.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from sftcore import dist
-from sftcore.batching.collate import Batch, collate
 from sftcore.batching.mixture import samples_per_epoch, temperature_shares
 from sftcore.batching.schedule import IDLE, CostCoefficients, Schedule, Step
 from sftcore.config import Recipe, TrainSettings
 from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, StoppedOnRequest, TrainingFailed, UserInputError
+from sftcore.train.batches import rank_batches, weightless_batch
 from sftcore.train.checkpoint import TrainState, save_checkpoint
 from sftcore.train.engine import Engine, NotFinite
-from sftcore.train.metrics import MetricsWriter, StepMetrics, peak_memory_bytes
+from sftcore.train.garbage import GarbageCollector
+from sftcore.train.memory import explain_out_of_memory, is_out_of_memory
+from sftcore.train.metrics import MetricsWriter, StepMetrics, model_flops_utilisation
 from sftcore.train.stopping import StopRequest, name_samples
+from sftcore.train.validate import Validation
+from sftcore.train.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 
 def make_schedule(
@@ -76,59 +82,96 @@ def run_steps(
     *,
     first: int,
     stop: StopRequest | None = None,
+    validation: Validation | None = None,
+    watchdog: Watchdog | None = None,
 ) -> None:
-    """Train from step `first` (0-based) to the end; all ranks call it.
+    """Train from step `first` (0-based) to the end, or until validation says enough; all ranks call it.
 
     Raises:
-        TrainingFailed: a loss or gradient norm that is not finite; the last checkpoint stays.
+        TrainingFailed: a loss or gradient norm that is not finite, or no memory; the last checkpoint stays.
         StoppedOnRequest: a rank was asked to stop; a checkpoint was made.
     """
     stop = stop or StopRequest()
-    run = recipe.run_folder
-    names = [source["name"] for source in store.manifest["sources"]]
-    with MetricsWriter(
-        run, steps_done=first, num_steps=schedule.num_steps, tensorboard=recipe.tracking.tensorboard
-    ) as writer:
+    watchdog = watchdog or Watchdog()
+    epoch_ends = set(schedule.first_steps[1:].tolist())
+    with (
+        MetricsWriter(recipe, steps_done=first, num_steps=schedule.num_steps) as writer,
+        GarbageCollector() as garbage,
+    ):
         for number in range(first, schedule.num_steps):
-            started = time.perf_counter()
-            step = schedule.step(number)
-            batches, seeds = rank_batches(recipe, schedule, store, step)
-            data_seconds = time.perf_counter() - started
-            lr = learning_rate(number, schedule.num_steps, recipe.train)
-            try:
-                result = engine.step(batches, seeds=seeds, lr=lr, stop=stop.requested)
-            except NotFinite as error:
-                raise _explain_not_finite(error, schedule, store, step) from error
-            seconds = time.perf_counter() - started
-            _, (peak,) = dist.sums_and_maxima([], [peak_memory_bytes()])
-            writer.write(
-                StepMetrics(
-                    step=number + 1,
-                    epoch=step.epoch,
-                    loss=result.loss,
-                    grad_norm=result.grad_norm,
-                    lr=lr,
-                    num_tokens=step.num_tokens,
-                    num_trained_tokens=step.num_trained_tokens,
-                    num_pad_tokens=0,
-                    num_samples=step.num_samples,
-                    num_packs=len(step.packs),
-                    num_samples_by_source=dict(zip(names, schedule.samples_by_source(step), strict=False)),
-                    elapsed_seconds=writer.elapsed_seconds,
-                    step_seconds=seconds,
-                    data_seconds=data_seconds,
-                    tokens_per_second=step.num_tokens / seconds,
-                    trained_tokens_per_second=step.num_trained_tokens / seconds,
-                    rank_imbalance=result.rank_imbalance,
-                    peak_memory_bytes=int(peak),
-                )
+            if validation and validation.is_exhausted:
+                log.info("no lower valid loss in %d evaluations: enough", recipe.train.patience or 0)
+                break
+            metrics, is_stop_requested = _train_step(
+                recipe, engine, schedule, store, number, stop=stop, is_first=number == first
             )
-            stopping = result.stop_requested and number + 1 < schedule.num_steps
-            if stopping or _is_save_due(number + 1, schedule.num_steps, recipe.checkpoint.save_every_steps):
-                state = state_after(number, schedule, step.epoch)
-                save_checkpoint(run, engine, state, keep=recipe.checkpoint.keep)
+            writer.write(metrics)
+            watchdog.step_done(metrics.step_seconds)
+            garbage.step_done()
+            with watchdog.suspended():
+                if validation and validation.is_due(number + 1, epoch_ends):
+                    validation.evaluate(engine, step=number + 1, epoch=metrics.epoch)
+                stopping = is_stop_requested and number + 1 < schedule.num_steps
+                if stopping or _is_save_due(
+                    number + 1, schedule.num_steps, recipe.checkpoint.save_every_steps
+                ):
+                    state = state_after(number, schedule, metrics.epoch)
+                    save_checkpoint(recipe.run_folder, engine, state, keep=recipe.checkpoint.keep)
             if stopping:
                 raise StoppedOnRequest(f"stopped on request after step {number + 1}; start again to go on")
+
+
+def _train_step(
+    recipe: Recipe,
+    engine: Engine,
+    schedule: Schedule,
+    store: TokenStore,
+    number: int,
+    *,
+    stop: StopRequest,
+    is_first: bool,
+) -> tuple[StepMetrics, bool]:
+    """One optimizer step, its metrics, and whether any rank was asked to stop."""
+    started = time.perf_counter()
+    step = schedule.step(number)
+    batches, seeds = rank_batches(recipe, schedule, store, step)
+    data_seconds = time.perf_counter() - started
+    lr = learning_rate(number, schedule.num_steps, recipe.train)
+    try:
+        if is_first:
+            engine.rehearse(weightless_batch(store, schedule.largest_pack))
+        result = engine.step(batches, seeds=seeds, lr=lr, stop=stop.requested)
+    except NotFinite as error:
+        raise _explain_not_finite(error, schedule, store, step) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        pack = schedule.largest_pack if is_first else max(step.packs, key=schedule.pack_cost)
+        raise explain_out_of_memory(error, recipe, schedule, pack, step=number + 1) from error
+    seconds = time.perf_counter() - started
+    names = [source["name"] for source in store.manifest["sources"]]
+    metrics = StepMetrics(
+        step=number + 1,
+        epoch=step.epoch,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lr=lr,
+        num_tokens=step.num_tokens,
+        num_trained_tokens=step.num_trained_tokens,
+        num_pad_tokens=0,
+        num_samples=step.num_samples,
+        num_packs=len(step.packs),
+        num_samples_by_source=dict(zip(names, schedule.samples_by_source(step), strict=False)),
+        step_seconds=seconds,
+        data_seconds=data_seconds,
+        compute_seconds=result.seconds,
+        tokens_per_second=step.num_tokens / seconds,
+        trained_tokens_per_second=step.num_trained_tokens / seconds,
+        mfu=model_flops_utilisation(sum(map(schedule.pack_cost, step.packs)), seconds),
+        rank_imbalance=result.rank_imbalance,
+        peak_memory_bytes=result.peak_memory_bytes,
+    )
+    return metrics, result.stop_requested
 
 
 def _explain_not_finite(
@@ -184,49 +227,22 @@ def _is_save_due(steps_done: int, num_steps: int, every: int) -> bool:
     return steps_done % every == 0 or steps_done == num_steps
 
 
-def rank_batches(
-    recipe: Recipe, schedule: Schedule, store: TokenStore, step: Step
-) -> tuple[list[Batch], list[int]]:
-    """This rank's packs of a step, and a dropout seed for each.
-
-    A rank without work in a micro-batch runs the step's smallest pack with zero weights.
-    """
-    dealt = schedule.deal(step)[dist.rank()]
-    smallest = min(range(len(step.packs)), key=lambda p: int(schedule.lengths[step.packs[p]].sum()))
-    batches = [
-        collate(
-            [store[int(i)] for i in step.packs[smallest if p == IDLE else p]],
-            normalise=recipe.train.normalise,
-            num_trained_in_step=step.num_trained_tokens,
-            num_samples_in_step=step.num_samples,
-            idle=bool(p == IDLE),
-        )
-        for p in dealt
-    ]
-    return batches, pack_seeds(recipe.seed, step, dealt)
-
-
-def pack_seeds(seed: int, step: Step, packs: Sequence[int] | np.ndarray) -> list[int]:
-    """A 32-bit seed per pack from (seed, epoch, step, pack): dropout needs no saved state, nor the rank."""
-    return [
-        int(np.random.SeedSequence([seed, step.epoch, step.number, int(p) + 1]).generate_state(1)[0])
-        for p in packs
-    ]
-
-
 def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:
     """Rate of step `step` (0-based): linear warm-up over the first steps, then the scheduler's decay.
 
     Warm-up takes ceil(warmup_ratio * num_steps) steps, the first of which has 1/n of the peak; cosine and
-    linear would reach 0 at step `num_steps`, one after the last.
+    linear would reach 0 at step `num_steps`, one after the last. wsd (warm-up, stable, decay; arXiv
+    2404.06395) keeps the peak and falls linearly over the last ceil(decay_ratio * num_steps) steps.
     """
     warmup = math.ceil(settings.warmup_ratio * num_steps)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
+    decay = max(1, math.ceil(settings.decay_ratio * num_steps))
     factor = {
         "constant": 1.0,
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "wsd": min(1.0, (num_steps - step) / decay),
     }[settings.scheduler]
     return settings.lr * factor

@@ -10,7 +10,6 @@ resume trains again anyway.
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +18,32 @@ from types import TracebackType
 import torch
 
 from sftcore import dist
+from sftcore.config import Recipe
 from sftcore.fsio import append_jsonl, read_jsonl, write_jsonl
+from sftcore.train.tracking import open_trackers
 
 log = logging.getLogger(__name__)
 LIVE_LINE_SECONDS = 2.0
 METRICS = "metrics.jsonl"
+TRACKED = ("loss", "grad_norm", "lr", "tokens_per_second", "trained_tokens_per_second", "mfu")
+PEAK_FLOPS = {  # dense bfloat16 FLOP/s by what the device's name holds, from the vendors' data sheets
+    "B200": 2.25e15,
+    "H200": 9.89e14,
+    "H100 PCIe": 7.56e14,
+    "H100": 9.89e14,
+    "A100": 3.12e14,
+    "L40S": 3.62e14,
+    "A10": 1.25e14,
+    "4090": 1.65e14,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """A line of metrics.jsonl; `step` is 1-based, counts are over all ranks."""
+    """A line of metrics.jsonl; `step` is 1-based, counts are over all ranks.
+
+    `elapsed_seconds`, the wall clock since the first step began, joins them when the line is written.
+    """
 
     step: int
     epoch: int
@@ -41,11 +56,12 @@ class StepMetrics:
     num_samples: int
     num_packs: int
     num_samples_by_source: dict[str, int]
-    elapsed_seconds: float
     step_seconds: float
     data_seconds: float
+    compute_seconds: float
     tokens_per_second: float
     trained_tokens_per_second: float
+    mfu: float | None
     rank_imbalance: float
     peak_memory_bytes: int
 
@@ -53,17 +69,13 @@ class StepMetrics:
 class MetricsWriter:
     """Writes on rank 0; a context manager."""
 
-    def __init__(self, run: Path, *, steps_done: int, num_steps: int, tensorboard: bool) -> None:
+    def __init__(self, recipe: Recipe, *, steps_done: int, num_steps: int) -> None:
         """Open the run's metrics, dropping rows after `steps_done`."""
-        self.path = run / METRICS
+        self.path = recipe.run_folder / METRICS
         self.num_steps = num_steps
         self.earlier_seconds = keep_first_steps(self.path, steps_done) if dist.rank() == 0 else 0.0
         self.started = self.last_line = time.perf_counter()
-        self.events = None
-        if tensorboard and dist.rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(str(run / "tensorboard"), purge_step=steps_done + 1)
+        self.trackers = open_trackers(recipe, steps_done=steps_done) if dist.rank() == 0 else []
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -71,8 +83,8 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.events:
-            self.events.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     @property
     def elapsed_seconds(self) -> float:
@@ -83,24 +95,29 @@ class MetricsWriter:
         """Append a step; show a live line every LIVE_LINE_SECONDS and at the last step."""
         if dist.rank() != 0:
             return
-        append_jsonl(self.path, asdict(metrics))
-        if self.events:
-            for name in ("loss", "grad_norm", "lr", "tokens_per_second", "trained_tokens_per_second"):
-                self.events.add_scalar(f"train/{name}", asdict(metrics)[name], metrics.step)
+        row = asdict(metrics)
+        append_jsonl(self.path, row | {"elapsed_seconds": self.elapsed_seconds})
+        self.track({f"train/{name}": row[name] for name in TRACKED if row[name] is not None}, metrics.step)
         now = time.perf_counter()
         if now - self.last_line >= LIVE_LINE_SECONDS or metrics.step == self.num_steps:
             self.last_line = now
             remaining = metrics.step_seconds * (self.num_steps - metrics.step)
             log.info(
-                "step %d/%d  loss %.4f  grad norm %.2f  %.0f tokens/s, %.0f trained  about %.0f s left",
+                "step %d/%d  loss %.4f  grad norm %.2f  %.0f tokens/s, %.0f trained%s  about %.0f s left",
                 metrics.step,
                 self.num_steps,
                 metrics.loss,
                 metrics.grad_norm,
                 metrics.tokens_per_second,
                 metrics.trained_tokens_per_second,
+                "" if metrics.mfu is None else f", {metrics.mfu:.1%} MFU",
                 remaining,
             )
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        """Send numbers to all trackers."""
+        for tracker in self.trackers:
+            tracker.log(values, step)
 
 
 def keep_first_steps(path: Path, steps_done: int) -> float:
@@ -112,8 +129,11 @@ def keep_first_steps(path: Path, steps_done: int) -> float:
     return float(rows[-1]["elapsed_seconds"]) if rows else 0.0
 
 
-def peak_memory_bytes() -> int:
-    """This rank's peak: GPU bytes allocated by torch, or the process's resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def model_flops_utilisation(flops: float, seconds: float) -> float | None:
+    """FLOPs that a step's real tokens need / FLOPs that all ranks' GPUs could do; None without a known peak.
+
+    Pads, recomputation and communication are not counted as work (PaLM, arXiv 2204.02311, appendix B).
+    """
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return flops / (seconds * peak * dist.world_size()) if peak else None

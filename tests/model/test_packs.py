@@ -14,7 +14,7 @@ from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.errors import UserInputError
 from sftcore.model.attention import choose_attention
 from sftcore.model.attention.sdpa_docs import group_documents
-from sftcore.model.load import LossModel, decode_states, prove_head_and_packs
+from sftcore.model.load import LossModel, decode_states, install_head, prove_head_and_packs
 
 LENGTHS = (6, 9, 6, 1, 13)
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2}  # on values of order 1
@@ -27,7 +27,8 @@ def build(kind: str, dtype: torch.dtype) -> LossModel:
         config, attn_implementation=choose_attention(config, "auto", dtype="float32", device="cpu")
     )
     model = model.to(dtype)
-    prove_head_and_packs(model, z_loss=0.0, label_smoothing=0.0)
+    install_head(model, z_loss=0.0, label_smoothing=0.0)
+    prove_head_and_packs(model)
     return LossModel(model)
 
 
@@ -135,8 +136,9 @@ def test_a_model_whose_logits_are_edited_is_refused():
         return result
 
     model.forward = scaled
+    install_head(model, z_loss=0.0, label_smoothing=0.0)
     with pytest.raises(UserInputError, match="changes its logits after the output layer"):
-        prove_head_and_packs(model, z_loss=0.0, label_smoothing=0.0)
+        prove_head_and_packs(model)
     assert output is not None
 
 
@@ -145,7 +147,7 @@ def test_a_model_that_mixes_documents_is_refused():
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
     with pytest.raises(UserInputError, match="its layers mix documents"):
-        prove_head_and_packs(model, z_loss=0.0, label_smoothing=0.0)
+        prove_head_and_packs(model)
 
 
 def test_needs_that_the_backend_lacks_are_refused_by_name():

@@ -1,0 +1,140 @@
+"""Memory: a recipe -> predicted bytes on each rank, by component; out of memory -> what would help most.
+
+In: a recipe, a world size, the plan's largest pack. Out: bytes by component; a message with three remedies.
+Invariant: what the plan predicts and what the message recommends come from the same numbers.
+Trade-off: activations are counted on the meta device (what autograd keeps of 64 tokens, times the pack), not
+measured: exact for saved tensors, blind to a kernel's scratch space.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from sftcore import dist
+from sftcore.batching.packing import IntArray
+from sftcore.batching.schedule import Schedule
+from sftcore.config import Recipe
+from sftcore.errors import Problem, TrainingFailed
+from sftcore.model.cost import measure_recipe
+from sftcore.model.load import DTYPES
+from sftcore.recipe import deepspeed_file
+from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
+
+NUM_REMEDIES = 3
+Bytes = dict[str, int]
+
+
+def predict_bytes(recipe: Recipe, *, world: int, num_tokens: int) -> Bytes:
+    """Bytes on each rank by component, while a pack of `num_tokens` is trained.
+
+    Components: weights, gradients, optimizer (states by ZeRO stage), activations (kept for backward), head
+    (a chunk of logits and the projection's gradient).
+    """
+    ds_config = read_ds_config(deepspeed_file(recipe))
+    cost = measure_recipe(recipe)
+    weight_bytes = 4 if autocasts(ds_config, recipe) else DTYPES[recipe.model.dtype].itemsize
+    states = cost.state_bytes_per_rank(
+        stage=zero_stage(ds_config),
+        world=world,
+        weight_bytes=weight_bytes,
+        quantised=recipe.adapter.kind == "qlora",
+        optimizer=recipe.train.optimizer,
+    )
+    for part in offloaded(recipe):
+        states[part] = 0
+    return {
+        **states,
+        "activations": cost.activation_bytes(
+            num_tokens, is_recomputed=recipe.train.activation_checkpointing == "full"
+        ),
+        "head": cost.head_bytes(num_tokens),
+    }
+
+
+def offloaded(recipe: Recipe) -> list[str]:
+    """Components that live in host memory instead of a GPU's; none without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    zero = read_ds_config(deepspeed_file(recipe)).get("zero_optimization", {})
+    keys = {"offload_optimizer": ["optimizer", "gradients"], "offload_param": ["weights"]}
+    return [part for key, parts in keys.items() if zero.get(key) for part in parts]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python could not get memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text or "std::bad_alloc" in text
+    )
+
+
+def explain_out_of_memory(
+    error: BaseException, recipe: Recipe, schedule: Schedule, pack: IntArray, *, step: int
+) -> TrainingFailed:
+    """One message: what was being computed, how much was in use, what would save most.
+
+    Args:
+        pack: (num_samples,) sample numbers of the pack that was too much.
+        step: 1-based.
+    """
+    num_tokens = int(schedule.lengths[pack].sum())
+    num_trained = int(schedule.num_trained[pack].sum())
+    longest = int(np.max(schedule.lengths[pack]))
+    remedies = rank_remedies(recipe, world=schedule.world, num_tokens=num_tokens, longest=longest)
+    return TrainingFailed(
+        Problem(
+            what=f"out of memory in step {step}: {str(error).strip().splitlines()[0][:160]}",
+            got=f"a pack of {num_tokens:,} tokens, {num_trained:,} of them trained, "
+            f"in {len(pack)} documents; peak {dist.peak_memory_bytes() / 1e9:.2f} GB on this rank",
+            remedy="; or ".join(
+                f"{setting} (saves about {saved / 1e9:.2f} GB)" for setting, saved in remedies
+            ),
+        )
+    )
+
+
+def rank_remedies(recipe: Recipe, *, world: int, num_tokens: int, longest: int) -> list[tuple[str, int]]:
+    """(setting, predicted bytes saved) of the settings that save most, dearest first.
+
+    Args:
+        longest: tokens of the longest sample, below which the capacity can't go.
+    """
+    before = sum(predict_bytes(recipe, world=world, num_tokens=num_tokens).values())
+    saved = {}
+    for setting, changed in _variants(recipe, world=world, longest=longest):
+        fewer = min(num_tokens, changed.batch.capacity)
+        saved[setting] = before - sum(predict_bytes(changed, world=world, num_tokens=fewer).values())
+    ranked = sorted(saved.items(), key=lambda item: -item[1])
+    return [(setting, size) for setting, size in ranked if size > 0][:NUM_REMEDIES]
+
+
+def _variants(recipe: Recipe, *, world: int, longest: int) -> list[tuple[str, Recipe]]:
+    """Settings that save memory, each with the recipe that has it."""
+
+    def changed(section: str, **values: object) -> Recipe:
+        settings = getattr(recipe, section).model_copy(update=values)
+        return recipe.model_copy(update={section: settings})
+
+    found = []
+    capacity = max(longest, recipe.batch.capacity // 2)
+    if capacity < recipe.batch.capacity:
+        found.append((f"batch.capacity: {capacity}", changed("batch", capacity=capacity)))
+    if recipe.train.activation_checkpointing == "none":
+        recomputed = changed("train", activation_checkpointing="full")
+        found.append(("train.activation_checkpointing: full", recomputed))
+    if recipe.adapter.kind == "none":
+        found.append(("adapter.kind: lora", changed("adapter", kind="lora")))
+        if recipe.train.optimizer == "adamw":
+            found.append(("train.optimizer: adamw-8bit", changed("train", optimizer="adamw-8bit")))
+    if recipe.adapter.kind != "qlora":
+        found.append(("adapter.kind: qlora", changed("adapter", kind="qlora")))
+    stage = zero_stage(read_ds_config(deepspeed_file(recipe)))
+    if stage < 3 and world > 1:
+        found.append(("deepspeed: zero3", recipe.model_copy(update={"deepspeed": "zero3"})))
+    if torch.cuda.is_available() and not offloaded(recipe):
+        name = "zero3-offload" if stage == 3 else "zero2-offload"
+        found.append((f"deepspeed: {name}", recipe.model_copy(update={"deepspeed": name})))
+    return found

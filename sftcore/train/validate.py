@@ -1,0 +1,147 @@
+"""Validation: held-out samples -> their exact loss now and then, without gradients.
+
+In: an engine, the store of data.valid. Out: RUN/valid.jsonl, a line for each evaluation; the weights with the
+lowest loss in RUN/best.
+Invariant: the loss is the recipe's normalisation over the whole set, whatever the world size; it draws
+nothing at random, so a run with validation trains the same weights as one without.
+Trade-off: the best weights are exported each time they improve (2 bytes a parameter, against 14 for a
+checkpoint), so that they can be loaded at any world size and outlive their checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sftcore import dist
+from sftcore.batching.collate import Batch
+from sftcore.batching.schedule import Schedule
+from sftcore.config import Recipe
+from sftcore.data.store import TokenStore
+from sftcore.fsio import append_jsonl, read_jsonl, sync_entry, write_jsonl
+from sftcore.train.batches import Divisors, rank_batches
+from sftcore.train.engine import Engine
+from sftcore.train.export import export_weights
+
+log = logging.getLogger(__name__)
+VALID, BEST = "valid.jsonl", "best"
+PACKS_PER_RANK = 4  # collated at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A line of valid.jsonl.
+
+    Args:
+        step: optimizer steps done.
+        epoch: epoch of the last step done, 0-based.
+        valid_loss: mean cross-entropy, normalised as the recipe says.
+        num_samples: of the set.
+        num_trained_tokens: of the set.
+        seconds: wall time of the evaluation.
+    """
+
+    step: int
+    epoch: int
+    valid_loss: float
+    num_samples: int
+    num_trained_tokens: int
+    seconds: float
+
+
+class Validation:
+    """The evaluations of a run so far, and the next one."""
+
+    def __init__(self, recipe: Recipe, store: TokenStore, tokenizer: Any, *, steps_done: int) -> None:
+        """Take up RUN/valid.jsonl, without rows after `steps_done`; all ranks call it."""
+        self.recipe, self.store, self.tokenizer = recipe, store, tokenizer
+        self.path = recipe.run_folder / VALID
+        rows = read_jsonl(self.path) if self.path.exists() else []
+        self.done = [Evaluation(**row) for row in rows if row["step"] <= steps_done]
+        dist.barrier()
+        if dist.rank() == 0 and rows:
+            write_jsonl(self.path, [asdict(row) for row in self.done])
+        self._schedule = Schedule(
+            lengths=store.lengths,
+            num_trained=store.num_trained,
+            capacity=recipe.batch.capacity,
+            seed=recipe.seed,
+            epochs=1,
+            world=dist.world_size(),
+            tokens_per_step=recipe.batch.capacity * PACKS_PER_RANK * dist.world_size(),
+        )
+
+    def is_due(self, step: int, epoch_ends: set[int]) -> bool:
+        """Whether to evaluate after `step` steps."""
+        every = self.recipe.train.evaluate_every_steps
+        return step in epoch_ends or (every is not None and step % every == 0)
+
+    def evaluate(self, engine: Engine, *, step: int, epoch: int) -> Evaluation:
+        """Take the loss after `step` steps; export the weights if it is the lowest. All ranks call it."""
+        started = time.perf_counter()
+        everything = Divisors(int(self.store.num_trained.sum()), len(self.store))
+        loss = engine.evaluate(self._batches(everything))
+        row = Evaluation(
+            step=step,
+            epoch=epoch,
+            valid_loss=loss,
+            num_samples=everything.num_samples,
+            num_trained_tokens=everything.num_trained_tokens,
+            seconds=time.perf_counter() - started,
+        )
+        is_best = loss < self.lowest_loss
+        if is_best:
+            export_weights(engine, self.tokenizer, self.recipe, folder=self.best_folder)
+        self.done.append(row)
+        if dist.rank() == 0:
+            append_jsonl(self.path, asdict(row))
+            mark = ", the lowest so far" if is_best else ""
+            log.info("valid loss %.4f after step %d%s (%.1f s)", loss, step, mark, row.seconds)
+        return row
+
+    def _batches(self, everything: Divisors) -> Iterator[Batch]:
+        """This rank's packs of the whole set, a few at a time."""
+        for number in range(self._schedule.num_steps):
+            step = self._schedule.step(number)
+            yield from rank_batches(self.recipe, self._schedule, self.store, step, everything)[0]
+
+    @property
+    def best_folder(self) -> Path:
+        """RUN/best: the weights with the lowest loss."""
+        return self.recipe.run_folder / BEST
+
+    @property
+    def lowest_loss(self) -> float:
+        """Of all evaluations; infinite before the first."""
+        return min((row.valid_loss for row in self.done), default=math.inf)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether `patience` evaluations have passed since the lowest loss."""
+        return is_exhausted([row.valid_loss for row in self.done], self.recipe.train.patience)
+
+    def promote_best(self) -> None:
+        """Make RUN/best the run's result; all ranks call it."""
+        if dist.rank() == 0:
+            shutil.rmtree(self.recipe.result_folder, ignore_errors=True)
+            os.replace(self.best_folder, self.recipe.result_folder)
+            sync_entry(self.recipe.run_folder)
+        dist.barrier()
+
+
+def is_exhausted(losses: list[float], patience: int | None) -> bool:
+    """Whether the last `patience` losses hold no new lowest.
+
+    >>> is_exhausted([3.0, 2.0, 2.5, 2.4], 2), is_exhausted([3.0, 2.0, 2.5, 1.9], 2)
+    (True, False)
+    """
+    if patience is None or not losses:
+        return False
+    return len(losses) - 1 - losses.index(min(losses)) >= patience
