@@ -188,7 +188,8 @@ def evaluate(recipe: Recipe, *, model: Path | None = None) -> dict[str, dict[str
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
-    return load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
+    model = recipe.model
+    return load_tokenizer(model.path, model.trust_remote_code, add_tokens=model.add_tokens)
 
 
 def _records(recipe: Recipe, run: Path, *splits: str) -> list[Record]:

@@ -143,8 +143,9 @@ def _train(recipe: Recipe, run: Path, resume: str, stop: StopRequest, *, restart
 
 
 def loads_sharded(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
-    """Whether weights are sharded as they are read: under ZeRO-3, where no adapter needs whole weights."""
-    return zero_stage(ds_config) == 3 and recipe.adapter.kind != "qlora" and not recipe.adapter.dora
+    """Whether weights are sharded as they are read: under ZeRO-3, unless something needs whole weights."""
+    needs_whole = recipe.adapter.kind == "qlora" or recipe.adapter.dora or recipe.model.add_tokens
+    return zero_stage(ds_config) == 3 and not needs_whole
 
 
 def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:

@@ -37,6 +37,9 @@ class ModelSettings(Settings):
         "auto", description="attention backend for training; auto: the first that can"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    add_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="special tokens to add; their rows begin as the mean row and are trained"
+    )
 
 
 class AdapterSettings(Settings):

@@ -177,8 +177,13 @@ def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(
+    model_path: str, trust_remote_code: bool = False, *, add_tokens: Sequence[str] = ()
+) -> Tokenizer:
     """The fast tokenizer of a model folder or hub name.
+
+    Args:
+        add_tokens: special tokens that it gets beside its own.
 
     Raises:
         UserInputError: the folder holds no usable tokenizer, or only a slow one.
@@ -199,6 +204,7 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> Tokenize
                 remedy="convert it once to a tokenizer.json, or use another model",
             )
         )
+    tokenizer.add_tokens(list(add_tokens), special_tokens=True)
     return tokenizer
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sftcore.config import AdapterSettings
 from sftcore.errors import Problem, TrainingFailed, UserInputError
+from sftcore.model.vocabulary import vocabulary_modules, vocabulary_weights
 
 PREFIX = "base_model.model."
 COMPARED = {  # keys of adapter_config.json that have to agree -> what the recipe calls them
@@ -58,6 +59,14 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, seed: int)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
+
+
+def train_vocabulary(model: PreTrainedModel) -> None:
+    """Train the embedding and the output layer whole beside the adapter, and save them with it."""
+    for parameter in vocabulary_weights(model).values():
+        parameter.requires_grad_(True)
+    config: Any = model.peft_config["default"]
+    config.modules_to_save = vocabulary_modules(model)
 
 
 def continue_adapter(model: PreTrainedModel, folder: Path, settings: AdapterSettings) -> None:
@@ -104,6 +113,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
+    config.modules_to_save = None  # layers trained whole overwrite the model's own, ties and all
     inject_adapter_in_model(config, model)
     _fill_adapter(model, folder)
 
@@ -119,12 +129,40 @@ def _fill_adapter(model: PreTrainedModel, folder: Path) -> None:
     weights = {
         name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()
     }
+    whole = {name: weights.pop(name) for name in list(weights) if not is_update(name)}
+    _overwrite(model, whole, folder)
     result: Any = set_peft_model_state_dict(model, weights)
     wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
     if wrong:
         raise UserInputError(
             Problem(what="the adapter does not fit its base", where=str(folder), got=", ".join(wrong[:3]))
         )
+
+
+def is_update(name: str) -> bool:
+    """Whether a weight of an adapter's file is a low-rank update, rather than a layer trained whole."""
+    return ".lora_" in name
+
+
+def _overwrite(model: PreTrainedModel, whole: dict[str, torch.Tensor], folder: Path) -> None:
+    """Copy layers that were trained whole over the model's own.
+
+    Raises:
+        UserInputError: the model has no such layer, or one of another shape.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in whole.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise UserInputError(
+                Problem(
+                    what="the adapter does not fit its base",
+                    where=str(folder),
+                    got=f"{name} {tuple(tensor.shape)}",
+                    remedy="set model.add_tokens as it was trained",
+                )
+            )
+        with torch.no_grad():
+            own[name].copy_(tensor)
 
 
 def _check_targets(model: PreTrainedModel, settings: AdapterSettings) -> None:
@@ -164,8 +202,13 @@ def write_adapter(model: PreTrainedModel, weights: dict[str, torch.Tensor], fold
     """
     from peft import get_peft_model_state_dict
 
-    named = get_peft_model_state_dict(model, state_dict=weights)
+    updates = {name: tensor for name, tensor in weights.items() if is_update(name)}
+    whole = {name: tensor for name, tensor in weights.items() if not is_update(name)}
+    named = get_peft_model_state_dict(model, state_dict=updates) | whole
     check_complete(named, wanted=len(trained_names(model)))
+    if whole and model.config.tie_word_embeddings:  # peft keeps a copy of each: both have to be in the file
+        (tied,) = whole.values()
+        named |= {f"{module}.weight": tied.clone() for module in vocabulary_modules(model)}
     config = model.peft_config["default"]
     config.inference_mode = True
     config.save_pretrained(str(folder))

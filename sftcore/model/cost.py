@@ -16,7 +16,7 @@ Where a layer has a sliding window w, len^2 / 2 becomes the number of pairs in t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -218,7 +218,11 @@ def count_saved_bytes(model: Any) -> SavedBytes:
 
 def measure_recipe(recipe: Recipe) -> ModelCost:
     """Sizes of the recipe's model."""
-    return measure_model(load_config(recipe.model), recipe.adapter)
+    cost = measure_model(load_config(recipe.model), recipe.adapter)
+    if cost.trains_all or not recipe.model.add_tokens:
+        return cost
+    beside = cost.num_parameters - cost.num_body_parameters  # the vocabulary is trained with the adapter
+    return replace(cost, num_trained_parameters=cost.num_trained_parameters + beside)
 
 
 def _adapter_parameters(model: Any, adapter: AdapterSettings) -> int:

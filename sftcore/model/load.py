@@ -34,10 +34,12 @@ from sftcore.model.adapters import (
     base_of,
     continue_adapter,
     is_adapter,
+    train_vocabulary,
 )
 from sftcore.model.attention import choose_attention
 from sftcore.model.loss import TrainedTokenHead
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
+from sftcore.model.vocabulary import grow_vocabulary
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -123,12 +125,15 @@ def _load_trainable(
     sharding = HfDeepSpeedConfig(sharded_by) if sharded_by is not None else None
     model = _load(settings, kind, dtype=dtype, attention=attention, **options)
     del sharding
+    grow_vocabulary(model, settings)
     model.config.use_cache = False
     install_head(model, z_loss=recipe.train.z_loss, label_smoothing=recipe.train.label_smoothing)
     if sharded_by is None:
         prove_head_and_packs(model)
     if recipe.adapter.kind != "none":
         add_adapter(model, recipe.adapter, seed=recipe.seed)
+        if settings.add_tokens:
+            train_vocabulary(model)
         if recipe.train.init_adapter is not None:
             continue_adapter(model, Path(recipe.train.init_adapter), recipe.adapter)
     return LossModel(model)
@@ -163,6 +168,7 @@ def load_for_decoding(
     attention = "sdpa" if device == "cuda" else "eager"  # eager: 1.3 times as fast a token on CPUs
     options = {"quantization_config": quantisation_settings(own_dtype)} if quantised else {}
     model = _load(settings, AutoModelForCausalLM, dtype=own_dtype, attention=attention, **options)
+    grow_vocabulary(model, settings)
     if adapter:
         attach_adapter(model, adapter)
     ready = model.eval().to(device)

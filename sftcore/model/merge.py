@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder, read_json, write_json
-from sftcore.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, merge_weight
+from sftcore.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, is_update, merge_weight
 from sftcore.model.quantise import round_trip
 
 INDEX = "model.safetensors.index.json"
@@ -39,6 +39,7 @@ class Merge:
     Args:
         config: adapter_config.json.
         parts: base weight's name -> {lora_A, lora_B, lora_magnitude_vector} -> tensor.
+        whole: name -> a weight that was trained whole and takes the base's place.
         dtype: of the result, and of the base while it was trained.
         quantised: names of the weights that were held in 4 bits.
         used: filled with the names that were merged.
@@ -46,12 +47,16 @@ class Merge:
 
     config: dict[str, Any]
     parts: dict[str, dict[str, torch.Tensor]]
+    whole: dict[str, torch.Tensor]
     dtype: torch.dtype
     quantised: frozenset[str]
     used: set[str] = field(default_factory=set)
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The merged form of a base weight."""
+        if name in self.whole:
+            self.used.add(name)
+            return self.whole[name].to(self.dtype).contiguous()
         if weight.is_floating_point():
             weight = weight.to(self.dtype)
         if name in self.quantised:
@@ -69,17 +74,19 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: torch.dtype
         UserInputError: the base has no safetensors files, or the adapter names weights that it lacks.
         MissingEnvironmentError: the disk is full; or bitsandbytes is missing for a 4-bit base.
     """
+    shards = _shards(base)
+    weights = {name.removeprefix(PREFIX): t for name, t in load_file(adapter / ADAPTER_WEIGHTS).items()}
     merge = Merge(
         config=read_json(adapter / ADAPTER_CONFIG),
-        parts=_parts(adapter / ADAPTER_WEIGHTS),
+        parts=_parts(weights),
+        whole=_whole(weights, base, shards),
         dtype=dtype,
         quantised=linear_weights(base) if quantised else frozenset(),
     )
-    shards = _shards(base)
     with atomic_folder(folder) as temporary:
         for shard in shards:
             save_file(dict(_merged(shard, merge)), temporary / shard.name, metadata={"format": "pt"})
-        left = sorted(merge.parts.keys() - merge.used)
+        left = sorted((merge.parts.keys() | merge.whole.keys()) - merge.used)
         if left:
             raise UserInputError(
                 Problem(
@@ -89,7 +96,7 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: torch.dtype
                     remedy=f"is {base} the model that it was trained on?",
                 )
             )
-        _copy_the_rest(base, adapter, temporary, dtype)
+        _copy_the_rest(base, adapter, temporary, merge)
 
 
 def linear_weights(base: Path) -> frozenset[str]:
@@ -104,13 +111,26 @@ def linear_weights(base: Path) -> frozenset[str]:
     )
 
 
-def _parts(file: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """{"model.layers.0.mlp.up_proj.weight": {"lora_A": ..., "lora_B": ...}} from a peft file."""
+def _parts(weights: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """{"model.layers.0.mlp.up_proj.weight": {"lora_A": ..., "lora_B": ...}} from a peft file's weights."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(file).items():
-        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        parts.setdefault(f"{module}.weight", {})[part] = tensor
+    for name, tensor in weights.items():
+        if is_update(name):
+            module, _, part = name.removesuffix(".weight").rpartition(".")
+            parts.setdefault(f"{module}.weight", {})[part] = tensor
     return parts
+
+
+def _whole(weights: dict[str, torch.Tensor], base: Path, shards: list[Path]) -> dict[str, torch.Tensor]:
+    """Weights that take the base's place; of a tied pair the one that the base's files hold."""
+    whole = {name: tensor for name, tensor in weights.items() if not is_update(name)}
+    if not AutoConfig.from_pretrained(base).get_text_config().tie_word_embeddings:
+        return whole
+    held: set[str] = set()
+    for shard in shards:
+        with safe_open(shard, framework="pt") as tensors:
+            held.update(tensors.keys())
+    return {name: tensor for name, tensor in whole.items() if name in held}
 
 
 def _shards(base: Path) -> list[Path]:
@@ -127,11 +147,14 @@ def _merged(shard: Path, merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, merge.apply(name, tensors.get_tensor(name))
 
 
-def _copy_the_rest(base: Path, adapter: Path, folder: Path, dtype: torch.dtype) -> None:
+def _copy_the_rest(base: Path, adapter: Path, folder: Path, merge: Merge) -> None:
     """Configurations of the base in the new dtype, the adapter's tokenizer, the index of the shards."""
     config = read_json(base / "config.json")
     config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    config["dtype"] = str(merge.dtype).removeprefix("torch.")
+    for tensor in merge.whole.values():  # the embedding, with rows for added tokens
+        config.get("text_config", config)["vocab_size"] = tensor.shape[0]
+    write_json(folder / "config.json", config)
     if (base / "generation_config.json").is_file():
         shutil.copy(base / "generation_config.json", folder)
     for pattern in TOKENIZER_FILES:

@@ -1,0 +1,63 @@
+"""New tokens: `model.add_tokens` -> rows in the embedding and the output layer.
+
+In: a model as it was saved, and the tokens. Out: the same model with a row for each, in place.
+Invariant: a new row is the mean of the rows there were, on every rank alike: a new token starts as an average
+one (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html), not as noise.
+Trade-off: an adapter run trains the whole embedding (and a head that is not tied to it), not just the new
+rows: V * D more trained weights, which peft and every merge tool understand as `modules_to_save`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sftcore.config import ModelSettings
+from sftcore.data.tokens import load_tokenizer
+
+
+def new_token_ids(settings: ModelSettings) -> list[int]:
+    """Ids of the added tokens that the model's own tokenizer lacks, sorted."""
+    if not settings.add_tokens:
+        return []
+    own = load_tokenizer(settings.path, settings.trust_remote_code)
+    known = set(own.get_vocab())
+    grown = load_tokenizer(settings.path, settings.trust_remote_code, add_tokens=settings.add_tokens)
+    return sorted(grown.convert_tokens_to_ids(token) for token in settings.add_tokens if token not in known)
+
+
+def grow_vocabulary(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Give the tokens that the model does not know yet a row each."""
+    ids = new_token_ids(settings)
+    if not ids:
+        return
+    num_rows = vocabulary_rows(model)
+    if ids[-1] >= num_rows:
+        model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
+    first_unused = min(ids[0], num_rows)  # models often have spare rows, which nothing has trained
+    with torch.no_grad():
+        for weight in vocabulary_weights(model).values():
+            weight[ids] = weight[:first_unused].float().mean(0).to(weight.dtype)
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding."""
+    embedding: Any = model.get_input_embeddings()
+    rows: int = embedding.weight.shape[0]
+    return rows
+
+
+def vocabulary_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The embedding's weight and the output layer's by name; one of them where they are tied."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    wanted = {id(layer.weight) for layer in layers if layer is not None}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
+
+
+def vocabulary_modules(model: PreTrainedModel) -> list[str]:
+    """Names of both layers, as peft's `modules_to_save` takes them."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
