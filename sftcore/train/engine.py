@@ -111,7 +111,6 @@ def keep_freed_memory() -> None:
 
 def init_process_group() -> None:
     """Join the other ranks; a process without a launcher becomes rank 0 of 1."""
-    keep_freed_memory()
     dist.fill_environment()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=dist.RENDEZVOUS_TIMEOUT, verbose=False)
@@ -129,6 +128,7 @@ class Engine:
             ds_config: as read by `read_ds_config`.
             loads_universal: `load` will be given a checkpoint converted for another world size.
         """
+        keep_freed_memory()  # not before: loading frees much that nothing takes up again
         self.stage = zero_stage(ds_config)
         self.autocasts = autocasts(ds_config, recipe)
         self.save_dtype = model.causal_lm.dtype
