@@ -19,7 +19,7 @@ import typer
 
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
-from sftcore.errors import SftError
+from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import atomic_file
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe
@@ -39,6 +39,18 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="override a recipe key; may be repeated")
 ]
 RunFolder = Annotated[str | None, typer.Option("--run", metavar="DIR", help="run folder, if not runs/NAME")]
+On = Annotated[
+    str, typer.Option("--on", metavar="debug|node|slurm", help="this process, this machine, a cluster")
+]
+Nodes = Annotated[int, typer.Option(min=1, help="slurm: machines")]
+GpusPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, each with a GPU")]
+RanksPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, on CPUs")]
+Sbatch = Annotated[
+    list[str] | None, typer.Option("--sbatch", metavar="key=value", help="slurm: any option of sbatch")
+]
+Partition = Annotated[str | None, typer.Option(help="slurm: partition")]
+Time = Annotated[str | None, typer.Option(help="slurm: time limit; the run goes on behind it")]
+Account = Annotated[str | None, typer.Option(help="slurm: account")]
 
 
 @app.command()
@@ -50,6 +62,25 @@ def quickstart(
     from launcher.quickstart import run_quickstart
 
     run_quickstart(out, model)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="findings for a program")] = False,
+    run: Annotated[Path, typer.Option(metavar="DIR", help="where runs go")] = Path("runs"),
+) -> None:
+    """What this machine and environment can and can't run, with the remedy; exit code 3 if it can't train."""
+    from launcher.doctor import as_json as findings_as_json
+    from launcher.doctor import examine, is_able, line_of
+
+    findings = []
+    for finding in examine(run):
+        findings.append(finding)
+        if not as_json:
+            print(line_of(finding), flush=True)
+    if as_json:
+        print(findings_as_json(findings))
+    sys.exit(EXIT_DONE if is_able(findings) else EXIT_ENVIRONMENT)
 
 
 @model_app.command("pull")
@@ -126,18 +157,104 @@ def plan(
 @app.command()
 def train(
     recipe: RecipePath,
+    on: On = "debug",
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="node: machines, `name slots=8` a line, reached by ssh")
+    ] = None,
+    sbatch: Sbatch = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the line or script, and stop")] = False,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="checkpoint to go on from")] = "auto",
     restart_schedule: Annotated[
         bool, typer.Option("--restart-schedule", help="with --resume PATH: begin this recipe's plan anew")
     ] = False,
+    debug_anomaly: Annotated[
+        bool,
+        typer.Option("--debug-anomaly", help="name the first tensor that is not finite; norms per layer"),
+    ] = False,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="stop behind a checkpoint after N steps")
+    ] = None,
+    overfit_one_step: Annotated[
+        bool, typer.Option("--overfit-one-step", help="repeat step 1 until its loss is below 0.01; no run")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="trace three steps; RUN/debug")] = False,
     set_: Overrides = None,
     run: RunFolder = None,
 ) -> None:
-    """Train in this process. For several GPUs: deepspeed launcher/worker.py RECIPE."""
-    loaded = _load(recipe, set_, run)
-    from launcher.worker import train_recipe
+    """Train in this process, on this machine's GPUs (--on node), or on a cluster (--on slurm)."""
+    from launcher.ways_in import Machines, check_way_in, train_elsewhere
 
-    print(train_recipe(loaded, resume=resume, restart_schedule=restart_schedule))
+    loaded = _load(recipe, set_, run)
+    machines = Machines(
+        on=on,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        hostfile=hostfile,
+        options=_sbatch_options(sbatch, partition, time, account),
+    )
+    check_way_in(machines)
+    if on != "debug":
+        _refuse(
+            on,
+            debug_anomaly=debug_anomaly,
+            max_steps=max_steps,
+            overfit_one_step=overfit_one_step,
+            profile=profile,
+        )
+        more = ["--resume", resume, *(["--restart-schedule"] if restart_schedule else [])]
+        sys.exit(train_elsewhere(loaded, machines, more, dry_run=dry_run))
+    if dry_run:
+        plan(recipe, set_=set_, run=run)
+        return
+    from launcher.debugging import DebugOptions
+    from launcher.worker import overfit_recipe, train_recipe
+
+    if overfit_one_step:
+        print(overfit_recipe(loaded))
+        return
+    debug = DebugOptions(anomaly=debug_anomaly, max_steps=max_steps, profile=profile)
+    try:
+        print(train_recipe(loaded, resume=resume, restart_schedule=restart_schedule, debug=debug))
+    except StoppedOnRequest as stopped:
+        if max_steps is None:
+            raise
+        print(stopped)
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    shards: Annotated[int, typer.Option(min=1, help="jobs that prepare the data")] = 1,
+    sbatch: Sbatch = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, and stop")] = False,
+    set_: Overrides = None,
+    run: RunFolder = None,
+) -> None:
+    """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each behind the one before."""
+    from launcher.ways_in import Machines, check_way_in, submit_whole
+
+    machines = Machines(
+        on="slurm",
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        options=_sbatch_options(sbatch, partition, time, account),
+    )
+    check_way_in(machines)
+    print(submit_whole(_load(recipe, set_, run), machines, num_shards=shards, dry_run=dry_run))
 
 
 @app.command()
@@ -179,6 +296,61 @@ def report(folder: Annotated[Path, typer.Argument(help="run folder", metavar="DI
 
 
 @app.command()
+def run(
+    recipe: RecipePath,
+    shared: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="where runs of a study share levels and base scores")
+    ] = None,
+    set_: Overrides = None,
+    run: RunFolder = None,
+) -> None:
+    """All stages in one process: probe (if levels are asked for), train, evaluate, report."""
+    loaded = _load(recipe, set_, run)
+    from launcher.whole_run import run_whole
+
+    print(run_whole(loaded, shared=shared))
+
+
+@app.command()
+def study(
+    study: Annotated[Path, typer.Argument(help="base recipe, grid, draws (YAML)", metavar="STUDY")],
+    on: Annotated[
+        str, typer.Option(metavar="here|slurm", help="one after another here, or an array of jobs")
+    ] = "here",
+    status: Annotated[bool, typer.Option("--status", help="print a line a run, and do nothing")] = False,
+    number: Annotated[int | None, typer.Option(min=0, help="make this run only (0-based)")] = None,
+    throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4,
+    gpu: Annotated[bool, typer.Option("--gpu", help="slurm: ask for a GPU for each run")] = False,
+    sbatch: Sbatch = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check and name the runs, and stop")] = False,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="if not runs/NAME")] = None,
+) -> None:
+    """Run a grid of recipes; finished runs are skipped, failed ones don't stop it."""
+    from launcher.study import load_study, run_here, run_number, status_table, submit_study
+    from launcher.ways_in import Machines, check_way_in
+
+    loaded = load_study(study, run)
+    machines = Machines(
+        on=on, gpus_per_node=int(gpu), options=_sbatch_options(sbatch, partition, time, account)
+    )
+    check_way_in(machines)
+    if dry_run:
+        print("\n".join(item.name for item in loaded.runs))
+        return
+    if number is not None:
+        sys.exit(run_number(loaded, number))
+    if on == "slurm" and not status:
+        print(submit_study(loaded, study, machines.resources(), throttle=throttle))
+        return
+    if not status:
+        run_here(loaded)
+    print(status_table(loaded))
+
+
+@app.command()
 def inspect(
     recipe: RecipePath,
     n: Annotated[int, typer.Option(min=1, help="samples to show")] = 3,
@@ -204,6 +376,22 @@ def schema(
         return
     with atomic_file(to) as handle:
         handle.write(text + "\n")
+
+
+def _refuse(on: str, **options: bool | int | None) -> None:
+    """Debugging options are for one process."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise UserInputError(*(Problem(what=f"not with --on {on}", where=name) for name in given))
+
+
+def _sbatch_options(
+    options: list[str] | None, partition: str | None, time: str | None, account: str | None
+) -> dict[str, str]:
+    """Options of sbatch by name; `--sbatch key=value` takes any."""
+    named = {"partition": partition, "time": time, "account": account}
+    pairs = [option.partition("=")[::2] for option in options or []]
+    return {key: value for key, value in named.items() if value} | dict(pairs)
 
 
 def _load(path: Path, overrides: list[str] | None, run: str | None) -> Recipe:
