@@ -17,12 +17,27 @@ from typing import Annotated
 
 import typer
 
-from launcher.run_folder import with_run
+from launcher.job_commands import (
+    Account,
+    GpusPerNode,
+    Nodes,
+    On,
+    Overrides,
+    Partition,
+    RanksPerNode,
+    RecipePath,
+    RunFolder,
+    Sbatch,
+    Time,
+    load,
+    sbatch_options,
+    study,
+    submit,
+)
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import atomic_file
 from sftcore.log import setup_logging
-from sftcore.recipe import load_recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,24 +48,6 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, help="Models for offline work.")
 app.add_typer(model_app, name="model")
-
-RecipePath = Annotated[Path, typer.Argument(help="recipe (YAML); see recipes/", metavar="RECIPE")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=c", help="override a recipe key; may be repeated")
-]
-RunFolder = Annotated[str | None, typer.Option("--run", metavar="DIR", help="run folder, if not runs/NAME")]
-On = Annotated[
-    str, typer.Option("--on", metavar="debug|node|slurm", help="this process, this machine, a cluster")
-]
-Nodes = Annotated[int, typer.Option(min=1, help="slurm: machines")]
-GpusPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, each with a GPU")]
-RanksPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, on CPUs")]
-Sbatch = Annotated[
-    list[str] | None, typer.Option("--sbatch", metavar="key=value", help="slurm: any option of sbatch")
-]
-Partition = Annotated[str | None, typer.Option(help="slurm: partition")]
-Time = Annotated[str | None, typer.Option(help="slurm: time limit; the run goes on behind it")]
-Account = Annotated[str | None, typer.Option(help="slurm: account")]
 
 
 @app.command()
@@ -111,7 +108,7 @@ def prepare(
     run: RunFolder = None,
 ) -> None:
     """Records -> samples -> token store, cached by content."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.stages import prepare as prepare_stage
     from launcher.stages import prepare_share, write_check
 
@@ -129,7 +126,7 @@ def prepare(
 @app.command()
 def probe(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None) -> None:
     """Facts -> recall -> memory levels of the base model."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.stages import describe_levels
     from launcher.stages import probe as probe_stage
 
@@ -144,7 +141,7 @@ def plan(
     run: RunFolder = None,
 ) -> None:
     """Steps, packs, utilisation, imbalance, predicted memory; touches no GPU."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.preflight import describe_plan, measure_recipe, plan_table
     from launcher.stages import prepare as prepare_stage
     from sftcore.train.loop import make_schedule
@@ -190,14 +187,14 @@ def train(
     """Train in this process, on this machine's GPUs (--on node), or on a cluster (--on slurm)."""
     from launcher.ways_in import Machines, check_way_in, train_elsewhere
 
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     machines = Machines(
         on=on,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         hostfile=hostfile,
-        options=_sbatch_options(sbatch, partition, time, account),
+        options=sbatch_options(sbatch, partition, time, account),
     )
     check_way_in(machines)
     if on != "debug":
@@ -229,35 +226,6 @@ def train(
 
 
 @app.command()
-def submit(
-    recipe: RecipePath,
-    nodes: Nodes = 1,
-    gpus_per_node: GpusPerNode = None,
-    ranks_per_node: RanksPerNode = None,
-    shards: Annotated[int, typer.Option(min=1, help="jobs that prepare the data")] = 1,
-    sbatch: Sbatch = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, and stop")] = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
-) -> None:
-    """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each behind the one before."""
-    from launcher.ways_in import Machines, check_way_in, submit_whole
-
-    machines = Machines(
-        on="slurm",
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        options=_sbatch_options(sbatch, partition, time, account),
-    )
-    check_way_in(machines)
-    print(submit_whole(_load(recipe, set_, run), machines, num_shards=shards, dry_run=dry_run))
-
-
-@app.command()
 def evaluate(
     recipe: RecipePath,
     model: Annotated[Path | None, typer.Option(help="evaluate this folder instead of base and tuned")] = None,
@@ -265,7 +233,7 @@ def evaluate(
     run: RunFolder = None,
 ) -> None:
     """Greedy answers of the base and the trained model to the held-out items, scored."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.stages import evaluate as evaluate_stage
 
     for name, scores in evaluate_stage(loaded, model=model).items():
@@ -305,49 +273,10 @@ def run(
     run: RunFolder = None,
 ) -> None:
     """All stages in one process: probe (if levels are asked for), train, evaluate, report."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.whole_run import run_whole
 
     print(run_whole(loaded, shared=shared))
-
-
-@app.command()
-def study(
-    study: Annotated[Path, typer.Argument(help="base recipe, grid, draws (YAML)", metavar="STUDY")],
-    on: Annotated[
-        str, typer.Option(metavar="here|slurm", help="one after another here, or an array of jobs")
-    ] = "here",
-    status: Annotated[bool, typer.Option("--status", help="print a line a run, and do nothing")] = False,
-    number: Annotated[int | None, typer.Option(min=0, help="make this run only (0-based)")] = None,
-    throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4,
-    gpu: Annotated[bool, typer.Option("--gpu", help="slurm: ask for a GPU for each run")] = False,
-    sbatch: Sbatch = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check and name the runs, and stop")] = False,
-    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="if not runs/NAME")] = None,
-) -> None:
-    """Run a grid of recipes; finished runs are skipped, failed ones don't stop it."""
-    from launcher.study import load_study, run_here, run_number, status_table, submit_study
-    from launcher.ways_in import Machines, check_way_in
-
-    loaded = load_study(study, run)
-    machines = Machines(
-        on=on, gpus_per_node=int(gpu), options=_sbatch_options(sbatch, partition, time, account)
-    )
-    check_way_in(machines)
-    if dry_run:
-        print("\n".join(item.name for item in loaded.runs))
-        return
-    if number is not None:
-        sys.exit(run_number(loaded, number))
-    if on == "slurm" and not status:
-        print(submit_study(loaded, study, machines.resources(), throttle=throttle))
-        return
-    if not status:
-        run_here(loaded)
-    print(status_table(loaded))
 
 
 @app.command()
@@ -358,7 +287,7 @@ def inspect(
     run: RunFolder = None,
 ) -> None:
     """Print samples with trained tokens coloured, packs drawn, the first step explained."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.inspection import inspect_recipe
 
     for line in inspect_recipe(loaded, num_samples=n, colour=sys.stdout.isatty()):
@@ -385,17 +314,8 @@ def _refuse(on: str, **options: bool | int | None) -> None:
         raise UserInputError(*(Problem(what=f"not with --on {on}", where=name) for name in given))
 
 
-def _sbatch_options(
-    options: list[str] | None, partition: str | None, time: str | None, account: str | None
-) -> dict[str, str]:
-    """Options of sbatch by name; `--sbatch key=value` takes any."""
-    named = {"partition": partition, "time": time, "account": account}
-    pairs = [option.partition("=")[::2] for option in options or []]
-    return {key: value for key, value in named.items() if value} | dict(pairs)
-
-
-def _load(path: Path, overrides: list[str] | None, run: str | None) -> Recipe:
-    return with_run(load_recipe(path, overrides), run)
+app.command()(study)
+app.command()(submit)
 
 
 def main() -> None:
