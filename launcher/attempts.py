@@ -1,6 +1,7 @@
 """`python -m launcher.attempts begin|end RECIPE ...`: the batch script's bookkeeping around a job's ranks.
 
-In: worker.py's arguments; SLURM_JOB_ID. Out: RUN/attempts.jsonl; the exit code that the ranks agreed on.
+In: worker.py's arguments; SLURM_JOB_ID, SFTCORE_WORLD (number of ranks). Out: RUN/attempts.jsonl; the exit
+code that the ranks agreed on.
 Invariant: a job is queued again without end only while every attempt leaves a newer checkpoint than the one
 before.
 Trade-off: an attempt that was killed on its way to the first checkpoint counts as one without progress, so
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         if arguments[0] == "begin":
             begin_attempt(run, os.environ)
         else:
-            print(agreed_code(read_codes(run), int(os.environ["SLURM_NTASKS"])))
+            print(agreed_code(read_codes(run), int(os.environ["SFTCORE_WORLD"])))
     except SftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -48,7 +48,8 @@ class Resources:
         """sbatch's options of the training job: one task per rank."""
         ranks = self.gpus_per_node or self.ranks_per_node
         gpus = {"gpus-per-node": str(self.gpus_per_node)} if self.gpus_per_node else {}
-        return {"nodes": str(self.nodes), "ntasks-per-node": str(ranks), **gpus, **self.options}
+        tasks = {"ntasks": str(self.nodes * ranks), "ntasks-per-node": str(ranks)}
+        return {"nodes": str(self.nodes), **tasks, **gpus, **self.options}
 
     def stage_options(self) -> dict[str, str]:
         """sbatch's options of a job with one process, on a GPU if the run has any."""

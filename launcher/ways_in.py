@@ -9,6 +9,7 @@ way each is for.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from launcher.slurm import Job, Resources, recipe_jobs, submit_recipe, train_job
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, Problem, UserInputError
 
+log = logging.getLogger("sftcore.ways")
 WAYS = ("debug", "node", "slurm", "here")
 
 
@@ -98,6 +100,8 @@ def train_elsewhere(recipe: Recipe, machines: Machines, more: Sequence[str], *, 
         dry_run: only print the line or the script.
     """
     recipe = recipe.model_copy(update={"run": str(recipe.run_folder.resolve())})
+    if not dry_run and _is_done(recipe):
+        return EXIT_DONE
     if machines.on == "slurm":
         return _train_on_slurm(recipe, machines, more, dry_run=dry_run)
     num_ranks, total = _count_ranks(machines)
@@ -106,9 +110,15 @@ def train_elsewhere(recipe: Recipe, machines: Machines, more: Sequence[str], *, 
     if dry_run:
         print(" ".join(command))
         return EXIT_DONE
-    with open_run(recipe, purpose="training"):
-        pass  # claims the folder, or tells why it can't be had, before any rank starts
     return train_on_node(recipe, command, num_ranks=total)
+
+
+def _is_done(recipe: Recipe) -> bool:
+    """Claim the run folder, or tell why it can't be had, before anything starts; whether it is finished."""
+    with open_run(recipe, purpose="training") as run:
+        if recipe.result_folder.is_dir():
+            log.info("%s is finished; its weights are in %s", run, recipe.result_folder)
+        return recipe.result_folder.is_dir()
 
 
 def _count_ranks(machines: Machines) -> tuple[int, int]:

@@ -9,12 +9,15 @@ import pytest
 import torch
 from launching import BIN, run, steps, weights_hash, write_recipe
 
+from launcher import worker
 from launcher.debugging import NormRecorder, check_overfit
 from launcher.worker import overfit_recipe
+from sftcore.data.tokens import Codec
 from sftcore.errors import TrainingFailed, UserInputError
 from sftcore.recipe import load_recipe
 
 
+@pytest.mark.slow
 def test_stopping_after_some_steps_and_looking_closely_change_no_number(tiny_recipe):
     """Three steps with norms and a trace, then the rest: the weights of a run that nobody looked at."""
     whole, looked = (write_recipe(tiny_recipe, name) for name in ("whole", "looked"))
@@ -68,3 +71,17 @@ def test_debugging_options_are_for_one_process(tiny_recipe):
     path = str(write_recipe(tiny_recipe, "r"))
     done = run(str(BIN / "sftcore"), "train", path, "--on", "node", "--ranks-per-node", "2", "--profile")
     assert done.returncode == 2 and "--profile: not with --on node" in done.stderr
+
+
+def test_nothing_is_tokenised_after_ranks_have_met(tiny_recipe, monkeypatch):
+    """Ranks that wait in a collective while one tokenises run into its timeout."""
+    join, stores = worker.init_process_group, []
+
+    def join_and_forbid() -> None:
+        stores.extend(Path(".cache/stores").glob("*/manifest.json"))
+        join()
+        monkeypatch.setattr(Codec, "encode", None)
+
+    monkeypatch.setattr(worker, "init_process_group", join_and_forbid)
+    worker.train_recipe(load_recipe(write_recipe(tiny_recipe, "late", train={"epochs": 1})))
+    assert len(stores) == 1 and Codec.encode is None and len(steps("late")) == 4

@@ -13,6 +13,7 @@ from launcher import doctor
 from launcher.doctor import BROKEN, MISSING, OK, Finding, is_able, line_of
 
 
+@pytest.mark.slow
 def test_this_machine_can_train_and_every_problem_has_a_remedy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run(str(BIN / "sftcore"), "doctor", "--json", "--run", "runs")

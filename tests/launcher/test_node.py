@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -54,28 +53,25 @@ def tree_of(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
     return found
 
 
-def test_two_ranks_train_with_logs_apart_and_equal_one_process(tiny_recipe):
-    changes = {"batch": {"samples_per_step": 7, "capacity": 64}}
-    alone, node = (write_recipe(tiny_recipe, name, **changes) for name in ("alone", "node"))
-    assert run(str(BIN / "sftcore"), "train", str(alone)).returncode == 0
+def test_two_ranks_train_with_logs_apart(tiny_recipe):
+    node = write_recipe(tiny_recipe, "node")
     shown = run(str(BIN / "sftcore"), "train", str(node), *ON_NODE, "--dry-run")
     assert shown.returncode == 0 and not Path("runs/node").exists()
     assert " --num_gpus 2 " in shown.stdout and "launcher/worker.py" in shown.stdout
     done = run(str(BIN / "sftcore"), "train", str(node), *ON_NODE)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert "step 6/6" in done.stdout + done.stderr, "rank 0 is shown"
+    assert len(steps("node")) == 8 and "step 8/8" in done.stdout + done.stderr, "rank 0 is shown"
     assert sorted(f.name for f in Path("runs/node/logs").iterdir()) == [
         "rank-0.exit",
         "rank-1.exit",
         "rank-1.log",
     ]
     assert Path("runs/node/run.pids").read_text() == ""
-    assert [s["loss"] for s in steps("node")] == pytest.approx([s["loss"] for s in steps("alone")], rel=2e-5)
     again = run(str(BIN / "sftcore"), "train", str(node), *ON_NODE)
     assert again.returncode == 0 and "is finished" in again.stdout + again.stderr
 
 
-SIGNALLED = [("sftcore", "TERM"), ("worker1", "USR1")]
+SIGNALLED = [("sftcore", "TERM")]
 REST = [
     (target, name)
     for target in ("sftcore", "deepspeed", "launch", "worker0", "worker1")
@@ -188,8 +184,3 @@ def test_rank_variables_and_codes():
     assert first_host("rack[2-3]n[10-20],x") == "rack2n10"
     assert agreed_code({0: 0, 1: 0}, 2) == 0 and agreed_code({}, 2) == 69
     assert agreed_code({0: 75, 1: 1}, 2) == 1 and agreed_code({0: 137}, 1) == 1
-
-
-def test_worker_modules_start_without_a_launcher(tiny_recipe):
-    done = run(sys.executable, "-m", "launcher.worker", str(write_recipe(tiny_recipe, "one")))
-    assert done.returncode == 0 and len(steps("one")) == 8, done.stderr[-3000:]
