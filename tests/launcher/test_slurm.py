@@ -50,9 +50,9 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[1].rstrip(":")
 
-    def wait(self, job: str, seconds: int = 150) -> str:
+    def wait(self, job: str, seconds: int = 400) -> str:
         """Wait for the end; returns Slurm's words."""
-        return self.script("wait.sh", job, str(seconds)).stdout
+        return self.script("wait.sh", job, str(seconds), seconds=seconds + 60).stdout
 
     def state(self, job: str) -> str:
         return self.shell(f"squeue --noheader --jobs {job} --format %T").stdout.strip()
@@ -209,7 +209,7 @@ def test_a_study_of_six_runs_with_one_that_fails_as_an_array(tiny_recipe, cluste
     submitted = cluster.shell("sftcore study sizes.yaml --on slurm --throttle 2")
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.split()[1].rstrip(":")
-    wait_for(lambda: cluster.state(job) == "", seconds=200)
+    wait_for(lambda: cluster.state(job) == "", seconds=600)
     done = cluster.shell("sftcore study sizes.yaml --status")
     assert "4 finished" in done.stdout and "2 failed" in done.stdout, done.stdout + logs()[-3000:]
     rows = json.loads(Path("runs/sizes/study.json").read_text())["runs"]
@@ -224,7 +224,7 @@ def test_a_whole_recipe_is_submitted_as_a_chain(tiny_recipe, cluster):
     assert done.returncode == 0, done.stderr
     jobs = [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job")]
     assert len(jobs) == 5
-    assert "COMPLETED" in cluster.wait(jobs[-1], 200), logs()[-3000:]
+    assert "COMPLETED" in cluster.wait(jobs[-1]), logs()[-3000:]
     report = json.loads(Path("runs/chain/report.json").read_text())
     assert report["n"] == 8 and report["acc_tuned"] is not None and len(steps("chain")) == 8
 
