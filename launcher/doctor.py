@@ -77,6 +77,15 @@ def rank_main(rank):
     dist.destroy_process_group()
 if __name__ == "__main__": mp.start_processes(rank_main, nprocs=world, start_method="fork")
 """
+LOCK = """
+import sys
+from pathlib import Path
+from sftcore.errors import UserInputError
+from sftcore.fsio import folder_lock
+try:
+    with folder_lock(Path(sys.argv[1]), purpose="a check"): print("free")
+except UserInputError: print("in use")
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,12 +325,9 @@ def _rename_under_reading(place: Path) -> str:
 
 
 def _locks(place: Path) -> bool:
-    code = "import sys; from pathlib import Path; from sftcore.fsio import folder_lock\n"
-    code += "with folder_lock(Path(sys.argv[1]), purpose='x') as held: print(held)"
     try:
         with folder_lock(place, purpose="a check") as held:
-            failure, _ = probe(code, str(place))
-            return held and "in use" in failure
+            return held and probe(LOCK, str(place)) == ("", "in use")
     except SftError:
         return False
 
@@ -355,7 +361,8 @@ def is_able(findings: Iterable[Finding]) -> bool:
 def line_of(finding: Finding) -> str:
     """A finding for a terminal."""
     remedy = f"\n{'':10}do: {finding.remedy}" if finding.remedy else ""
-    return f"{finding.state:<9} {finding.name}: {finding.found}{remedy}".replace(": \n", "\n")
+    found = f": {finding.found}" if finding.found else ""
+    return f"{finding.state:<9} {finding.name}{found}{remedy}"
 
 
 def as_json(findings: Iterable[Finding]) -> str:

@@ -66,7 +66,7 @@ def test_what_is_needed_decides():
     assert is_able([fine, optional])
     assert not is_able([fine, Finding(name="c", state=BROKEN, found="x", needed=True)])
     assert line_of(fine) == "ok        a: 1"
-    assert line_of(optional) == "missing   b:\n          do: pip install b"
+    assert line_of(optional) == "missing   b\n          do: pip install b"
 
 
 @pytest.mark.parametrize("free", [0, 10**12])
