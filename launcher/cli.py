@@ -17,12 +17,27 @@ from typing import Annotated
 
 import typer
 
-from launcher.run_folder import with_run
+from launcher.job_commands import (
+    Account,
+    GpusPerNode,
+    Nodes,
+    On,
+    Overrides,
+    Partition,
+    RanksPerNode,
+    RecipePath,
+    RunFolder,
+    Sbatch,
+    Time,
+    load,
+    sbatch_options,
+    study,
+    submit,
+)
 from sftcore.config import Recipe
-from sftcore.errors import SftError
+from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import atomic_file
 from sftcore.log import setup_logging
-from sftcore.recipe import load_recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,12 +49,6 @@ app = typer.Typer(
 model_app = typer.Typer(no_args_is_help=True, help="Models for offline work.")
 app.add_typer(model_app, name="model")
 
-RecipePath = Annotated[Path, typer.Argument(help="recipe (YAML); see recipes/", metavar="RECIPE")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=c", help="override a recipe key; may be repeated")
-]
-RunFolder = Annotated[str | None, typer.Option("--run", metavar="DIR", help="run folder, if not runs/NAME")]
-
 
 @app.command()
 def quickstart(
@@ -50,6 +59,25 @@ def quickstart(
     from launcher.quickstart import run_quickstart
 
     run_quickstart(out, model)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="findings for a program")] = False,
+    run: Annotated[Path, typer.Option(metavar="DIR", help="where runs go")] = Path("runs"),
+) -> None:
+    """What this machine and environment can and can't run, with the remedy; exit code 3 if it can't train."""
+    from launcher.doctor import as_json as findings_as_json
+    from launcher.doctor import examine, is_able, line_of
+
+    findings = []
+    for finding in examine(run):
+        findings.append(finding)
+        if not as_json:
+            print(line_of(finding), flush=True)
+    if as_json:
+        print(findings_as_json(findings))
+    sys.exit(EXIT_DONE if is_able(findings) else EXIT_ENVIRONMENT)
 
 
 @model_app.command("pull")
@@ -80,7 +108,7 @@ def prepare(
     run: RunFolder = None,
 ) -> None:
     """Records -> samples -> token store, cached by content."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.stages import prepare as prepare_stage
     from launcher.stages import prepare_share, write_check
 
@@ -98,7 +126,7 @@ def prepare(
 @app.command()
 def probe(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None) -> None:
     """Facts -> recall -> memory levels of the base model."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.stages import describe_levels
     from launcher.stages import probe as probe_stage
 
@@ -113,7 +141,7 @@ def plan(
     run: RunFolder = None,
 ) -> None:
     """Steps, packs, utilisation, imbalance, predicted memory; touches no GPU."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.preflight import describe_plan, plan_table
     from launcher.stages import prepare as prepare_stage
     from sftcore.model.cost import measure_recipe
@@ -127,18 +155,75 @@ def plan(
 @app.command()
 def train(
     recipe: RecipePath,
+    on: On = "debug",
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="node: machines, `name slots=8` a line, reached by ssh")
+    ] = None,
+    sbatch: Sbatch = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the line or script, and stop")] = False,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="checkpoint to go on from")] = "auto",
     restart_schedule: Annotated[
         bool, typer.Option("--restart-schedule", help="with --resume PATH: begin this recipe's plan anew")
     ] = False,
+    debug_anomaly: Annotated[
+        bool,
+        typer.Option("--debug-anomaly", help="name the first tensor that is not finite; norms per layer"),
+    ] = False,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="stop behind a checkpoint after N steps")
+    ] = None,
+    overfit_one_step: Annotated[
+        bool, typer.Option("--overfit-one-step", help="repeat step 1 until its loss is below 0.01; no run")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="trace three steps; RUN/debug")] = False,
     set_: Overrides = None,
     run: RunFolder = None,
 ) -> None:
-    """Train in this process. For several GPUs: deepspeed launcher/worker.py RECIPE."""
-    loaded = _load(recipe, set_, run)
-    from launcher.worker import train_recipe
+    """Train in this process, on this machine's GPUs (--on node), or on a cluster (--on slurm)."""
+    from launcher.ways_in import Machines, check_way_in, train_elsewhere
 
-    print(train_recipe(loaded, resume=resume, restart_schedule=restart_schedule))
+    loaded = load(recipe, set_, run)
+    machines = Machines(
+        on=on,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        hostfile=hostfile,
+        options=sbatch_options(sbatch, partition, time, account),
+    )
+    check_way_in(machines)
+    if on != "debug":
+        _refuse(
+            on,
+            debug_anomaly=debug_anomaly,
+            max_steps=max_steps,
+            overfit_one_step=overfit_one_step,
+            profile=profile,
+        )
+        more = ["--resume", resume, *(["--restart-schedule"] if restart_schedule else [])]
+        sys.exit(train_elsewhere(loaded, machines, more, dry_run=dry_run))
+    if dry_run:
+        plan(recipe, set_=set_, run=run)
+        return
+    from launcher.debugging import DebugOptions
+    from launcher.worker import overfit_recipe, train_recipe
+
+    if overfit_one_step:
+        print(overfit_recipe(loaded))
+        return
+    debug = DebugOptions(anomaly=debug_anomaly, max_steps=max_steps, profile=profile)
+    try:
+        print(train_recipe(loaded, resume=resume, restart_schedule=restart_schedule, debug=debug))
+    except StoppedOnRequest as stopped:
+        if max_steps is None:
+            raise
+        print(stopped)
 
 
 @app.command()
@@ -149,7 +234,7 @@ def evaluate(
     run: RunFolder = None,
 ) -> None:
     """Greedy answers of the base and the trained model to the held-out items, scored."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.stages import evaluate as evaluate_stage
 
     for name, scores in evaluate_stage(loaded, model=model).items():
@@ -180,6 +265,22 @@ def report(folder: Annotated[Path, typer.Argument(help="run folder", metavar="DI
 
 
 @app.command()
+def run(
+    recipe: RecipePath,
+    shared: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="where runs of a study share levels and base scores")
+    ] = None,
+    set_: Overrides = None,
+    run: RunFolder = None,
+) -> None:
+    """All stages in one process: probe (if levels are asked for), train, evaluate, report."""
+    loaded = load(recipe, set_, run)
+    from launcher.whole_run import run_whole
+
+    print(run_whole(loaded, shared=shared))
+
+
+@app.command()
 def inspect(
     recipe: RecipePath,
     n: Annotated[int, typer.Option(min=1, help="samples to show")] = 3,
@@ -187,7 +288,7 @@ def inspect(
     run: RunFolder = None,
 ) -> None:
     """Print samples with trained tokens coloured, packs drawn, the first step explained."""
-    loaded = _load(recipe, set_, run)
+    loaded = load(recipe, set_, run)
     from launcher.inspection import inspect_recipe
 
     for line in inspect_recipe(loaded, num_samples=n, colour=sys.stdout.isatty()):
@@ -207,8 +308,15 @@ def schema(
         handle.write(text + "\n")
 
 
-def _load(path: Path, overrides: list[str] | None, run: str | None) -> Recipe:
-    return with_run(load_recipe(path, overrides), run)
+def _refuse(on: str, **options: bool | int | None) -> None:
+    """Debugging options are for one process."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise UserInputError(*(Problem(what=f"not with --on {on}", where=name) for name in given))
+
+
+app.command()(study)
+app.command()(submit)
 
 
 def main() -> None:

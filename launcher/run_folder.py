@@ -39,6 +39,12 @@ NO_RESULTS = {
     "check.txt",
     "check.json",
     "check.png",
+    "attempts.jsonl",
+    "failed.json",
+    "lease.json",
+    "logs",
+    "run.pids",
+    "slurm",
 }  # left by an attempt that failed at once
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "peft", "datasets")
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+LOST_RANK = ("Connection closed by", "Connection reset by", "Connection refused", "Timed out waiting")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # model loading may differ by minutes between ranks
 
 
@@ -87,3 +88,10 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         torch_dist.barrier()
+
+
+def is_about_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error of NCCL, gloo or the store says that another rank ended or didn't answer in time."""
+    return world_size() > 1 and (
+        isinstance(error, torch_dist.DistError) or any(words in str(error) for words in LOST_RANK)
+    )

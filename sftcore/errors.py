@@ -15,6 +15,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_INPUT = 2
 EXIT_ENVIRONMENT = 3
+EXIT_RANK_LOST = 69  # EX_UNAVAILABLE of sysexits.h: another rank is gone; requeue me
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: requeue me
 
 
@@ -71,6 +72,12 @@ class StoppedOnRequest(SftError):
     """Stopped by a signal after a checkpoint was committed; the job should be queued again."""
 
     exit_code = EXIT_STOPPED
+
+
+class RankLost(SftError):
+    """Another rank ended or can't be reached; this one is whole, and the run goes on from its checkpoint."""
+
+    exit_code = EXIT_RANK_LOST
 
 
 class TrainingFailed(SftError):

@@ -11,6 +11,7 @@ import yaml
 from sftcore.config import Recipe
 from sftcore.errors import UserInputError
 from sftcore.recipe import DS_CONFIGS, deepspeed_file, dump_recipe, load_recipe, source_files
+from sftcore.study.grid import expand, read_study
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = {
@@ -145,10 +146,11 @@ def test_paths_are_relative_to_the_recipe_then_to_here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.name)
-def test_shipped_recipes_are_valid(file):
+def test_shipped_recipes_and_studies_are_valid(file):
     """All keys are valid; files that the user has to bring may be absent."""
+    is_study = "base" in yaml.safe_load(file.read_text(encoding="utf-8"))
     try:
-        load_recipe(file)
+        assert expand(read_study(file), ROOT / "runs") if is_study else load_recipe(file)
     except UserInputError as error:
         assert all("no file matches" in p.what or "no such model folder" in p.what for p in error.problems), (
             error

@@ -1,8 +1,8 @@
 """The watchdog: a rank that is gone or stuck -> the job ends with its number, instead of waiting forever.
 
 In: a sign of life from every rank each `BEAT_SECONDS`; the time of each finished step. Out: nothing, or one
-message and exit code 1, with every thread's stack in the log.
-Invariant: a rank that died ends the job within 60 s, one that hangs in a step within `train.hang_seconds`;
+message and exit code 1 (hanging, with every thread's stack) or 69 (another rank is gone).
+Invariant: a rank that is gone ends the job within 60 s, one that hangs in a step within `train.hang_seconds`;
 loading, saving, evaluating and the first step are never taken for hanging.
 Trade-off: beats go through the rendezvous store beside the collectives (one small message a rank and 5 s, on
 a thread), since a rank that waits in a collective can't look for itself.
@@ -24,11 +24,10 @@ from types import TracebackType
 from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _get_default_store
 
 from sftcore import dist
-from sftcore.errors import EXIT_FAILED, TrainingFailed
+from sftcore.errors import EXIT_FAILED, EXIT_RANK_LOST
 
 BEAT_SECONDS = 5.0
 GONE_SECONDS = 40.0  # without a sign of life
@@ -60,11 +59,6 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and is_connection_lost(error):
-            self._armed_at = None
-            time.sleep(GONE_SECONDS + 2 * BEAT_SECONDS)  # the thread names the rank, and ends this process
-            first_line = str(error).strip().splitlines()[0][:200]
-            raise TrainingFailed(f"the connection to another rank is lost: {first_line}") from error
         self._ending.set()
         if self._thread:
             self._thread.join(timeout=BEAT_SECONDS)
@@ -98,16 +92,16 @@ class Watchdog:
                 _end(
                     f"rank {dist.rank()}: no step has ended for {self.hang_seconds:.0f} s "
                     "(train.hang_seconds); its stacks follow",
+                    code=EXIT_FAILED,
                     stacks=True,
                 )
             if signs and (silent := signs.silent_ranks()) and not self._ending.is_set():
                 names = ", ".join(map(str, silent))
-                _end(f"rank {names} gave no sign of life for {GONE_SECONDS:.0f} s: it is gone")
-
-
-def is_connection_lost(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+                _end(
+                    f"rank {names} gave no sign of life for {GONE_SECONDS:.0f} s; "
+                    "start again to go on from the newest checkpoint",
+                    code=EXIT_RANK_LOST,
+                )
 
 
 class SignsOfLife:
@@ -140,9 +134,9 @@ class SignsOfLife:
         return [rank for rank, (_, at) in self._seen.items() if now - at > GONE_SECONDS]
 
 
-def _end(message: str, *, stacks: bool = False) -> None:
+def _end(message: str, *, code: int, stacks: bool = False) -> None:
     """End this process at once: its main thread waits in a collective that will not come back."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     if stacks:
         faulthandler.dump_traceback(file=sys.stderr)
-    os._exit(EXIT_FAILED)
+    os._exit(code)

@@ -1,81 +1,305 @@
-"""A real Slurm cluster of two simulated nodes trains to the same losses as one process."""
+"""A real Slurm cluster of two simulated nodes: jobs stop, move and fail; the losses are a whole run's."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from launching import run_cells, steps, write_recipe
 
+from launcher.attempts import begin_attempt
+from launcher.slurm import TEMPLATES, Resources, fill_in, recipe_jobs, train_job
+from sftcore.errors import TrainingFailed, UserInputError
 from sftcore.fsio import read_jsonl
+from sftcore.recipe import load_recipe
+from sftcore.train.checkpoint import newest_usable
 
 ROOT = Path(__file__).parent.parent.parent
 LAB = ROOT / "tests" / "slurmlab"
 BIN = Path(sys.executable).parent
+LONG = {"train": {"epochs": 250}, "checkpoint": {"save_every_steps": 100}}  # 1,000 steps
+SCRIPTS = sorted([*ROOT.glob("slurm/*.s*"), *LAB.glob("*.sh"), ROOT / ".ci" / "run"])
+WHOLE: list[float] = []  # the losses of LONG with two ranks, uninterrupted; computed once
 
 
-@pytest.fixture
-def cluster():
-    """Run client commands inside the lab; skips where it does not start (it needs root and Debian)."""
-    lab = tempfile.mkdtemp(prefix="lab", dir="/tmp")  # munged wants folders that all may enter
-    os.chmod(lab, 0o755)
-    environment = os.environ | {"NODES": "2", "LAB": lab}
+class Cluster:
+    """Clients of a lab; commands run in the current folder."""
+
+    def __init__(self, lab: str) -> None:
+        self.environment = os.environ | {"NODES": "2", "LAB": lab}
+
+    def script(self, name: str, *arguments: str, seconds: int = 240) -> subprocess.CompletedProcess[str]:
+        command = [str(LAB / name), *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=seconds)
+
+    def shell(self, line: str) -> subprocess.CompletedProcess[str]:
+        variables = f"export PATH={BIN}:$PATH OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu"
+        return self.script("in.sh", "bash", "-c", f"cd {Path.cwd()} && {variables} && {line}")
+
+    def train(self, path: Path, *options: str) -> str:
+        """Submit; returns the job's number."""
+        done = self.shell(f"sftcore train {path} --on slurm {' '.join(options)}")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[1].rstrip(":")
+
+    def wait(self, job: str, seconds: int = 400) -> str:
+        """Wait for the end; returns Slurm's words."""
+        return self.script("wait.sh", job, str(seconds), seconds=seconds + 60).stdout
+
+    def state(self, job: str) -> str:
+        return self.shell(f"squeue --noheader --jobs {job} --format %T").stdout.strip()
+
+    def restarts(self, job: str) -> int:
+        shown = self.shell(f"scontrol show job {job}").stdout
+        return int(shown.partition("Restarts=")[2].split()[0])
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """Skips where it does not start (it needs root and Debian)."""
+    folder = tempfile.mkdtemp(prefix="lab", dir="/tmp")  # munged wants folders that all may enter
+    os.chmod(folder, 0o755)
+    cluster = Cluster(folder)
     try:
-        started = subprocess.run(
-            [str(LAB / "start.sh")], env=environment, capture_output=True, text=True, timeout=120
-        )
+        started = cluster.script("start.sh", seconds=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"no Slurm lab here: {error}")
     if started.returncode:
         pytest.skip(f"no Slurm lab here: {started.stderr[-300:]}")
+    yield cluster
+    cluster.script("stop.sh")
+    shutil.rmtree(folder, ignore_errors=True)
 
-    def client(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(LAB / script), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
-    yield client
-    client("stop.sh")
-    shutil.rmtree(lab, ignore_errors=True)
+@pytest.fixture
+def cluster(lab):
+    """The lab with both nodes up and no jobs."""
+    assert lab.script("start.sh").returncode == 0
+    yield lab
+    lab.script("in.sh", "scancel", "-u", "root")
+
+
+def wait_for(happens, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, logs()[-3000:]
+        time.sleep(0.05)
+
+
+def logs() -> str:
+    return "\n".join(log.read_text() for log in Path.cwd().rglob("*.log"))
+
+
+def has_checkpoint(name: str, step: int):
+    return lambda: (Path("runs") / name / "checkpoints" / f"step-{step:06d}" / "COMMITTED").exists()
+
+
+def check_whole(tiny_recipe: dict, name: str) -> None:
+    """The run's losses are, to the bit, those of a run of two ranks that nobody disturbed."""
+    if not WHOLE:
+        run_cells([write_recipe(tiny_recipe, "whole", **LONG)], ranks=2)
+        WHOLE.extend(step["loss"] for step in steps("whole"))
+    assert [s["step"] for s in steps(name)] == list(range(1, 1001))
+    assert [s["loss"] for s in steps(name)] == WHOLE
+    assert Path(f"runs/{name}/model/config.json").exists()
 
 
 @pytest.mark.slurm
-def test_two_nodes_equal_one_process(tiny_recipe, cluster):
-    for name in ("alone", "cluster"):
-        Path(f"{name}.yaml").write_text(yaml.safe_dump(tiny_recipe | {"name": name}), encoding="utf-8")
-    alone = subprocess.run([str(BIN / "sftcore"), "train", "alone.yaml"], capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    variables = f"OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu SFTCORE_PYTHON={sys.executable}"
-    sbatch = f"sbatch --parsable --nodes 2 --ntasks-per-node 1 {ROOT}/slurm/train.sbatch cluster.yaml"
-    submitted = cluster("in.sh", "bash", "-c", f"cd {Path.cwd()} && {variables} {sbatch}")
-    assert submitted.returncode == 0, submitted.stderr
-    job = submitted.stdout.strip().split()[-1]
-    waited = cluster("wait.sh", job, "180")
-    logs = "\n".join(log.read_text() for log in Path.cwd().glob("slurm-*.log"))
-    assert "COMPLETED" in waited.stdout, waited.stdout + logs[-3000:]
-    first, second = (read_jsonl(Path(f"runs/{name}/metrics.jsonl")) for name in ("alone", "cluster"))
+def test_two_nodes_with_two_ranks_each_equal_one_process(tiny_recipe, cluster):
+    alone, path = (write_recipe(tiny_recipe, name) for name in ("alone", "cluster"))
+    run_cells([alone], ranks=1)
+    job = cluster.train(path, "--nodes 2 --ranks-per-node 2 --partition main --time 10")
+    assert "COMPLETED" in cluster.wait(job), logs()[-3000:]
+    first, second = steps("alone"), steps("cluster")
     assert len(first) == len(second) == 8
     for a, b in zip(first, second, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
-    assert second[0]["num_packs"] >= 2, "both nodes had work"
+    assert second[0]["num_packs"] >= 4, "all ranks had work"
+    script = Path("runs/cluster/slurm/train.sbatch").read_text()
+    assert "#SBATCH --partition=main\n#SBATCH --time=10\n" in script
+    assert {f.name for f in Path("runs/cluster/logs").glob("*.exit")} == {f"rank-{i}.exit" for i in range(4)}
 
 
 @pytest.mark.slurm
-def test_a_submission_without_a_recipe_says_how(cluster, tmp_path):
-    submitted = cluster(
-        "in.sh", "bash", "-c", f"cd {tmp_path} && sbatch --parsable {ROOT}/slurm/train.sbatch"
+def test_a_warning_ahead_of_the_time_limit_saves_queues_again_and_finishes(tiny_recipe, cluster):
+    """The signal of --signal=B:USR1@180, sent by hand: Slurm looks at the clock twice a minute only."""
+    job = cluster.train(write_recipe(tiny_recipe, "cut", **LONG), "--nodes 2 --ranks-per-node 1")
+    wait_for(has_checkpoint("cut", 100))
+    assert cluster.script("in.sh", "scancel", "-b", "-s", "USR1", job).returncode == 0
+    wait_for(lambda: "queued again" in logs())
+    cut = len(steps("cut"))
+    assert 100 <= cut < 1000 and has_checkpoint("cut", cut)()
+    assert "COMPLETED" in cluster.wait(job), logs()[-3000:]
+    assert f"resuming after step {cut}" in logs() and cluster.restarts(job) == 1
+    assert [row["step"] for row in read_jsonl(Path("runs/cut/attempts.jsonl"))] == [0, cut]
+    check_whole(tiny_recipe, "cut")
+
+
+@pytest.mark.slurm
+def test_a_job_that_is_preempted_goes_on_later(tiny_recipe, cluster):
+    job = cluster.train(write_recipe(tiny_recipe, "cut", **LONG), "--nodes 2 --ranks-per-node 1")
+    wait_for(has_checkpoint("cut", 100))
+    urgent = cluster.shell("sbatch --parsable -p urgent --exclusive --nodes 2 -o urgent.txt --wrap 'sleep 3'")
+    assert urgent.returncode == 0, urgent.stderr
+    wait_for(lambda: cluster.restarts(job) == 1)
+    assert "COMPLETED" in cluster.wait(job), logs()[-3000:]
+    assert "resuming after step" in logs()
+    check_whole(tiny_recipe, "cut")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("kind", ["crash", "unplug"])
+def test_a_job_that_loses_a_node_is_queued_again_and_resumes(tiny_recipe, cluster, kind):
+    job = cluster.train(write_recipe(tiny_recipe, "cut", **LONG), "--nodes 2 --ranks-per-node 1")
+    wait_for(has_checkpoint("cut", 100))
+    cluster.script("node.sh", kind, "node2")
+    wait_for(lambda: cluster.restarts(job) == 1, seconds=60)
+    assert len(steps("cut")) < 1000
+    cluster.script("node.sh", "up" if kind == "crash" else "plug", "node2")
+    assert "COMPLETED" in cluster.wait(job), logs()[-3000:]
+    assert "resuming after step" in logs()
+    check_whole(tiny_recipe, "cut")
+
+
+@pytest.mark.slurm
+def test_a_rank_on_an_unplugged_node_gives_the_run_up_to_the_jobs_next_attempt(tiny_recipe, cluster):
+    """The whole job is on node1, which lives on without its network: two attempts would write one folder."""
+    changes = {"train": {"epochs": 2000}, "checkpoint": {"save_every_steps": 100}}
+    path = write_recipe(tiny_recipe, "split", **changes)
+    job = cluster.train(path, "--nodes 1 --ranks-per-node 1")
+    wait_for(has_checkpoint("split", 100))
+    first = cluster.shell(f"squeue --noheader --jobs {job} --format %N").stdout.strip()
+    cluster.script("node.sh", "unplug", first)
+    wait_for(lambda: "resuming after step" in logs(), seconds=120)
+    said = logs()
+    assert "was taken over by" in said and "ending" in said
+    lease = json.loads(Path("runs/split/lease.json").read_text())
+    assert lease["attempt"] == 1 and lease["job"] == job
+    cluster.script("node.sh", "plug", first)
+
+
+@pytest.mark.slurm
+def test_a_cancelled_job_leaves_a_checkpoint_and_is_not_queued_again(tiny_recipe, cluster):
+    job = cluster.train(write_recipe(tiny_recipe, "cut", **LONG), "--nodes 2 --ranks-per-node 1")
+    wait_for(has_checkpoint("cut", 100))
+    assert cluster.script("in.sh", "scancel", job).returncode == 0
+    assert "CANCELLED" in cluster.wait(job)
+    newest = newest_usable(Path("runs/cut"))
+    assert newest is not None and int(newest.name[5:]) >= 100 and len(steps("cut")) < 1000
+    assert "queued again" not in logs()
+
+
+@pytest.mark.slurm
+def test_a_study_of_six_runs_with_one_that_fails_as_an_array(tiny_recipe, cluster):
+    """No six facts of 16 can be 99: that run fails, the others don't."""
+    Path("base.yaml").write_text(yaml.safe_dump(tiny_recipe))
+    grid = {"select.n": [4, 99, 6], "select.levels": [[0, 1, 2, 3, 4]], "train.epochs": [1, 2]}
+    study = {"base": "base.yaml", "grid": grid}
+    Path("sizes.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    refused = cluster.shell("sftcore study sizes.yaml --on slurm --sbatch partition=absent")
+    assert refused.returncode == 2 and "Slurm refuses the job study" in refused.stderr
+    submitted = cluster.shell("sftcore study sizes.yaml --on slurm --throttle 2")
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split()[1].rstrip(":")
+    wait_for(lambda: cluster.state(job) == "", seconds=600)
+    done = cluster.shell("sftcore study sizes.yaml --status")
+    assert "4 finished" in done.stdout and "2 failed" in done.stdout, done.stdout + logs()[-3000:]
+    rows = json.loads(Path("runs/sizes/study.json").read_text())["runs"]
+    assert [row["state"] for row in rows] == ["finished"] * 2 + ["failed"] * 2 + ["finished"] * 2
+    assert len(list(Path("runs/sizes/shared").glob("levels-*/levels.jsonl"))) == 1
+
+
+@pytest.mark.slurm
+def test_a_whole_recipe_is_submitted_as_a_chain(tiny_recipe, cluster):
+    path = write_recipe(tiny_recipe, "chain")
+    done = cluster.shell(f"sftcore submit {path} --shards 2 --ranks-per-node 2")
+    assert done.returncode == 0, done.stderr
+    jobs = [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job")]
+    assert len(jobs) == 5
+    assert "COMPLETED" in cluster.wait(jobs[-1]), logs()[-3000:]
+    report = json.loads(Path("runs/chain/report.json").read_text())
+    assert report["n"] == 8 and report["acc_tuned"] is not None and len(steps("chain")) == 8
+
+
+@pytest.mark.slurm
+def test_what_is_wrong_fails_in_the_submit_command(tiny_recipe, cluster):
+    wrong = write_recipe(tiny_recipe, "wrong", train={"lr": 0})
+    done = cluster.shell(f"sftcore train {wrong} --on slurm --ranks-per-node 2")
+    assert done.returncode == 2 and "train.lr" in done.stderr
+    right = write_recipe(tiny_recipe, "right")
+    for options, words in (
+        ("--ranks-per-node 2 --partition absent", "Slurm refuses the job train"),
+        ("", "how many ranks per machine?"),
+        ("--ranks-per-node 2 --sbatch 'comment=a b'", "not an option of sbatch"),
+    ):
+        done = cluster.shell(f"sftcore train {right} --on slurm {options}")
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert cluster.shell("squeue --noheader").stdout == ""
+
+
+@pytest.mark.slurm
+def test_scripts_work_by_hand(tiny_recipe, cluster):
+    path = write_recipe(tiny_recipe, "hand")
+    submitted = cluster.shell(
+        f"SFTCORE_PYTHON={sys.executable} sbatch --parsable --ntasks 2 {ROOT}/slurm/train.sbatch {path}"
     )
-    job = submitted.stdout.strip().split()[-1]
-    waited = cluster("wait.sh", job, "60")
-    assert "FAILED" in waited.stdout
-    assert "usage: sbatch" in (tmp_path / f"slurm-{job}.log").read_text()
+    bare = cluster.shell(f"sbatch --parsable {ROOT}/slurm/train.sbatch")
+    assert "COMPLETED" in cluster.wait(submitted.stdout.strip()), logs()[-3000:]
+    assert len(steps("hand")) == 8
+    assert "FAILED" in cluster.wait(bare.stdout.strip()) and "usage: sbatch" in logs()
+
+
+def test_a_script_is_filled_in_strictly(tiny_recipe, tmp_path):
+    recipe = load_recipe(write_recipe(tiny_recipe, "r"), [f"run={tmp_path / 'r'}"])
+    resources = Resources(nodes=2, gpus_per_node=8, options={"time": "4:00:00"})
+    text = train_job(recipe, resources, ["--resume", "auto"]).script()
+    for line in ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=4:00:00"):
+        assert f"#SBATCH {line}\n" in text
+    assert (
+        f"set -- {tmp_path}/r/recipe.yaml --run {tmp_path}/r --resume auto\n" in text
+        and "#@" not in text[600:]
+    )
+    with pytest.raises(UserInputError, match="no value for #@arguments@"):
+        fill_in((TEMPLATES / "train.sbatch").read_text(), {"sbatch": ""})
+    with pytest.raises(UserInputError, match="the template has no line #@time@"):
+        fill_in("#@sbatch@\n", {"sbatch": "", "time": "1"})
+    names = [job.name for job in recipe_jobs(recipe, resources, num_shards=4)]
+    assert names == ["prepare", "merge", "train", "evaluate", "report"]
+
+
+def test_attempts_without_progress_are_limited(tmp_path):
+    environment = {"SLURM_JOB_ID": "7", "SFTCORE_RETRIES": "1"}
+    begin_attempt(tmp_path, environment)
+    begin_attempt(tmp_path, environment)
+    with pytest.raises(TrainingFailed, match="2 attempts in a row made no progress past step 0"):
+        begin_attempt(tmp_path, environment)
+    folder = tmp_path / "checkpoints" / "step-000050"
+    folder.mkdir(parents=True)
+    (folder / "COMMITTED").touch()
+    begin_attempt(tmp_path, environment)
+    begin_attempt(tmp_path, environment)
+    begin_attempt(tmp_path, environment | {"SLURM_JOB_ID": "8"})
+    assert [row["step"] for row in read_jsonl(tmp_path / "attempts.jsonl")] == [0, 0, 50, 50, 50]
 
 
 def test_no_sbatch_line_has_a_variable():
     for script in (ROOT / "slurm").glob("*.sbatch"):
         lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
         assert lines and not any("$" in line for line in lines)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_pass_bash_and_shellcheck(script):
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    if "slurmlab" in script.parts:
+        return
+    done = subprocess.run([str(BIN / "shellcheck"), "-x", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,116 @@
+"""Commands that make jobs, and the options that several commands share.
+
+In: arguments. Out: `submit` and `study`; the option types of cli.py.
+Invariant: an option has one name, one meaning and one help text in all commands.
+Trade-off: apart from cli.py only so that each file can be read at a sitting; cli.py lists all commands.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.run_folder import with_run
+from sftcore.config import Recipe
+from sftcore.recipe import load_recipe
+
+RecipePath = Annotated[Path, typer.Argument(help="recipe (YAML); see recipes/", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=c", help="override a recipe key; may be repeated")
+]
+RunFolder = Annotated[str | None, typer.Option("--run", metavar="DIR", help="run folder, if not runs/NAME")]
+On = Annotated[
+    str, typer.Option("--on", metavar="debug|node|slurm", help="this process, this machine, a cluster")
+]
+Nodes = Annotated[int, typer.Option(min=1, help="slurm: machines")]
+GpusPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, each with a GPU")]
+RanksPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, on CPUs")]
+Sbatch = Annotated[
+    list[str] | None, typer.Option("--sbatch", metavar="key=value", help="slurm: any option of sbatch")
+]
+Partition = Annotated[str | None, typer.Option(help="slurm: partition")]
+Time = Annotated[str | None, typer.Option(help="slurm: time limit; the run goes on behind it")]
+Account = Annotated[str | None, typer.Option(help="slurm: account")]
+
+
+def submit(
+    recipe: RecipePath,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    shards: Annotated[int, typer.Option(min=1, help="jobs that prepare the data")] = 1,
+    sbatch: Sbatch = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, and stop")] = False,
+    set_: Overrides = None,
+    run: RunFolder = None,
+) -> None:
+    """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each behind the one before."""
+    from launcher.ways_in import Machines, check_way_in, submit_whole
+
+    machines = Machines(
+        on="slurm",
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        options=sbatch_options(sbatch, partition, time, account),
+    )
+    check_way_in(machines)
+    print(submit_whole(load(recipe, set_, run), machines, num_shards=shards, dry_run=dry_run))
+
+
+def study(
+    study: Annotated[Path, typer.Argument(help="base recipe, grid, draws (YAML)", metavar="STUDY")],
+    on: Annotated[
+        str, typer.Option(metavar="here|slurm", help="one after another here, or an array of jobs")
+    ] = "here",
+    status: Annotated[bool, typer.Option("--status", help="print a line a run, and do nothing")] = False,
+    number: Annotated[int | None, typer.Option(min=0, help="make this run only (0-based)")] = None,
+    throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4,
+    gpu: Annotated[bool, typer.Option("--gpu", help="slurm: ask for a GPU for each run")] = False,
+    sbatch: Sbatch = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check and name the runs, and stop")] = False,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="if not runs/NAME")] = None,
+) -> None:
+    """Run a grid of recipes; finished runs are skipped, failed ones don't stop it."""
+    from launcher.study import load_study, run_here, run_number, status_table, submit_study
+    from launcher.ways_in import Machines, check_way_in
+
+    loaded = load_study(study, run)
+    machines = Machines(
+        on=on, gpus_per_node=int(gpu), options=sbatch_options(sbatch, partition, time, account)
+    )
+    check_way_in(machines)
+    if dry_run:
+        print("\n".join(item.name for item in loaded.runs))
+        return
+    if number is not None:
+        sys.exit(run_number(loaded, number))
+    if on == "slurm" and not status:
+        print(submit_study(loaded, study, machines.resources(), throttle=throttle))
+        return
+    if not status:
+        run_here(loaded)
+    print(status_table(loaded))
+
+
+def sbatch_options(
+    options: list[str] | None, partition: str | None, time: str | None, account: str | None
+) -> dict[str, str]:
+    """Options of sbatch by name; `--sbatch key=value` takes any."""
+    named = {"partition": partition, "time": time, "account": account}
+    pairs = [option.partition("=")[::2] for option in options or []]
+    return {key: value for key, value in named.items() if value} | dict(pairs)
+
+
+def load(path: Path, overrides: list[str] | None, run: str | None) -> Recipe:
+    """A recipe with `--set` and `--run` applied."""
+    return with_run(load_recipe(path, overrides), run)

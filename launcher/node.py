@@ -1,0 +1,158 @@
+"""`sftcore train --on node`: the ranks of one machine, or of a host file's, under DeepSpeed's launcher.
+
+In: a recipe, the number of ranks. Out: a finished run folder, RUN/logs; the exit code that the ranks agreed
+on.
+Invariant: a stop signal goes to the ranks themselves, and they are waited for however long their last step
+and save take.
+Trade-off: DeepSpeed's launcher is kept, though a signal to it kills it alone and it reports 0 when killed
+(0.19.8): its line is the one that people type, and host files work. What became of the ranks is read from
+the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from launcher.ranks import LOGS, agreed_code, forget_codes, living_workers, read_codes
+from sftcore.config import Recipe
+from sftcore.errors import EXIT_DONE, EXIT_STOPPED, MissingEnvironmentError, Problem, UserInputError
+
+log = logging.getLogger("sftcore.node")
+WORKER = Path(__file__).parent / "worker.py"
+POLL_SECONDS = 0.2
+
+
+def node_command(
+    worker_arguments: Sequence[str], *, num_ranks: int, hostfile: Path | None = None
+) -> list[str]:
+    """The line that starts the ranks, as a person would type it.
+
+    Args:
+        num_ranks: per machine.
+        hostfile: DeepSpeed's (`name slots=8` a line); its machines are reached through ssh and pdsh.
+
+    Raises:
+        MissingEnvironmentError: DeepSpeed's launcher is not installed.
+    """
+    beside = Path(sys.executable).parent / "deepspeed"
+    deepspeed = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if deepspeed is None:
+        raise MissingEnvironmentError(
+            Problem(what="no deepspeed command here", remedy="install it: pip install deepspeed")
+        )
+    hosts = ["--hostfile", str(hostfile)] if hostfile else []
+    return [
+        deepspeed,
+        *hosts,
+        *("--num_gpus", str(num_ranks)),
+        *("--master_port", str(_free_port())),
+        str(WORKER),
+        *worker_arguments,
+        "--rank-logs",
+    ]
+
+
+def train_on_node(recipe: Recipe, command: Sequence[str], *, num_ranks: int) -> int:
+    """Start the ranks, show rank 0's output, hand stop signals on; returns the agreed exit code.
+
+    Args:
+        command: of `node_command`.
+        num_ranks: over all machines.
+    """
+    run = recipe.run_folder
+    forget_codes(run)
+    print(shlex.join(command), flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    with _stop_signals() as received:
+        told: set[int] = set()
+        while launcher.poll() is None or _session_lives(launcher.pid):
+            if launcher.poll() is not None and not received:
+                received.append(signal.SIGTERM)  # the launcher was killed, its ranks were not
+            if received:
+                told |= _tell(run, received, told)
+            time.sleep(POLL_SECONDS)
+    code = agreed_code(read_codes(run), num_ranks)
+    if code not in (EXIT_DONE, EXIT_STOPPED):
+        log.warning("the ranks ended with %s; their output: %s", read_codes(run), run / LOGS)
+    return code
+
+
+def _tell(run: Path, received: Sequence[int], told: set[int]) -> set[int]:
+    """Hand the stop on to ranks that were not told yet; a second Ctrl-C ends them at once."""
+    is_urgent = list(received).count(signal.SIGINT) > 1
+    pids = [pid for pid in living_workers(run) if is_urgent or pid not in told]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL if is_urgent else signal.SIGUSR1)
+    return set(pids)
+
+
+def _session_lives(leader: int) -> bool:
+    """Whether a process that the launcher started is left, under whatever parent."""
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == leader:
+                return True
+    return False
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect stop signals instead of dying of them; yields the list that grows."""
+    received: list[int] = []
+
+    def collect(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    earlier = {number: signal.signal(number, collect) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """{host: slots} of a DeepSpeed host file.
+
+    Raises:
+        UserInputError: no such file, or a line that is not `name slots=N`.
+    """
+    if not path.is_file():
+        raise UserInputError(Problem(what="no such host file", where=f"--hostfile {path}"))
+    hosts = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
+        if not slots.isdigit():
+            raise UserInputError(
+                Problem(what="not a host", where=f"{path}:{number}", got=line, allowed="name slots=8")
+            )
+        hosts[words[0]] = int(slots)
+    return hosts
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port

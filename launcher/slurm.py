@@ -1,0 +1,211 @@
+"""`--on slurm`: a recipe -> batch scripts in the run folder -> jobs.
+
+In: a resolved recipe, what to ask of the cluster. Out: RUN/slurm/*.sbatch, job numbers.
+Invariant: what is submitted lies in the run folder, and `sbatch` of that file does the same again; a wrong
+recipe fails here, not in the queue.
+Trade-off: scripts are templates that also work by hand, so they are filled in at two marked lines only
+(`#@sbatch@`, `#@arguments@`) instead of by a template language.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.run_folder import open_run
+from sftcore.config import Recipe
+from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.fsio import atomic_file
+
+TEMPLATES = Path(__file__).parent.parent / "slurm"
+PLACEHOLDER = re.compile(r"^#@(\w+)@$", flags=re.M)
+ENV_FILE = TEMPLATES / "env.sh"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a job asks of the cluster.
+
+    Args:
+        nodes: machines.
+        gpus_per_node: also the ranks per node; 0: none, see `ranks_per_node`.
+        ranks_per_node: ranks of a run on CPUs.
+        options: further options of sbatch, such as {"partition": "long", "time": "4:00:00"}.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    ranks_per_node: int = 1
+    options: Mapping[str, str]
+
+    def train_options(self) -> dict[str, str]:
+        """sbatch's options of the training job: one task per rank."""
+        ranks = self.gpus_per_node or self.ranks_per_node
+        gpus = {"gpus-per-node": str(self.gpus_per_node)} if self.gpus_per_node else {}
+        tasks = {"ntasks": str(self.nodes * ranks), "ntasks-per-node": str(ranks)}
+        return {"nodes": str(self.nodes), **tasks, **gpus, **self.options}
+
+    def stage_options(self) -> dict[str, str]:
+        """sbatch's options of a job with one process, on a GPU if the run has any."""
+        gpus = {"gpus-per-node": "1"} if self.gpus_per_node else {}
+        return {"nodes": "1", "ntasks": "1", **gpus, **self.options}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job to submit.
+
+    Args:
+        name: of its script, RUN/slurm/NAME.sbatch.
+        template: file of slurm/.
+        options: of sbatch.
+        arguments: of the script.
+    """
+
+    name: str
+    template: str
+    options: Mapping[str, str]
+    arguments: Sequence[str]
+
+    def script(self) -> str:
+        """The template, filled in."""
+        values = {
+            "sbatch": "\n".join(
+                f"#SBATCH --{key}={_checked(key, value)}" for key, value in self.options.items()
+            ),
+            "arguments": "\n".join(
+                [
+                    f"SFTCORE_PYTHON=${{SFTCORE_PYTHON:-{shlex.quote(sys.executable)}}}",
+                    f"SFTCORE_ENV=${{SFTCORE_ENV:-{shlex.quote(str(ENV_FILE))}}}",
+                    f"set -- {shlex.join(self.arguments)}",
+                ]
+            ),
+        }
+        return fill_in((TEMPLATES / self.template).read_text(encoding="utf-8"), values)
+
+
+def fill_in(template: str, values: Mapping[str, str]) -> str:
+    """Replace each line `#@name@` by its value.
+
+    Raises:
+        UserInputError: a placeholder without a value, or a value without a placeholder.
+    """
+    names = set(PLACEHOLDER.findall(template))
+    problems = [
+        Problem(what=f"no value for #@{name}@ of the template") for name in sorted(names - set(values))
+    ]
+    problems += [Problem(what=f"the template has no line #@{name}@") for name in sorted(set(values) - names)]
+    if problems:
+        raise UserInputError(*problems)
+    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+def _checked(key: str, value: str) -> str:
+    if not re.fullmatch(r"[\w-]+", key) or not re.fullmatch(r"[^\s$`#]+", value):
+        raise UserInputError(
+            Problem(
+                what="not an option of sbatch",
+                where=f"--{key}",
+                got=value,
+                allowed="a value without spaces, $, ` and #",
+            )
+        )
+    return value
+
+
+def train_job(recipe: Recipe, resources: Resources, worker_arguments: Sequence[str]) -> Job:
+    """The training job of a recipe whose run folder is absolute."""
+    run = recipe.run_folder
+    options = {
+        "job-name": recipe.name,
+        "output": str(run / "slurm" / "train-%j.log"),
+        **resources.train_options(),
+    }
+    arguments = [str(run / "recipe.yaml"), "--run", str(run), *worker_arguments]
+    return Job(name="train", template="train.sbatch", options=options, arguments=arguments)
+
+
+def stage_job(
+    folder: Path, name: str, resources: Resources, arguments: Sequence[str], *, array: str = ""
+) -> Job:
+    """A job, or an array of jobs, of one sftcore command.
+
+    Args:
+        folder: its script and log go into `folder`/slurm.
+        array: sbatch's --array, such as "0-7%2".
+    """
+    log = f"{name}-%A_%a.log" if array else f"{name}-%j.log"
+    options = {"job-name": f"{folder.name}-{name}", "output": str(folder / "slurm" / log)}
+    options |= resources.stage_options() | ({"array": array} if array else {})
+    return Job(name=name, template="stage.sbatch", options=options, arguments=arguments)
+
+
+def recipe_jobs(recipe: Recipe, resources: Resources, *, num_shards: int) -> list[Job]:
+    """prepare (in shards) -> train -> evaluate -> report, with the probe in front if facts are selected."""
+    run = recipe.run_folder
+    of_recipe = [str(run / "recipe.yaml"), "--run", str(run)]
+
+    def stage(name: str, *arguments: str, array: str = "") -> Job:
+        return stage_job(run, name, resources, arguments, array=array)
+
+    jobs = [stage("probe", "probe", *of_recipe)] if recipe.select else []
+    if num_shards > 1:
+        jobs.append(stage("prepare", "prepare", *of_recipe, array=f"0-{num_shards - 1}"))
+        jobs.append(stage("merge", "prepare", *of_recipe, "--merge"))
+    else:
+        jobs.append(stage("prepare", "prepare", *of_recipe))
+    jobs.append(train_job(recipe, resources, []))
+    if recipe.data.test or recipe.data.ood:
+        jobs.append(stage("evaluate", "evaluate", *of_recipe))
+    return [*jobs, stage("report", "report", str(run))]
+
+
+def submit_chain(folder: Path, jobs: Sequence[Job]) -> list[str]:
+    """Save scripts below `folder` and submit them, each behind the success of the one before.
+
+    Returns:
+        job numbers.
+
+    Raises:
+        MissingEnvironmentError: no sbatch here.
+        UserInputError: Slurm refuses a job; those submitted before it are cancelled.
+    """
+    if shutil.which("sbatch") is None:
+        raise MissingEnvironmentError(
+            Problem(what="no sbatch command here", remedy="run this on a login node of a Slurm cluster")
+        )
+    numbers: list[str] = []
+    for job in jobs:
+        path = folder / "slurm" / f"{job.name}.sbatch"
+        with atomic_file(path) as handle:
+            handle.write(job.script())
+        behind = [f"--dependency=afterok:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+        done = subprocess.run(["sbatch", "--parsable", *behind, str(path)], capture_output=True, text=True)
+        if done.returncode:
+            subprocess.run(["scancel", *numbers], check=False) if numbers else None
+            remedy = f"see sinfo; the script is {path}"
+            raise UserInputError(
+                Problem(what=f"Slurm refuses the job {job.name}", got=done.stderr.strip(), remedy=remedy)
+            )
+        numbers.append(done.stdout.strip().split(";")[0])
+    return numbers
+
+
+def submit_recipe(recipe: Recipe, jobs: Sequence[Job]) -> str:
+    """Claim the run folder, submit the jobs; says their numbers and how to follow them."""
+    with open_run(recipe, purpose="submission") as run:
+        numbers = submit_chain(run, jobs)
+    return describe_jobs(run, jobs, numbers)
+
+
+def describe_jobs(folder: Path, jobs: Sequence[Job], numbers: Sequence[str]) -> str:
+    """A line a job, and how to follow them."""
+    lines = [f"job {number}: {job.name}" for job, number in zip(jobs, numbers, strict=True)]
+    logs = shlex.quote(str(folder / "slurm"))
+    return "\n".join([*lines, f"follow: squeue -j {','.join(numbers)}; tail -F {logs}/*.log"])

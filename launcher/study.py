@@ -1,0 +1,255 @@
+"""`sftcore study`: a grid of runs, one after another here or as one array job; then a table of all.
+
+In: STUDY.yaml. Out: runs/NAME/{study.yaml, recipes/, logs/, shared/, RUN..., study.json}.
+Invariant: a run that fails, whatever the way, costs only itself; a second call does what is missing.
+Trade-off: each run is a process of its own (about 10 s of imports on two cores), so that one that is killed
+for memory takes nothing with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
+from launcher.whole_run import FINISHED, is_finished
+from sftcore.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    Problem,
+    StoppedOnRequest,
+    TrainingFailed,
+    UserInputError,
+)
+from sftcore.fsio import atomic_file, folder_lock, read_json, write_json
+from sftcore.recipe import dump_recipe
+from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
+
+log = logging.getLogger("sftcore.study")
+FAILED = "failed.json"
+FINISHED_STATE, FAILED_STATE = "finished", "failed"
+RUNNING, STARTED, WAITING = "running", "started", "waiting"
+TAIL_LINES = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """A study that was read and expanded.
+
+    Args:
+        folder: absolute.
+        runs: in the order in which they are run.
+    """
+
+    settings: StudySettings
+    folder: Path
+    runs: Sequence[StudyRun]
+
+    def recipe_file(self, run: StudyRun) -> Path:
+        """The run's resolved recipe."""
+        return self.folder / "recipes" / f"{run.name}.yaml"
+
+    def log_file(self, run: StudyRun) -> Path:
+        """What the run said."""
+        return self.folder / "logs" / f"{run.name}.log"
+
+
+def load_study(path: Path, folder: str | None = None) -> Study:
+    """Read and expand a STUDY.yaml; `folder` defaults to runs/NAME.
+
+    Raises:
+        UserInputError: with every mistake in it or in any run's recipe.
+    """
+    settings = read_study(path)
+    where = Path(folder or f"runs/{settings.name}").resolve()
+    return Study(settings=settings, folder=where, runs=expand(settings, where))
+
+
+def write_recipes(study: Study) -> None:
+    """Save the study and its resolved recipes, so that each run can be started alone."""
+    write_json(study.folder / "study.settings.json", study.settings.model_dump(mode="json"))
+    for run in study.runs:
+        with atomic_file(study.recipe_file(run)) as handle:
+            handle.write(dump_recipe(run.recipe))
+
+
+def run_here(study: Study) -> None:
+    """Run what is not finished, one after another, in processes of their own.
+
+    Raises:
+        StoppedOnRequest: this process, or a run, was asked to stop; the run is behind a checkpoint.
+        TrainingFailed: some runs failed; all others are done.
+    """
+    write_recipes(study)
+    pending = [run for run in study.runs if not is_finished(run.recipe)]
+    log.info("%s: %d runs, %d to do", study.settings.name, len(study.runs), len(pending))
+    for number, run in enumerate(pending, start=1):
+        log.info("[%d/%d] %s", number, len(pending), run.name)
+        code = run_one(study, run)
+        if code == EXIT_STOPPED:
+            raise StoppedOnRequest(f"stopped on request in {run.name}; start the study again to go on")
+        if code:
+            log.warning("%s failed with exit code %d: %s", run.name, code, study.log_file(run))
+    conclude(study)
+
+
+def run_number(study: Study, number: int) -> int:
+    """Make one run, as a job of an array does; returns its exit code. Whichever job ends last tells all.
+
+    Raises:
+        UserInputError: there is no such run.
+    """
+    if number >= len(study.runs):
+        allowed = f"0 to {len(study.runs) - 1}"
+        raise UserInputError(Problem(what="no such run", where="--number", got=str(number), allowed=allowed))
+    run = study.runs[number]
+    if is_finished(run.recipe):
+        log.info("%s is finished", run.name)
+        return EXIT_DONE
+    write_recipes(study)
+    code = run_one(study, run)
+    write_json(study.folder / "study.json", summarise(study))
+    log.info("%s ended with exit code %d: %s", run.name, code, study.log_file(run))
+    return code if code >= 0 else EXIT_FAILED
+
+
+def submit_study(study: Study, path: Path, resources: Resources, *, throttle: int) -> str:
+    """Submit what is not finished as one array of jobs, at most `throttle` at a time."""
+    write_recipes(study)
+    pending = [str(i) for i, run in enumerate(study.runs) if not is_finished(run.recipe)]
+    if not pending:
+        return "all runs are finished"
+    arguments = ["study", str(path.resolve()), "--run", str(study.folder)]
+    job = stage_job(study.folder, "study", resources, arguments, array=f"{','.join(pending)}%{throttle}")
+    return describe_jobs(study.folder, [job], submit_chain(study.folder, [job]))
+
+
+def run_one(study: Study, run: StudyRun) -> int:
+    """Run one in its own process; returns its exit code, which failed.json keeps if it isn't 0 or 75."""
+    log_file = study.log_file(run)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "launcher.cli", "run", str(study.recipe_file(run))]
+    command += ["--shared", str(study.folder / "shared")]
+    with open(log_file, "ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        with _forwarding(process) as forwarded:
+            code = process.wait()
+    if code and forwarded:
+        code = EXIT_STOPPED  # in a stage that can be killed at any time, it died of the signal
+    note = run.recipe.run_folder / FAILED
+    if code in (0, EXIT_STOPPED):
+        note.unlink(missing_ok=True)
+    else:
+        write_json(note, {"exit_code": code, "said": _tail(log_file)})
+    if code == 0:
+        _drop_weights(study, run)
+    return code
+
+
+def conclude(study: Study) -> None:
+    """Write study.json; say which runs failed.
+
+    Raises:
+        TrainingFailed: some did.
+    """
+    write_json(study.folder / "study.json", summarise(study))
+    failed = [run.name for run in study.runs if state_of(run) == FAILED_STATE]
+    if failed:
+        raise TrainingFailed(
+            f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}; "
+            f"see {study.folder / 'logs'}, then start the study again"
+        )
+
+
+def summarise(study: Study) -> dict[str, Any]:
+    """Content of study.json: a row a run, with the keys of its report.json that a comparison needs."""
+    return {
+        "name": study.settings.name,
+        "grid": study.settings.grid,
+        "draws": study.settings.draws,
+        "runs": [_row(run) for run in study.runs],
+    }
+
+
+def _row(run: StudyRun) -> dict[str, Any]:
+    path = run.recipe.run_folder / "report.json"
+    report = read_json(path) if path.is_file() else {}
+    kept = {key: report.get(key) for key in ("n", "acc_base", "acc_tuned", "by_level", "ood")}
+    state = state_of(run)
+    return {"name": run.name, "cell": run.cell, "state": state} | (kept if state == FINISHED_STATE else {})
+
+
+def state_of(run: StudyRun) -> str:
+    """finished | failed | running | started (and interrupted) | waiting."""
+    folder = run.recipe.run_folder
+    if is_finished(run.recipe):
+        return FINISHED_STATE
+    if not folder.is_dir():
+        return WAITING
+    try:
+        with folder_lock(folder, purpose="a look at its state"):
+            return FAILED_STATE if (folder / FAILED).is_file() else STARTED
+    except UserInputError:
+        return RUNNING
+
+
+def status_table(study: Study) -> str:
+    """A line a run: state, accuracy before and after, seconds; then a count of states."""
+    width = max(len(run.name) for run in study.runs)
+    rows = [(run, _row(run)) for run in study.runs]
+    lines = [f"{'run':<{width}}  {'state':<9}{'base':>8}{'tuned':>8}{'seconds':>9}"]
+    lines += [f"{run.name:<{width}}  {_status(run, row)}".rstrip() for run, row in rows]
+    counts = Counter(row["state"] for _, row in rows)
+    return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
+
+
+def _status(run: StudyRun, row: dict[str, Any]) -> str:
+    folder, state = run.recipe.run_folder, row["state"]
+    if state == FAILED_STATE:
+        note = read_json(folder / FAILED)
+        said = note["said"].splitlines()
+        return f"{state:<9}exit code {note['exit_code']}: {said[-1][:60] if said else ''}"
+    if state != FINISHED_STATE:
+        return state
+    shares = [f"{row[key]:.1%}" if row[key] is not None else "-" for key in ("acc_base", "acc_tuned")]
+    return f"{state:<9}{shares[0]:>8}{shares[1]:>8}{read_json(folder / FINISHED)['seconds']:>9}"
+
+
+@contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Hand stop signals on to the run, which ends behind a checkpoint; yields those that were handed on."""
+    forwarded: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        forwarded.append(number)
+        process.send_signal(signal.SIGTERM)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    earlier = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield forwarded
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _tail(path: Path) -> str:
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
+
+
+def _drop_weights(study: Study, run: StudyRun) -> None:
+    """A finished run needs no checkpoints; its weights stay if the study says so."""
+    shutil.rmtree(run.recipe.run_folder / "checkpoints", ignore_errors=True)
+    if not study.settings.keep_models:
+        shutil.rmtree(run.recipe.result_folder, ignore_errors=True)

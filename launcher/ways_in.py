@@ -1,0 +1,151 @@
+"""From `--on debug|node|slurm` and its options to processes or jobs.
+
+In: options of the command line. Out: ranks on this machine, or jobs in a queue.
+Invariant: an option that the chosen way in can't honour is refused by name; nothing is started before all
+options are checked.
+Trade-off: one set of options for three ways in, so that a line changes by one word; their help says which
+way each is for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.node import node_command, read_hostfile, train_on_node
+from launcher.run_folder import open_run
+from launcher.slurm import Job, Resources, recipe_jobs, submit_recipe, train_job
+from sftcore.config import Recipe
+from sftcore.errors import EXIT_DONE, Problem, UserInputError
+
+log = logging.getLogger("sftcore.ways")
+WAYS = ("debug", "node", "slurm", "here")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machines:
+    """Where a run goes.
+
+    Args:
+        on: debug | node | slurm (a study: here | slurm).
+        gpus_per_node: ranks per machine, each with a GPU; None: not said.
+        ranks_per_node: ranks per machine, on CPUs; None: not said.
+        options: of sbatch.
+    """
+
+    on: str
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    ranks_per_node: int | None = None
+    hostfile: Path | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_ranks_per_node(self) -> int:
+        """Ranks per machine; on this one as many as it has GPUs, if nothing was said."""
+        said = self.gpus_per_node or self.ranks_per_node
+        return said if said else num_gpus() if self.on == "node" else 1
+
+    def resources(self) -> Resources:
+        """What a job asks Slurm for."""
+        return Resources(
+            nodes=self.nodes,
+            gpus_per_node=self.gpus_per_node or 0,
+            ranks_per_node=self.ranks_per_node or 1,
+            options=self.options,
+        )
+
+
+def num_gpus() -> int:
+    """GPUs of this machine."""
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
+def check_way_in(machines: Machines) -> None:
+    """Refuse options that the way in can't honour.
+
+    Raises:
+        UserInputError: all of them, by name.
+    """
+    on = machines.on
+    if on not in WAYS:
+        raise UserInputError(Problem(what="no such way in", where="--on", got=on, allowed=", ".join(WAYS)))
+    is_local = on in ("debug", "here")
+    refused = {
+        "--nodes": machines.nodes > 1 and on != "slurm",
+        "--hostfile": machines.hostfile is not None and on != "node",
+        "--gpus-per-node": bool(machines.gpus_per_node) and is_local,
+        "--ranks-per-node": machines.ranks_per_node is not None and is_local,
+        "--partition, --time, --account, --sbatch": bool(machines.options) and on != "slurm",
+    }
+    problems = [Problem(what=f"not with --on {on}", where=name) for name, bad in refused.items() if bad]
+    if machines.gpus_per_node and machines.ranks_per_node:
+        problems.append(Problem(what="not beside --gpus-per-node", where="--ranks-per-node"))
+    if on == "slurm" and machines.gpus_per_node is None and machines.ranks_per_node is None:
+        remedy = "--gpus-per-node N, or --ranks-per-node N for ranks on CPUs"
+        problems.append(Problem(what="how many ranks per machine?", where="--on slurm", remedy=remedy))
+    if problems:
+        raise UserInputError(*problems)
+
+
+def train_elsewhere(recipe: Recipe, machines: Machines, more: Sequence[str], *, dry_run: bool) -> int:
+    """Train on this machine's ranks or submit the job; returns the exit code.
+
+    Args:
+        more: further arguments of worker.py.
+        dry_run: only print the line or the script.
+    """
+    recipe = recipe.model_copy(update={"run": str(recipe.run_folder.resolve())})
+    if not dry_run and _is_done(recipe):
+        return EXIT_DONE
+    if machines.on == "slurm":
+        return _train_on_slurm(recipe, machines, more, dry_run=dry_run)
+    num_ranks, total = _count_ranks(machines)
+    arguments = [str(recipe.run_folder / "recipe.yaml"), "--run", str(recipe.run_folder), *more]
+    command = node_command(arguments, num_ranks=num_ranks, hostfile=machines.hostfile)
+    if dry_run:
+        print(" ".join(command))
+        return EXIT_DONE
+    return train_on_node(recipe, command, num_ranks=total)
+
+
+def _is_done(recipe: Recipe) -> bool:
+    """Claim the run folder, or tell why it can't be had, before anything starts; whether it is finished."""
+    with open_run(recipe, purpose="training") as run:
+        if recipe.result_folder.is_dir():
+            log.info("%s is finished; its weights are in %s", run, recipe.result_folder)
+        return recipe.result_folder.is_dir()
+
+
+def _count_ranks(machines: Machines) -> tuple[int, int]:
+    """(ranks per machine, ranks over all machines)."""
+    if machines.hostfile is None:
+        count = machines.num_ranks_per_node
+        if count == 0:
+            remedy = "--ranks-per-node N for ranks on CPUs"
+            raise UserInputError(Problem(what="this machine has no GPU", where="--on node", remedy=remedy))
+        return count, count
+    hosts = read_hostfile(machines.hostfile)
+    said = machines.gpus_per_node or machines.ranks_per_node or min(hosts.values())
+    return said, said * len(hosts)
+
+
+def _train_on_slurm(recipe: Recipe, machines: Machines, more: Sequence[str], *, dry_run: bool) -> int:
+    job = train_job(recipe, machines.resources(), more)
+    print(_scripts([job]) if dry_run else submit_recipe(recipe, [job]))
+    return EXIT_DONE
+
+
+def submit_whole(recipe: Recipe, machines: Machines, *, num_shards: int, dry_run: bool) -> str:
+    """Submit every stage of a recipe, each behind the one before; says what was submitted."""
+    recipe = recipe.model_copy(update={"run": str(recipe.run_folder.resolve())})
+    jobs = recipe_jobs(recipe, machines.resources(), num_shards=num_shards)
+    return _scripts(jobs) if dry_run else submit_recipe(recipe, jobs)
+
+
+def _scripts(jobs: Sequence[Job]) -> str:
+    return "\n".join(f"# {job.name}.sbatch\n{job.script()}" for job in jobs)

@@ -1,0 +1,142 @@
+"""`sftcore run`: all stages of a recipe in one process; runs of a study share what they have in common.
+
+In: a recipe; perhaps a folder that runs share. Out: a finished run folder with its report, and
+RUN/finished.json.
+Invariant: finished.json is written last; its fingerprint is of the recipe and of the bytes of model and data,
+so a run is skipped only if it would be the same run.
+Trade-off: what runs share (memory levels, the base model's answers) is copied into each run folder, some
+kilobytes to megabytes, so that each folder still explains itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from launcher.run_folder import FREE_KEYS
+from sftcore.config import Recipe
+from sftcore.data.digests import KnownDigests
+from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_json, write_json
+from sftcore.recipe import source_files
+
+FINISHED = "finished.json"
+DIGESTS = Path(".cache/digests.json")
+LEVEL_FILES = ("levels.jsonl", "levels.manifest.json")
+PROBED = ("data", "probe", "seed", "model")  # sections that memory levels depend on
+EVALUATED = (*PROBED, "task", "matching", "evaluate", "batch")  # ... and the base model's scores
+
+
+def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
+    """Probe (if facts are selected by level), train, evaluate (if there is held-out data), report.
+
+    Args:
+        shared: folder for what several runs have in common; one of them makes it, the others copy it.
+
+    Returns:
+        The report's table.
+
+    Raises:
+        UserInputError: the folder holds a finished run of other data or another base model.
+        SftError: of the stage that failed; what was done before it is kept and found again.
+    """
+    from launcher.stages import evaluate
+    from launcher.worker import train_recipe
+    from sftcore.study.report import write_report
+
+    run, started = recipe.run_folder, time.perf_counter()
+    if not is_finished(recipe):
+        _check_not_stale(run)
+        if recipe.select is not None:
+            _probe_once(recipe, shared)
+        train_recipe(recipe)
+        if recipe.data.test or recipe.data.ood:
+            base = shared / _shared_name("base", recipe, EVALUATED) if shared else None
+            _copy_folder(base, run / "eval" / "base")
+            evaluate(recipe)
+            _copy_folder(run / "eval" / "base", base)
+    result = write_report(run)
+    if not is_finished(recipe):
+        seconds = round(time.perf_counter() - started, 1)
+        write_json(run / FINISHED, {"fingerprint": run_fingerprint(recipe), "seconds": seconds})
+    return result.table
+
+
+def run_fingerprint(recipe: Recipe) -> str:
+    """Identity of a run: its recipe, but for keys that change no number, and the files it reads."""
+    values = recipe.model_dump(mode="json")
+    for key in FREE_KEYS:
+        _remove(values, key.split("."))
+    return fingerprint_of([values, _digests(recipe)])
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run folder holds this very run, with all stages done."""
+    path = recipe.run_folder / FINISHED
+    return path.is_file() and read_json(path)["fingerprint"] == run_fingerprint(recipe)
+
+
+def _check_not_stale(run: Path) -> None:
+    if (run / FINISHED).is_file():
+        raise UserInputError(
+            Problem(
+                what="this run was finished with other data, another base model or another recipe",
+                where=str(run),
+                remedy="delete the folder to run it anew, or choose another (--run DIR)",
+            )
+        )
+
+
+def _remove(values: dict[str, Any], parts: list[str]) -> None:
+    for part in parts[:-1]:
+        values = values[part]
+    del values[parts[-1]]
+
+
+def _shared_name(kind: str, recipe: Recipe, sections: Iterable[str]) -> str:
+    """Of what runs share: a hash of the recipe sections that it depends on, and of the files."""
+    values = recipe.model_dump(mode="json")
+    return f"{kind}-{fingerprint_of([{key: values[key] for key in sections}, _digests(recipe)])}"
+
+
+def _digests(recipe: Recipe) -> list[str]:
+    """Checksums of the base model's and the data's files; a hub name stands for itself in the recipe."""
+    data, model = recipe.data, Path(recipe.model.path)
+    files = sorted([*model.glob("config.json"), *model.glob("*.safetensors")])
+    for source in (*data.train, *data.test, *data.ood):
+        for path in source_files(source):
+            files += sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    known = KnownDigests(DIGESTS)
+    digests = [known.sha256(file) for file in files if file.is_file()]
+    known.save()
+    return digests
+
+
+def _probe_once(recipe: Recipe, shared: Path | None) -> None:
+    """Memory levels in the run folder: probed there, or copied from the folder of runs that share them."""
+    from launcher.stages import probe
+
+    run = recipe.run_folder
+    if shared is None:
+        probe(recipe)
+        return
+    if all((run / name).is_file() for name in LEVEL_FILES):
+        return
+    source = shared / _shared_name("levels", recipe, PROBED)
+    with folder_lock(source.with_name(f"{source.name}.probing"), purpose="probing", wait=True):
+        if not all((source / name).is_file() for name in LEVEL_FILES):
+            probe(recipe.model_copy(update={"run": str(source), "select": None}))
+    for name in LEVEL_FILES:
+        with atomic_file(run / name, "wb") as handle:
+            handle.write((source / name).read_bytes())
+
+
+def _copy_folder(source: Path | None, target: Path | None) -> None:
+    """Copy `source` to `target` unless that exists; its manifest still decides whether it is of use there."""
+    if source is None or target is None or not source.is_dir() or target.exists():
+        return
+    with atomic_folder(target, keep_existing=True) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)

@@ -1,0 +1,89 @@
+"""A study run here: finished runs are skipped, a failed one costs only itself, common work is done once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import BIN, ENVIRONMENT, run
+
+ALL_LEVELS = [0, 1, 2, 3, 4]
+
+
+def write_study(base: dict, **keys) -> str:
+    Path("base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    Path("sizes.yaml").write_text(
+        yaml.safe_dump({"base": "base.yaml", **keys}, sort_keys=False), encoding="utf-8"
+    )
+    return "sizes.yaml"
+
+
+def study(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = run(str(BIN / "sftcore"), "study", *arguments)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+def test_a_failed_run_costs_only_itself_and_a_second_call_does_what_is_missing(tiny_recipe):
+    """Three of 16 facts can be drawn, 99 can't: that run fails, is told, and is tried again."""
+    path = write_study(tiny_recipe, grid={"select.n": [4, 99, 6], "select.levels": [ALL_LEVELS]})
+    assert study(path, "--dry-run").stdout.split() == [f"n-{n}_levels-0-1-2-3-4" for n in (4, 99, 6)]
+    assert not Path("runs").exists(), "a dry run writes nothing"
+    waiting = study(path, "--status")
+    assert waiting.stdout.count("waiting") == 4 and waiting.returncode == 0
+    done = study(path)
+    assert done.returncode == 1 and "1 of 3 runs failed: n-99" in done.stderr, done.stderr[-3000:]
+    folder = Path("runs/sizes")
+    rows = json.loads((folder / "study.json").read_text())["runs"]
+    assert [row["state"] for row in rows] == ["finished", "failed", "finished"]
+    assert [row["cell"]["select.n"] for row in rows] == [4, 99, 6] and rows[0]["n"] == 8
+    runs = [folder / row["name"] for row in rows]
+    levels = {(runs[i] / "levels.jsonl").read_bytes() for i in (0, 2)}
+    assert len(levels) == 1 and len(list((folder / "shared").glob("levels-*/levels.jsonl"))) == 1
+    assert "already evaluated" in (folder / "logs" / f"{runs[2].name}.log").read_text(), "base: only once"
+    assert not (runs[0] / "checkpoints").exists() and (runs[0] / "model" / "config.json").exists()
+    finished = (runs[0] / "finished.json").stat().st_mtime_ns
+    again = study(path)
+    assert again.returncode == 1 and "3 runs, 1 to do" in again.stderr
+    assert (runs[0] / "finished.json").stat().st_mtime_ns == finished
+    table = study(path, "--status").stdout
+    assert "2 finished, 1 failed" in table and "exit code 2" in table
+
+
+@pytest.mark.slow
+def test_a_finished_run_of_other_data_is_neither_skipped_nor_overwritten(tiny_recipe):
+    path = write_study(tiny_recipe, grid={"train.epochs": [1]})
+    assert study(path).returncode == 0
+    assert "1 runs, 0 to do" in study(path).stderr
+    lines = Path("test.jsonl").read_text().splitlines()
+    Path("test.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    done = study(path)
+    assert done.returncode == 1 and "1 runs, 1 to do" in done.stderr
+    log = Path("runs/sizes/logs/epochs-1.log").read_text()
+    assert "finished with other data" in log and "delete the folder" in log
+
+
+@pytest.mark.slow
+def test_a_stop_signal_to_a_study_reaches_its_run_which_goes_on_later(tiny_recipe):
+    long = tiny_recipe | {"checkpoint": {"save_every_steps": 1000}}
+    path = write_study(long, grid={"train.epochs": [20]})
+    process = subprocess.Popen(
+        [str(BIN / "sftcore"), "study", path], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    metrics = Path("runs/sizes/epochs-20/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75 and "stopped on request in epochs-20" in said, said
+    assert "1 started" in study(path, "--status").stdout
+    done = study(path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming after step" in Path("runs/sizes/logs/epochs-20.log").read_text()
