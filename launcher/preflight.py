@@ -17,6 +17,7 @@ from sftcore.data.store import TokenStore
 from sftcore.model.cost import ModelCost, measure_model
 from sftcore.model.load import DTYPES, load_config
 from sftcore.recipe import deepspeed_file
+from sftcore.settings import NUM_CLASSES
 from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
 
 MAX_STEPS_LISTED = 1000
@@ -24,7 +25,8 @@ MAX_STEPS_LISTED = 1000
 
 def measure_recipe(recipe: Recipe) -> ModelCost:
     """Sizes of the recipe's model."""
-    return measure_model(load_config(recipe.model), recipe.adapter)
+    num_classes = NUM_CLASSES if recipe.classifies else None
+    return measure_model(load_config(recipe.model), recipe.adapter, num_classes=num_classes)
 
 
 def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict[str, Any]:

@@ -25,8 +25,15 @@ from sftcore.config import Recipe
 from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.fsio import write_json
 from sftcore.log import setup_logging
-from sftcore.model.load import checkpoint_activations, load_for_training
+from sftcore.model.encoder import load_encoder_for_training
+from sftcore.model.load import (
+    LossModel,
+    checkpoint_activations,
+    load_classifier_for_training,
+    load_for_training,
+)
 from sftcore.recipe import deepspeed_file, load_recipe
+from sftcore.settings import NUM_CLASSES
 from sftcore.train.checkpoint import (
     check_resumable,
     for_this_world,
@@ -104,7 +111,7 @@ def _train(recipe: Recipe, run: Path, resume: str, stop: StopRequest, *, restart
     if dist.rank() == 0:
         write_json(run / "plan.json", describe_plan(recipe, store, schedule))
     init_process_group()
-    model = load_for_training(recipe)
+    model = _load_model(recipe)
     if recipe.train.activation_checkpointing == "full":
         checkpoint_activations(model.causal_lm, stage=zero_stage(ds_config))
     stage = zero_stage(ds_config)
@@ -114,6 +121,14 @@ def _train(recipe: Recipe, run: Path, resume: str, stop: StopRequest, *, restart
     run_steps(recipe, engine, schedule, store, first=first, stop=stop)
     export_weights(engine, tokenizer, recipe)
     engine.close()
+
+
+def _load_model(recipe: Recipe) -> LossModel:
+    if recipe.task == "matching" and recipe.matching.mode == "encoder":
+        return load_encoder_for_training(recipe)
+    if recipe.classifies:
+        return load_classifier_for_training(recipe, num_labels=NUM_CLASSES)
+    return load_for_training(recipe)
 
 
 def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings
@@ -85,17 +85,27 @@ class ModelCost:
         }
 
 
-def measure_model(config: Any, adapter: AdapterSettings | None = None) -> ModelCost:
+def measure_model(
+    config: Any, adapter: AdapterSettings | None = None, *, num_classes: int | None = None
+) -> ModelCost:
     """Count a model's parameters without making them.
 
     Args:
         config: a causal LM's transformers configuration.
         adapter: what is trained instead of all weights.
+        num_classes: of a classifier in the vocabulary's place.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    output = model.get_output_embeddings()
-    outside = {id(p): p.numel() for p in (output.weight, model.get_input_embeddings().weight)}
+        if num_classes is None:
+            model = AutoModelForCausalLM.from_config(config)
+        else:
+            model = AutoModelForSequenceClassification.from_config(config)
+    output = model.get_output_embeddings()  # a classifier has none; its own few weights count as body
+    outside = {
+        id(p): p.numel()
+        for p in (None if output is None else output.weight, model.get_input_embeddings().weight)
+        if p is not None
+    }
     total = sum(p.numel() for p in model.parameters())
     text = config.get_text_config()
     values = text.to_dict()
@@ -105,7 +115,7 @@ def measure_model(config: Any, adapter: AdapterSettings | None = None) -> ModelC
         num_parameters=total,
         num_body_parameters=total - sum(outside.values()),
         hidden_size=text.hidden_size,
-        vocabulary=output.weight.shape[0],
+        vocabulary=num_classes or output.weight.shape[0],
         num_layers=text.num_hidden_layers,
         attention_width=heads * (values.get("head_dim") or text.hidden_size // heads),
         num_trained_parameters=trained,
