@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -13,8 +12,10 @@ from launching import BIN, launcher, run, weights
 from tiny import SUBJECTS, write_lines
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from launcher.stages import evaluate, prepare
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
+from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl
 from sftcore.recipe import load_recipe
 
@@ -132,9 +133,7 @@ def test_label_texts_are_compared_or_generated(recipe):
     assert all(row["parsed"] and row["prediction"] in ("same", "different") for row in rows)
     assert all((row["score"] > 0) == (row["prediction"] == "same") for row in rows)
     path = save(recipe, matching={"predict": "generate"}, name="base")
-    generated = sftcore("evaluate", path)
-    assert generated.returncode == 0, generated.stderr[-3000:]
-    scores = read_json(Path("runs/base/eval/base/scores.json"))["pairs"]["test"]
+    scores = evaluate(load_recipe(Path(path)))["base"]["pairs"]["test"]
     assert scores["unparsable"] == scores["n"] == 12, "a random model writes no label"
 
 
@@ -157,14 +156,14 @@ def test_pairs_without_rationale_are_refused_by_an_arm_with_one(recipe):
     write_lines(
         Path("pairs.jsonl"), [{k: v for k, v in row.items() if k != "rationale"} for row in pairs(0, 9)]
     )
-    done = sftcore("prepare", save(recipe, matching={"rationale": "before"}))
-    assert done.returncode == 2 and "no_rationale: 9" in done.stderr and "sftcore rationales" in done.stderr
+    with pytest.raises(UserInputError, match="no_rationale: 9(.|\n)*sftcore rationales"):
+        prepare(load_recipe(Path(save(recipe, matching={"rationale": "before"}))))
 
 
 def test_examples_stand_before_each_prompt(recipe):
     shown = [{"a": "Ann 1", "b": "Ann 1", "label": 1}, {"a": "Ann 1", "b": "Bob 1", "label": 0}]
-    done = sftcore("evaluate", save(recipe, matching={"examples": shown}))
-    assert done.returncode == 0, done.stderr[-3000:]
+    scores = evaluate(load_recipe(Path(save(recipe, matching={"examples": shown}))))
+    assert scores["base"]["n"] == 12
     row = read_jsonl(Path("runs/tiny/eval/base/predictions.jsonl"))[0]
     head = (
         "Text 1: Ann 1\nText 2: Ann 1\nMeaning: same\n\nText 1: Ann 1\nText 2: Bob 1\nMeaning: different\n\n"
@@ -185,8 +184,6 @@ def test_examples_stand_before_each_prompt(recipe):
     ],
 )
 def test_combinations_that_can_not_be_honoured_are_refused(recipe, change, message):
-    from sftcore.errors import UserInputError
-
     with pytest.raises(UserInputError, match=message):
         load_recipe(Path(save(recipe, **change)))
 
@@ -209,9 +206,9 @@ def write_rows(rows: list[tuple]) -> None:
 def test_unusable_pairs_are_one_message(recipe, rows, message):
     write_rows([*rows, ("fine", "good", 1)])
     data = {"train": [{"format": "pairs", "path": "pairs.tsv"}]}
-    done = sftcore("prepare", save(recipe, data=data))
-    assert done.returncode == 2 and message in done.stderr
-    assert done.stderr.count("error:") == 1
+    with pytest.raises(UserInputError) as caught:
+        prepare(load_recipe(Path(save(recipe, data=data))))
+    assert message in str(caught.value) and "dropped rows are listed there" in str(caught.value)
 
 
 def test_odd_pairs_are_kept_and_noted(recipe):
@@ -223,8 +220,7 @@ def test_odd_pairs_are_kept_and_noted(recipe):
     ]
     write_rows(odd)
     data = {"train": [{"format": "pairs", "path": "pairs.tsv"}], "max_reject_fraction": 0.5}
-    done = sftcore("prepare", save(recipe, data=data))
-    assert done.returncode == 0, done.stderr
-    for note in ('"identical_sides": 1', '"mixed_scripts": 1', '"full_width": 1', '"overlength": 1'):
-        assert note in done.stdout
-    assert json.loads(done.stdout.split("num_samples: ")[1].split("\n")[0]) == 3
+    _, store = prepare(load_recipe(Path(save(recipe, data=data))))
+    assert len(store) == 3 and store.manifest["rejected_by_reason"] == {"overlength": 1}
+    noted = store.manifest["altered_by_reason"]
+    assert [noted[change] for change in ("identical_sides", "mixed_scripts", "full_width")] == [1, 1, 1]
