@@ -12,6 +12,8 @@ from launching import BIN, launcher, run, weights
 from tiny import SUBJECTS, write_lines
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from launcher.inspection import inspect_recipe
+from launcher.matching import match_pairs
 from launcher.stages import evaluate, prepare
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
@@ -69,18 +71,16 @@ def classes_alone(folder: Path, prompts: list[str]) -> torch.Tensor:
 def test_a_classifier_from_recipe_to_scores(recipe):
     """The folder that training writes is transformers' own, and gives the scores that we report."""
     path = save(recipe, matching={"mode": "discriminative"})
-    early = sftcore("evaluate", path)
-    assert early.returncode == 2 and "no classifier yet" in early.stderr
-    inspected = sftcore("inspect", path, "--n", "2")
-    assert "-> class [" in inspected.stdout, inspected.stderr
+    loaded = load_recipe(Path(path))
+    with pytest.raises(UserInputError, match="no classifier yet(.|\n)*sftcore train"):
+        evaluate(loaded)
+    assert any("-> class [" in line for line in inspect_recipe(loaded, num_samples=2, colour=False))
     trained = sftcore("train", path)
     assert trained.returncode == 0, trained.stderr[-3000:]
     steps = read_jsonl(Path("runs/tiny/metrics.jsonl"))
     assert all(step["num_trained_tokens"] == step["num_samples"] for step in steps)
     assert steps[-1]["loss"] < steps[0]["loss"]
-    evaluated = sftcore("evaluate", path)
-    assert evaluated.returncode == 0 and "tuned: " in evaluated.stdout, evaluated.stderr[-3000:]
-    assert "base" not in evaluated.stdout
+    assert evaluate(loaded).keys() == {"tuned"}
     rows = read_jsonl(Path("runs/tiny/eval/tuned/predictions.jsonl"))
     folder = Path("runs/tiny/model")
     assert read_json(folder / "config.json")["architectures"] == ["LlamaForSequenceClassification"]
@@ -104,8 +104,10 @@ def test_a_classifier_from_recipe_to_scores(recipe):
     assert [row["row"] for row in mine] == list(range(1, 13))
     ledger = read_jsonl(Path("scores.jsonl.ledger.jsonl"))
     assert [row["reason"] for row in ledger if row["kind"] == "rejected"] == ["empty_prompt"]
-    refused = sftcore("match", recipe["model"]["path"], "--pairs", "mine.tsv")
-    assert refused.returncode == 2 and "no matching.json" in refused.stderr
+    with pytest.raises(UserInputError, match="no matching.json"):
+        match_pairs(Path(recipe["model"]["path"]), Path("mine.tsv"), Path("x"), columns=("left", "right"))
+    with pytest.raises(UserInputError, match="no column 'sentence1'"):
+        match_pairs(folder, Path("mine.tsv"), Path("x"), columns=("sentence1", "sentence2"))
 
 
 def test_a_classifier_on_two_ranks_equals_one(recipe):
@@ -127,8 +129,7 @@ def test_label_texts_are_compared_or_generated(recipe):
     assert trained.returncode == 0, trained.stderr[-3000:]
     drawn = read_jsonl(Path("runs/tiny/selection.jsonl"))
     assert sorted(row["label"] for row in drawn) == [0] * 6 + [1] * 6
-    compared = sftcore("evaluate", path)
-    assert compared.returncode == 0 and "base: " in compared.stdout, compared.stderr[-3000:]
+    assert evaluate(load_recipe(Path(path))).keys() == {"base", "tuned"}
     rows = read_jsonl(Path("runs/tiny/eval/tuned/predictions.jsonl"))
     assert all(row["parsed"] and row["prediction"] in ("same", "different") for row in rows)
     assert all((row["score"] > 0) == (row["prediction"] == "same") for row in rows)

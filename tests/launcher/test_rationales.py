@@ -27,10 +27,10 @@ from sftcore.settings import MatchingSettings, TeacherSettings
 NUM_PAIRS = 16
 
 
-def teacher_recipe(model: Path, **teacher) -> Path:
+def teacher_recipe(folder: Path, **teacher) -> Path:
     recipe = {
         "name": "asked",
-        "model": {"path": str(model)},
+        "model": {"path": str(folder)},
         "task": "matching",
         "data": {"train": [{"format": "pairs", "path": "assets:pairs/plain.tsv", "limit": NUM_PAIRS}]},
         "batch": {"samples_per_step": 4},
@@ -114,7 +114,7 @@ def test_a_real_server_killed_and_started_again_midway(tmp_path, monkeypatch):
         base_url=f"http://127.0.0.1:{port}/v1",
         concurrency=2,
         timeout_seconds=60,
-        max_retries=8,
+        max_retries=40,
     )
     cache = Path("runs/asked/teacher.jsonl")
     with transformers_serve(model, port):
