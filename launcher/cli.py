@@ -242,6 +242,35 @@ def evaluate(
 
 
 @app.command()
+def rationales(
+    recipe: RecipePath,
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="if not RUN/rationales.jsonl")] = None,
+    set_: Overrides = None,
+    run: RunFolder = None,
+) -> None:
+    """Ask a teacher why training pairs match or not; keep the pairs on whose label it agrees."""
+    loaded = load(recipe, set_, run)
+    from launcher.rationales import write_rationales
+
+    for key, value in write_rationales(loaded, to).items():
+        print(f"{key}: {value}")
+
+
+@app.command()
+def match(
+    model: Annotated[Path, typer.Argument(help="folder of a matching run's model", metavar="MODEL_DIR")],
+    pairs: Annotated[Path, typer.Option(metavar="FILE", help="TSV, CSV or JSONL; labels are not needed")],
+    to: Annotated[Path, typer.Option(metavar="FILE", help="scores, as JSON lines")] = Path("scores.jsonl"),
+    a: Annotated[str, typer.Option(help="column of the first text")] = "sentence1",
+    b: Annotated[str, typer.Option(help="column of the second text")] = "sentence2",
+) -> None:
+    """Score the pairs of a file: how much the model prefers "same"."""
+    from launcher.matching import match_pairs
+
+    print(f"{match_pairs(model, pairs, to, columns=(a, b))} pairs scored: {to}")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")],
     to: Annotated[Path, typer.Option(metavar="DIR", help="folder to write; must not exist")],

@@ -52,7 +52,7 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
     """The sample's text with every trained target in `mark`.
 
     Position i predicts token i + 1, so token i + 1 is marked where labels[i] is trained. Tokens that hold
-    parts of one character are shown together.
+    parts of one character are shown together. A class stands behind the text.
     """
     trained = [False, *(np.asarray(sample.labels[:-1]) != UNTRAINED).tolist()]
     text, pending = "", []
@@ -65,6 +65,8 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
         piece = piece.replace("\n", "\\n")
         text += f"{mark[0]}{piece}{mark[1]}" if trained[position] else piece
         pending = []
+    if sample.labels[-1] != UNTRAINED:
+        text += f" -> class {mark[0]}{sample.labels[-1]}{mark[1]}"
     return text
 
 

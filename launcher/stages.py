@@ -17,6 +17,8 @@ from typing import Any
 from launcher.run_folder import open_run, record_seconds
 from sftcore.config import Recipe
 from sftcore.data.check import check_store, check_text, draw_check
+from sftcore.data.contents import Pair
+from sftcore.data.draws import draw_pairs
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records, prepare_shard, prepare_store
 from sftcore.data.prompts import Prompter, PromptOptions
@@ -26,6 +28,7 @@ from sftcore.data.store import TokenStore
 from sftcore.data.tokens import Tokenizer, load_tokenizer
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.generate import predict
+from sftcore.evaluate.pairs import judge_pairs, pair_rows, pair_scores
 from sftcore.evaluate.score import score
 from sftcore.fsio import atomic_file, fingerprint_of, read_json, read_jsonl, write_json, write_jsonl
 from sftcore.knowledge.levels import FactLevel, level_counts
@@ -106,12 +109,25 @@ def write_check(recipe: Recipe, store: TokenStore) -> str:
 
 
 def _chosen(recipe: Recipe) -> set[str] | None:
-    return None if recipe.select is None else {level.id for level in select(recipe)}
+    if recipe.select is None:
+        return None
+    return draw(recipe) if recipe.task == "matching" else {level.id for level in select(recipe)}
+
+
+def draw(recipe: Recipe) -> set[str]:
+    """Draw training pairs, balanced over labels if so asked; RUN/selection.jsonl lists them."""
+    settings = recipe.select
+    assert settings is not None and settings.balance != "relation"
+    records = load_records(recipe, "train", Ledger())
+    chosen = draw_pairs(records, settings.n, balance=settings.balance, seed=recipe.seed, draw=settings.draw)
+    rows = [{"id": r.id, "label": r.content.label} for r in chosen if isinstance(r.content, Pair)]
+    _write_selection(recipe.run_folder, rows)
+    return {record.id for record in chosen}
 
 
 def select(recipe: Recipe) -> list[FactLevel]:
     """Draw the training facts by memory level; RUN/selection.jsonl lists them."""
-    assert recipe.select is not None
+    assert recipe.select is not None and recipe.select.balance != "label"
     run = recipe.run_folder
     levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
     chosen = select_facts(
@@ -122,11 +138,14 @@ def select(recipe: Recipe) -> list[FactLevel]:
         seed=recipe.seed,
         draw=recipe.select.draw,
     )
-    rows = [level.to_row() for level in chosen]
+    _write_selection(run, [level.to_row() for level in chosen])
+    return chosen
+
+
+def _write_selection(run: Path, rows: list[dict[str, Any]]) -> None:
     path = run / "selection.jsonl"
     if not path.is_file() or read_jsonl(path) != rows:
         write_jsonl(path, rows)
-    return chosen
 
 
 def probe(recipe: Recipe) -> list[FactLevel]:
@@ -209,7 +228,10 @@ def _models_to_evaluate(recipe: Recipe, model: Path | None) -> dict[str, str]:
         return {model.resolve().name: str(model.resolve())}
     result = recipe.result_folder
     tuned = {"tuned": str(result.resolve())} if result.is_dir() else {}
-    return {"base": recipe.model.path, **tuned}
+    if recipe.classifies and not tuned:
+        what = "nothing to evaluate: the base model has no classifier yet"
+        raise UserInputError(Problem(what=what, where=str(result), remedy="run: sftcore train RECIPE"))
+    return tuned if recipe.classifies else {"base": recipe.model.path, **tuned}
 
 
 def _known_levels(recipe: Recipe, run: Path) -> dict[str, int]:
@@ -239,19 +261,31 @@ def _evaluate_one(
         "levels_fingerprint": fingerprint_of(levels),
         "settings": recipe.evaluate.model_dump(),
     }
+    if recipe.task == "matching":
+        manifest["matching"] = recipe.matching.model_dump(mode="json")
     if (target / "manifest.json").is_file() and read_json(target / "manifest.json") == manifest:
         log.info("%s: already evaluated in %s", name, target)
         return dict(read_json(target / "scores.json"))
     log.info("evaluating %s (%s) on %d items", name, folder, len(records))
     started = time.perf_counter()
-    settings = recipe.model.model_copy(update={"path": folder})
-    quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(folder))
-    loaded = load_for_decoding(settings, quantised=quantised)
-    rows = predict(records, loaded, tokenizer, prompter, recipe.evaluate, levels=levels)
-    scores = score(rows)
+    rows, scores = _predict_and_score(recipe, folder, prompter, records, levels)
     (target / "manifest.json").unlink(missing_ok=True)
     write_jsonl(target / "predictions.jsonl", rows)
     write_json(target / "scores.json", scores)
     write_json(target / "manifest.json", manifest)
     record_seconds(run, f"evaluate_{name}", time.perf_counter() - started)
     return scores
+
+
+def _predict_and_score(
+    recipe: Recipe, folder: str, prompter: Prompter, records: list[Record], levels: dict[str, int]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The content of predictions.jsonl and of scores.json."""
+    quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(folder))
+    if recipe.task == "matching":
+        verdicts = judge_pairs(recipe, folder, records, prompter, quantised=quantised)
+        rows = pair_rows(records, verdicts, prompter)
+        return rows, score(rows) | {"pairs": pair_scores(records, verdicts)}
+    loaded = load_for_decoding(recipe.model.model_copy(update={"path": folder}), quantised=quantised)
+    rows = predict(records, loaded, prompter.codec.tokenizer, prompter, recipe.evaluate, levels=levels)
+    return rows, score(rows)

@@ -44,8 +44,16 @@ from sftcore.errors import (
 from sftcore.fsio import write_json
 from sftcore.log import setup_logging
 from sftcore.model.cost import measure_recipe
-from sftcore.model.load import checkpoint_activations, load_for_training, prove_head_and_packs
+from sftcore.model.encoder import load_encoder_for_training
+from sftcore.model.load import (
+    LossModel,
+    checkpoint_activations,
+    load_classifier_for_training,
+    load_for_training,
+    prove_head_and_packs,
+)
 from sftcore.recipe import deepspeed_file, load_recipe
+from sftcore.settings import NUM_CLASSES
 from sftcore.train.checkpoint import (
     check_resumable,
     for_this_world,
@@ -229,9 +237,7 @@ def _make_engine(recipe: Recipe, ds_config: dict[str, Any], *, is_resized: bool 
     """The model, loaded, proven on packs, and wrapped; all ranks call it."""
     stage = zero_stage(ds_config)
     is_sharded = loads_sharded(recipe, ds_config)
-    model = load_for_training(
-        recipe, sharded_by=complete_ds_config(ds_config, recipe) if is_sharded else None
-    )
+    model = _load_model(recipe, sharded_by=complete_ds_config(ds_config, recipe) if is_sharded else None)
     if recipe.train.activation_checkpointing == "full":
         checkpoint_activations(model.causal_lm, stage=stage)
     engine = Engine(model, recipe, ds_config, loads_universal=is_resized and stage > 0)
@@ -242,7 +248,8 @@ def _make_engine(recipe: Recipe, ds_config: dict[str, Any], *, is_resized: bool 
 
 def loads_sharded(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
     """Whether weights are sharded as they are read: under ZeRO-3, unless something needs whole weights."""
-    needs_whole = recipe.adapter.kind == "qlora" or recipe.adapter.dora or recipe.model.add_tokens
+    adapter = recipe.adapter
+    needs_whole = adapter.kind == "qlora" or adapter.dora or recipe.model.add_tokens or recipe.classifies
     return zero_stage(ds_config) == 3 and not needs_whole
 
 
@@ -261,6 +268,14 @@ def overfit_recipe(recipe: Recipe) -> str:
     init_process_group()
     engine = _make_engine(recipe, ds_config)
     return overfit_one_step(recipe, engine, schedule, store)
+
+
+def _load_model(recipe: Recipe, *, sharded_by: dict[str, Any] | None) -> LossModel:
+    if recipe.task == "matching" and recipe.matching.mode == "encoder":
+        return load_encoder_for_training(recipe)
+    if recipe.classifies:
+        return load_classifier_for_training(recipe, num_labels=NUM_CLASSES)
+    return load_for_training(recipe, sharded_by=sharded_by)
 
 
 def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:

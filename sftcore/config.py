@@ -13,17 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Settings(BaseModel):
-    """Base of all sections: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from sftcore.settings import Fraction, MatchingSettings, NonNegative, Positive, Settings
 
 
 class ModelSettings(Settings):
@@ -63,7 +55,10 @@ class Columns(Settings):
 
     a: str | int = Field("sentence1", description="first text")
     b: str | int = Field("sentence2", description="second text")
-    label: str | int = Field("label", description="label: 0 or 1, or a label word of the recipe")
+    label: str | int | None = Field(
+        "label", description="label: 0 or 1, or a label word of the recipe; null: none (`sftcore match` only)"
+    )
+    rationale: str | int = Field("rationale", description="why the label is right; the column may be absent")
 
 
 PRESETS: dict[str, dict[str, str | int]] = {  # layouts as the corpora's authors spread them
@@ -109,6 +104,8 @@ class Source(Settings):
     def _consistent(self) -> Source:
         if self.preset and self.format != "pairs":
             raise ValueError(f"preset {self.preset} is a layout of pairs, not of {self.format}")
+        if self.columns.label is None:
+            raise ValueError("training and test pairs need a label column")
         is_hub = self.path.startswith("hub:")
         if is_hub and self.split is None:
             raise ValueError("a data set by name needs `split`, e.g. split: train")
@@ -174,7 +171,9 @@ class SelectSettings(Settings):
 
     levels: list[Annotated[int, Field(ge=0, le=4)]] = Field([2], min_length=1, description="memory levels")
     n: Positive = Field(60, description="number of facts")
-    balance: Literal["relation", "none"] = Field("relation", description="equal shares per relation, or none")
+    balance: Literal["relation", "label", "none"] = Field(
+        "relation", description="equal shares per relation (facts) or per label (pairs), or none"
+    )
     draw: Annotated[int, Field(ge=0)] = Field(0, description="number of the random draw")
 
 
@@ -258,26 +257,6 @@ class EvaluateSettings(Settings):
     batch_size: Positive = Field(32, description="sequences decoded together")
 
 
-class LabelWords(Settings):
-    """The label's text per language: [text of label 0, text of label 1]."""
-
-    zh: tuple[str, str] = ("不同", "相同")
-    en: tuple[str, str] = ("different", "same")
-
-
-class MatchingSettings(Settings):
-    """Text matching as text generation: the pair in a prompt -> the label's text."""
-
-    mode: Literal["generative"] = Field("generative", description="predict the label as text")
-    prompt: Literal["concise", "complex"] = Field(
-        "concise", description="bare pair, or full task description"
-    )
-    language: Literal["auto", "zh", "en"] = Field(
-        "auto", description="prompt language; auto: by each pair's script"
-    )
-    labels: LabelWords = Field(default_factory=lambda: LabelWords(), description="label words")
-
-
 class TrackingSettings(Settings):
     """Where metrics go besides metrics.jsonl."""
 
@@ -339,6 +318,20 @@ class Recipe(Settings):
         if self.train.init_adapter is not None and self.adapter.kind == "none":
             raise ValueError("train.init_adapter needs adapter.kind: lora or qlora")
         return self
+
+    @model_validator(mode="after")
+    def _honoured(self) -> Recipe:
+        if self.classifies and self.adapter.kind != "none":
+            raise ValueError(f"matching.mode {self.matching.mode} trains all weights: set adapter.kind: none")
+        balance = "label" if self.task == "matching" else "relation"
+        if self.select and self.select.balance not in (balance, "none"):
+            raise ValueError(f"select.balance of task {self.task} is {balance} or none")
+        return self
+
+    @property
+    def classifies(self) -> bool:
+        """Whether samples have a class instead of trained tokens."""
+        return self.task == "matching" and self.matching.mode != "generative"
 
     @property
     def max_length(self) -> int:

@@ -194,3 +194,52 @@ def test_a_draw_is_round_robin_and_avoids_taken_subjects() -> None:
     assert [fact.subject.split()[0] for fact in drawn] == ["a", "b", "a", "a", "a"]
     assert not {fact.key for fact in drawn} & {"a 0", "a 1", "b 0"}
     assert draw(table, "test", 4, seed=1) == []
+
+
+# --- pairs
+
+
+PAIRS = {name: ASSETS / "pairs" / f"{name}.tsv" for name in ("reasoned", "plain", "test")}
+
+
+def read_pairs(name: str) -> list[dict[str, str]]:
+    header, *lines = PAIRS[name].read_text(encoding="utf-8").splitlines()
+    return [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
+
+
+def test_pairs_are_many_balanced_and_unlike() -> None:
+    rows = {name: read_pairs(name) for name in PAIRS}
+    assert sum(map(len, rows.values())) >= 400 and len(rows["reasoned"]) >= 200
+    for name, of_file in rows.items():
+        assert Counter(row["label"] for row in of_file) == dict.fromkeys("01", len(of_file) // 2), name
+        assert all(row["sentence1"] != row["sentence2"] for row in of_file)
+    sides = [frozenset((row["sentence1"], row["sentence2"])) for table in rows.values() for row in table]
+    assert len(set(sides)) == len(sides), "each pair once, in either order"
+
+
+def test_no_sentence_is_trained_and_tested() -> None:
+    sentences = {
+        name: {row[s] for row in read_pairs(name) for s in ("sentence1", "sentence2")} for name in PAIRS
+    }
+    assert not sentences["test"] & (sentences["reasoned"] | sentences["plain"])
+
+
+def shared_characters(row: dict[str, str]) -> float:
+    a, b = Counter(row["sentence1"]), Counter(row["sentence2"])
+    return (a & b).total() / min(a.total(), b.total())
+
+
+def test_different_pairs_share_most_characters() -> None:
+    """So that counting characters does not solve the task: it would call them the same."""
+    for name in PAIRS:
+        shares = {
+            label: [shared_characters(r) for r in read_pairs(name) if r["label"] == label] for label in "01"
+        }
+        assert sum(share > 0.5 for share in shares["0"]) > 0.8 * len(shares["0"]), name
+        assert sum(shares["0"]) / len(shares["0"]) > sum(shares["1"]) / len(shares["1"]), name
+
+
+def test_rationales_are_sentences_of_their_own() -> None:
+    rationales = [row["rationale"] for row in read_pairs("reasoned")]
+    assert len(set(rationales)) > 0.95 * len(rationales)
+    assert all(8 <= len(rationale) <= 60 and rationale.endswith("。") for rationale in rationales)

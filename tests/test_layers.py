@@ -12,6 +12,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.errors",
     "sftcore.fsio",
     "sftcore.log",
+    "sftcore.settings",
     "sftcore.config",
     "sftcore.recipe",
     "sftcore.dist",
@@ -25,7 +26,14 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.study",
     "launcher",
 ]
-TORCH_FREE = ["sftcore.config", "sftcore.recipe", "sftcore.errors", "sftcore.fsio", "sftcore.log"]
+TORCH_FREE = [
+    "sftcore.settings",
+    "sftcore.config",
+    "sftcore.recipe",
+    "sftcore.errors",
+    "sftcore.fsio",
+    "sftcore.log",
+]
 DEEPSPEED_IMPORTERS = {"sftcore/train/engine.py", "sftcore/train/checkpoint.py"}
 
 

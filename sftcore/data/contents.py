@@ -8,14 +8,19 @@ are refused: Python's spelling of them need not be the one that the file's autho
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from sftcore.config import LabelWords
 from sftcore.data.ledger import Alteration, Change, Reason
 from sftcore.data.rows import Note, RawRow, has_surrogates
+from sftcore.settings import LabelWords
 
+UNKNOWN_LABEL = -1
+BARE_LABELS = ("0", "1")
+FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NOT_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "weight")  # each changes what is trained
 
@@ -39,11 +44,12 @@ class Fact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Two texts and whether they mean the same (`label`: 0 different, 1 same)."""
+    """Two texts and whether they mean the same (`label`: 0 different, 1 same, -1 unknown), perhaps why."""
 
     a: str
     b: str
     label: int
+    rationale: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,14 +188,67 @@ def label_numbers(labels: LabelWords) -> dict[str, int]:
 
 def parse_pair(fields: Fields, labels: Mapping[str, int]) -> Pair:
     """A row of a `pairs` file; `labels` is from `label_numbers`."""
+    a, b = _sides(fields)
+    label = fields.get("label")
+    spelling = "" if isinstance(label, bool) else str(label).strip().casefold()
+    if label_like := [text for text in (a, b) if text in BARE_LABELS]:
+        raise OddRow(Reason.LABEL_AS_TEXT, f"a text is {label_like[0]!r}, the label {label!r}")
+    if spelling not in labels:
+        raise OddRow(Reason.UNKNOWN_LABEL, f"label {label!r}")
+    rationale = fields.text("rationale") if fields.has("rationale") else None
+    pair = Pair(a=a, b=b, label=labels[spelling], rationale=rationale or None)
+    _note_oddities(pair, fields)
+    return pair
+
+
+def parse_unlabelled(fields: Fields) -> Pair:
+    """A row of a file of pairs to be judged."""
+    a, b = _sides(fields)
+    pair = Pair(a=a, b=b, label=UNKNOWN_LABEL)
+    _note_oddities(pair, fields)
+    return pair
+
+
+def _sides(fields: Fields) -> tuple[str, str]:
     a, b = fields.text("a"), fields.text("b")
     if not a or not b:
         raise OddRow(Reason.EMPTY_PROMPT, "one of the two texts is empty")
-    label = fields.get("label")
-    spelling = "" if isinstance(label, bool) else str(label).strip().casefold()
-    if spelling not in labels:
-        raise OddRow(Reason.UNKNOWN_LABEL, f"label {label!r}")
-    return Pair(a=a, b=b, label=labels[spelling])
+    return a, b
+
+
+def _note_oddities(pair: Pair, fields: Fields) -> None:
+    """Note what is kept as it stands, but may not be meant."""
+    if pair.a == pair.b:
+        fields.changed(Change.IDENTICAL_SIDES, f"label {pair.label}")
+    text = pair.a + pair.b
+    if text.isascii():
+        return
+    if FULL_WIDTH.search(text):
+        fields.changed(Change.FULL_WIDTH, "letters or digits")
+    if has_both_scripts(text):
+        fields.changed(Change.MIXED_SCRIPTS, "traditional and simplified")
+
+
+def has_both_scripts(text: str) -> bool:
+    """Whether there are characters of traditional-only and of simplified-only Chinese spelling.
+
+    By the national character sets: GB 2312 holds simplified spellings, Big5 traditional ones.
+
+    >>> has_both_scripts("发票怎麼開"), has_both_scripts("发票怎么开"), has_both_scripts("發票怎麼開")
+    (True, False, False)
+    """
+    han = {char for char in text if "\u4e00" <= char <= "\u9fff"}
+    simplified, traditional = ({c for c in han if _encodes(c, name)} for name in ("gb2312", "big5"))
+    return bool(simplified - traditional) and bool(traditional - simplified)
+
+
+@lru_cache(maxsize=2**15)
+def _encodes(char: str, charset: str) -> bool:
+    try:
+        char.encode(charset)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_example(fields: Fields) -> Completion | Chat:

@@ -59,7 +59,7 @@ def sample_text(content: Content) -> str:
         case Fact():
             return _joined(content.question or content.relation + content.subject, content.answers[0])
         case Pair():
-            return _joined(content.a, content.b, str(content.label))
+            return _joined(content.a, content.b, str(content.label), content.rationale or "")
         case Completion():
             return _joined(content.prompt, content.completion)
         case Chat():

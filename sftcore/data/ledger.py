@@ -47,11 +47,19 @@ class Reason(StrEnum):
     REFUSED_BY_TEMPLATE = "refused_by_template"
     NO_TOKENS = "no_tokens"
     OVERLENGTH = "overlength"
+    LABEL_AS_TEXT = "label_as_text"
+    NO_RATIONALE = "no_rationale"
 
 
 HYGIENE = frozenset({Reason.DUPLICATE, Reason.CONTRADICTORY_LABEL, Reason.LEAK})
 PROMPTING = frozenset(
-    {Reason.UNKNOWN_RELATION, Reason.REFUSED_BY_TEMPLATE, Reason.NO_TOKENS, Reason.OVERLENGTH}
+    {
+        Reason.UNKNOWN_RELATION,
+        Reason.REFUSED_BY_TEMPLATE,
+        Reason.NO_TOKENS,
+        Reason.OVERLENGTH,
+        Reason.NO_RATIONALE,
+    }
 )
 READING = frozenset(Reason) - HYGIENE - PROMPTING
 
@@ -62,6 +70,8 @@ REMEDIES = {
     Reason.OVERLENGTH: "raise data.max_length, or set data.overlength: trim_prompt",
     Reason.WRONG_FIELD_COUNT: "is a tab or comma inside a text? use JSONL, or CSV with quotes",
     Reason.UNKNOWN_RELATION: "give each fact its own question",
+    Reason.LABEL_AS_TEXT: "a text column holds labels: mend `columns` of the source",
+    Reason.NO_RATIONALE: "train on pairs that have one (sftcore rationales RECIPE writes them)",
 }
 
 
@@ -78,6 +88,9 @@ class Change(StrEnum):
     PROMPT_TRIMMED = "prompt_trimmed"
     BOS_IN_TEXT = "bos_in_text"
     STOP_IN_TEXT = "stop_in_text"
+    IDENTICAL_SIDES = "identical_sides"
+    MIXED_SCRIPTS = "mixed_scripts"
+    FULL_WIDTH = "full_width"
 
 
 def printable(text: str) -> str:

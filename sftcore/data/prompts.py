@@ -10,7 +10,7 @@ text; finding the smallest cut re-encodes such a sample about 12 times.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from sftcore.data.chat import ChatRefused, ChatRenderer
 from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
 from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
+from sftcore.data.rationales import Order, compose_answer
 from sftcore.data.records import Record
 from sftcore.data.rows import ignore
-from sftcore.data.seam import Draft, Encoded, encode_drafts
-from sftcore.data.tokens import Tokenizer, codec_of
+from sftcore.data.seam import Draft, Encoded, encode_classified, encode_drafts, encode_joined
+from sftcore.data.tokens import Codec, Tokenizer, codec_of
 from sftcore.data.trimming import cut_left, prompt_texts, with_prompt_texts
 from sftcore.data.wording import PromptOptions, Template, language_of, load_template, question_patterns
 from sftcore.errors import Problem, UserInputError
@@ -41,7 +42,7 @@ class Sample:
         id: of its record.
         input_ids: (T,) int32.
         labels: (T,) int32; `labels[i]` is the target of position i, after the shift; -100 where untrained, so
-            always at the end.
+            always at the end; a class stands at the last position, with nothing else trained.
         num_trained: targets that are not -100; at least 1.
         file: path of the file that the record stands in.
         row: its 1-based row there.
@@ -90,6 +91,8 @@ class Prompter:
         Raises:
             UserInputError: the template refuses the record (training would have rejected it).
         """
+        if isinstance(pair := record.content, Pair):
+            return f"{pair.a}\n{pair.b}" if self.options.joins_texts else self._texts(pair)[0]
         draft = self._draft(record.content)
         if isinstance(draft, Refusal):
             where = f"{record.file}:{record.row}"
@@ -104,6 +107,9 @@ class Prompter:
 
     def prompt_ids_batch(self, records: Sequence[Record]) -> list[list[int]]:
         """`prompt_ids` of each record, encoded in one batch."""
+        if self.options.joins_texts:
+            pairs = [record.content for record in records if isinstance(record.content, Pair)]
+            return self.codec.encode_joined([(pair.a, pair.b) for pair in pairs])
         encoded = self.codec.encode([self.prompt_text(record) for record in records])
         return [
             ids if isinstance(record.content, Chat) else self.codec.with_prefix(ids)
@@ -117,11 +123,28 @@ class Prompter:
 
     def label_ids(self, record: Record) -> tuple[list[int], list[int]]:
         """What would be trained after a pair's prompt for label 0 and for label 1, stop token included."""
-        assert isinstance(record.content, Pair)
-        pairs = [replace(record.content, label=label) for label in (0, 1)]
-        both = [encoded for encoded in self._encode(pairs) if isinstance(encoded, Encoded)]
-        different, same = (encoded.ids[encoded.num_prompt :] for encoded in both)
-        return different, same
+        return self.label_ids_batch([record])[0]
+
+    def label_ids_batch(self, records: Sequence[Record]) -> list[tuple[list[int], list[int]]]:
+        """`label_ids` of each pair; where a rationale follows, the label's line alone."""
+        drafts = [draft for record in records for draft in self._label_drafts(record)]
+        answers = [
+            encoded.ids[encoded.num_prompt :] for encoded in encode_drafts(self.codec, drafts) if encoded
+        ]
+        if self.options.matching.rationale == "after":
+            answers = [ids[:-1] for ids in answers]  # no stop token: the text goes on
+        return list(zip(answers[::2], answers[1::2], strict=True))
+
+    def _label_drafts(self, record: Record) -> list[Draft]:
+        pair = record.content
+        assert isinstance(pair, Pair)
+        prompt = self.prompt_text(record)
+        template, language = self._template_of(pair)
+        goes_on = self.options.matching.rationale == "after"
+        words = [f"{word}\n" if goes_on else word for word in self.label_words(language)]
+        nothing = dict.fromkeys(("a", "b", "label_0", "label_1"), "")  # completions hold the label only
+        answers = [template.fill(nothing | {"label": word})[1] for word in words]
+        return [Draft(pieces=(prompt, answer), is_bare=True) for answer in answers]
 
     def sample(self, record: Record, ledger: Ledger | None = None) -> Sample | Rejection:
         """One record's sample; alterations go to the ledger, the rejection is returned."""
@@ -151,9 +174,15 @@ class Prompter:
 
     def _encode(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
         drafts = [self._not_endless(self._draft(content)) for content in contents]
-        encoded = iter(encode_drafts(self.codec, [d for d in drafts if isinstance(d, Draft)]))
+        usable = [d for d in drafts if isinstance(d, Draft)]
+        encoded = iter(self._encoder()(self.codec, usable))
         nothing = Refusal(reason=Reason.NO_TOKENS, detail="prompt or answer has no tokens")
         return [(next(encoded) or nothing) if isinstance(d, Draft) else d for d in drafts]
+
+    def _encoder(self) -> Callable[[Codec, Sequence[Draft]], list[Encoded | None]]:
+        if self.options.joins_texts:
+            return encode_joined
+        return encode_classified if self.options.classifies else encode_drafts
 
     def _not_endless(self, draft: Draft | Refusal) -> Draft | Refusal:
         """Refuse a text that can't fit whatever its tokens are: 50 MB would be encoded for minutes."""
@@ -177,7 +206,16 @@ class Prompter:
             if content.question is None and "question" in self.options.templates["any"].placeholders:
                 detail = f"no question, and no pattern for relation {content.relation!r}"
                 return Refusal(reason=Reason.UNKNOWN_RELATION, detail=detail)
+        if isinstance(content, Pair):
+            return self._pair_draft(content)
         return Draft(pieces=self._texts(content), is_bare=True)
+
+    def _pair_draft(self, pair: Pair) -> Draft | Refusal:
+        is_explained = self.options.matching.rationale != "none"
+        if is_explained and pair.rationale is None:
+            return Refusal(reason=Reason.NO_RATIONALE, detail="the pair has no rationale")
+        pieces = (pair.a, pair.b) if self.options.joins_texts else self._texts(pair)
+        return Draft(pieces=pieces, is_bare=True, label=pair.label if self.options.classifies else None)
 
     def _asked(self, fact: Fact) -> Fact:
         """The fact with its relation's question if it has none of its own."""
@@ -199,14 +237,27 @@ class Prompter:
                 values = {"question": content.question or "", "subject": content.subject}
                 return self.options.templates["any"].fill(values | {"answer": content.answers[0]})
             case Pair():
-                language = language_of(content, self.options.matching.language)
-                templates = self.options.templates
-                template = templates["any"] if "any" in templates else templates[language]
-                different, same = words = self._label_words(language)
-                values = {"a": content.a, "b": content.b, "label_0": different, "label_1": same}
-                return template.fill(values | {"label": words[content.label]})
+                examples = [Pair(a=e.a, b=e.b, label=e.label) for e in self.options.matching.examples]
+                shown = [self._pair_texts(example, content) for example in examples]
+                prompt, completion = self._pair_texts(content, content)
+                return "".join(f"{p}{c}\n\n" for p, c in shown) + prompt, completion
 
-    def _label_words(self, language: str) -> tuple[str, str]:
+    def _pair_texts(self, pair: Pair, asked: Pair) -> tuple[str, str]:
+        """Prompt and completion of a pair in the language of the pair that is asked about."""
+        template, language = self._template_of(asked)
+        different, same = words = self.label_words(language)
+        order: Order = self.options.matching.rationale if pair.rationale else "none"
+        answer = compose_answer(words[pair.label], pair.rationale, order=order, language=language)
+        values = {"a": pair.a, "b": pair.b, "label_0": different, "label_1": same}
+        return template.fill(values | {"label": answer})
+
+    def _template_of(self, pair: Pair) -> tuple[Template, str]:
+        language = language_of(pair, self.options.matching.language)
+        templates = self.options.templates
+        return templates["any"] if "any" in templates else templates[language], language
+
+    def label_words(self, language: str) -> tuple[str, str]:
+        """Text of label 0 and of label 1 in "zh" or "en"."""
         labels = self.options.matching.labels
         return labels.zh if language == "zh" else labels.en
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from sftcore.config import LabelWords, Source
+from sftcore.config import Columns, Source
 from sftcore.data.arrow import arrow_rows, is_arrow
 from sftcore.data.contents import (
     Chat,
@@ -35,6 +35,7 @@ from sftcore.data.contents import (
     parse_id,
     parse_pair,
     parse_question,
+    parse_unlabelled,
 )
 from sftcore.data.ledger import Ledger, Rejection, printable, printable_path
 from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore, json_line_rows, json_list_rows
@@ -42,6 +43,7 @@ from sftcore.data.subjects import recover_subjects
 from sftcore.data.tables import object_rows, pair_rows
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
+from sftcore.settings import LabelWords
 
 __all__ = ["Chat", "Completion", "Content", "Fact", "Message", "Pair", "Record", "id_prefixes", "read_source"]
 RELATION_IN_NAME = re.compile(r"(P\d+)\b")
@@ -133,6 +135,30 @@ def span_records(
             continue
         name = row.id or f"{prefix}:{row.row}"
         yield Record(id=name, split=split, file=str(file), row=row.row, content=row.content)
+
+
+def read_unlabelled(
+    file: Path, columns: tuple[str, str], ledger: Ledger | None = None
+) -> Iterator[Record | Rejection]:
+    """The pairs of a TSV, CSV or JSONL file without labels (a label column is not looked at).
+
+    Args:
+        columns: names of the two text columns; a file of two columns may lack a header.
+
+    Raises:
+        UserInputError: no such file, one of another kind, or without these columns.
+    """
+    if not file.is_file():
+        raise UserInputError(Problem(what="no such file", where=str(file)))
+    note = ledger.alter if ledger else ignore
+    layout = Columns(a=columns[0], b=columns[1], label=None)
+    rows = pair_rows(file, layout, is_label=lambda _: False, note=note)
+    for row in _parsed(rows, file, parse_unlabelled, note):
+        if isinstance(row, Rejection):
+            yield row
+        else:
+            name = row.id or f"{file.stem}:{row.row}"
+            yield Record(id=name, split="pairs", file=str(file), row=row.row, content=row.content)
 
 
 def id_prefixes(files: Sequence[Path]) -> dict[Path, str]:

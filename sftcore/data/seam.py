@@ -34,10 +34,12 @@ class Draft:
         pieces: untrained, trained, untrained, trained, ...; ends with a trained one; none is empty.
         is_bare: the tokenizer's own prefix (bos) and the stop token are still to be added; a chat template
             writes both itself.
+        label: class of the first piece, where that is predicted instead of text.
     """
 
     pieces: tuple[str, ...]
     is_bare: bool
+    label: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,8 @@ class Encoded:
 
     Args:
         ids: T ids.
-        labels: T targets after the shift: `labels[i]` is to be predicted at position i; -100 where untrained.
+        labels: T targets after the shift: `labels[i]` is to be predicted at position i; -100 where untrained;
+            at the last position a class, if that is predicted instead of text.
         num_prompt: ids before the first trained one: what inference feeds.
         num_trained: targets that are not -100; at least 1.
         changes: what was done on the way, for the ledger.
@@ -74,6 +77,31 @@ def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]
         results[i] = [next(encoded) for _ in drafts[i].pieces]
     apart = frozenset(torn)
     return [_finish(codec, drafts[i], pieces or [], i in apart) for i, pieces in enumerate(results)]
+
+
+def encode_classified(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]:
+    """Encode the first piece of each draft alone; its last position is to predict the draft's class.
+
+    input_ids   Text   1   :   ...   Meaning   :
+    labels      ·      ·   ·   ·     ·         1
+    """
+    prompts = codec.encode([draft.pieces[0] for draft in drafts])
+    return [
+        _classified(codec.with_prefix(ids), draft.label) if ids else None
+        for ids, draft in zip(prompts, drafts, strict=True)
+    ]
+
+
+def encode_joined(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]:
+    """Encode both pieces of each draft as the tokenizer joins two texts; the last position has the class."""
+    joined = codec.encode_joined([(draft.pieces[0], draft.pieces[1]) for draft in drafts])
+    return [_classified(ids, draft.label) for ids, draft in zip(joined, drafts, strict=True)]
+
+
+def _classified(ids: list[int], label: int | None) -> Encoded:
+    assert label is not None
+    labels = [*[IGNORED] * (len(ids) - 1), label]
+    return Encoded(ids=ids, labels=labels, num_prompt=len(ids), num_trained=1, changes=())
 
 
 def _stretches(codec: Codec, pieces: Sequence[str]) -> list[tuple[str, str]]:

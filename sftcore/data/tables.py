@@ -19,7 +19,6 @@ from sftcore.data.ledger import Alteration, Change, Reason, Rejection, printable
 from sftcore.data.rows import WHOLE, Note, RawRow, Span, csv_rows, damaged, ignore, json_line_rows, tsv_rows
 
 EXTENSIONS = {".tsv": tsv_rows, ".txt": tsv_rows, ".csv": csv_rows, ".jsonl": json_line_rows}
-FIELDS = ("a", "b", "label")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +26,13 @@ class Layout:
     """Where a table's fields stand.
 
     Args:
-        positions: 0-based cells of a, b and label.
+        positions: 0-based cell of each field that the table has.
         num_cells: cells in each row.
         has_header: whether the first row is one.
         assumption: what was decided without being told, if anything.
     """
 
-    positions: tuple[int, int, int]
+    positions: dict[str, int]
     num_cells: int
     has_header: bool
     assumption: Change | None = None
@@ -76,7 +75,7 @@ def object_rows(
     path: Path, columns: Columns, rows: Iterator[RawRow | Rejection]
 ) -> Iterator[RawRow | Rejection]:
     """The rows' objects with the names of `columns` replaced by a, b and label."""
-    names = {"a": columns.a, "b": columns.b, "label": columns.label, "id": "id"}
+    names = {field: name for field, name in columns.model_dump().items() if name is not None} | {"id": "id"}
     if not all(isinstance(name, str) for name in names.values()):
         raise damaged(path, "columns by number need a TSV or CSV file", remedy="name the fields in `columns`")
     for row in rows:
@@ -128,9 +127,7 @@ def _pair_of(path: Path, row: RawRow | Rejection, layout: Layout, *, number: int
             excerpt=printable(" | ".join(row.value)),
             detail=f"{len(row.value)} fields, not {layout.num_cells}",
         )
-    return RawRow(
-        number=number, value={f: row.value[p] for f, p in zip(FIELDS, layout.positions, strict=True)}
-    )
+    return RawRow(number=number, value={field: row.value[place] for field, place in layout.positions.items()})
 
 
 def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callable[[str], bool]) -> Layout:
@@ -142,11 +139,16 @@ def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callab
     Raises:
         UserInputError: a named or numbered column is not there.
     """
-    wanted = (columns.a, columns.b, columns.label)
+    wanted = {field: name for field, name in columns.model_dump().items() if name is not None}
+    optional = wanted.pop("rationale")
     header = [cell.strip() for cell in cells]
-    missing = [c for c in wanted if (c not in header if isinstance(c, str) else not 0 <= c < len(cells))]
-    if len(missing) == 3 == len(cells) and all(isinstance(c, str) for c in missing) and is_label(cells[2]):
-        return Layout(positions=(0, 1, 2), num_cells=3, has_header=False, assumption=Change.HEADER_ABSENT)
+    missing = [name for name in wanted.values() if not _is_there(name, header)]
+    is_bare = len(missing) == len(wanted) == len(cells) and all(isinstance(name, str) for name in missing)
+    if is_bare and ("label" not in wanted or is_label(cells[2])):
+        positions = {field: place for place, field in enumerate(wanted)}
+        return Layout(
+            positions=positions, num_cells=len(cells), has_header=False, assumption=Change.HEADER_ABSENT
+        )
     if missing:
         near = [n for c in missing for n in difflib.get_close_matches(str(c), header, n=1)]
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -156,12 +158,19 @@ def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callab
             got=f"first row: {printable(' | '.join(cells))}",
             remedy=f"{hint}set `columns: {{a:, b:, label:}}` of the source: header names or 0-based numbers",
         )
-    a, b, label = (header.index(c) if isinstance(c, str) else c for c in wanted)
-    named = any(isinstance(c, str) for c in wanted)
-    assumed = not named and not is_label(cells[label]) and not cells[label].strip().lstrip("-").isdigit()
+    if _is_there(optional, header):
+        wanted["rationale"] = optional
+    positions = {f: header.index(name) if isinstance(name, str) else name for f, name in wanted.items()}
+    named = any(isinstance(name, str) for name in wanted.values())
+    label = cells[positions["label"]] if "label" in positions else ""
+    assumed = not named and bool(label) and not is_label(label) and not label.strip().lstrip("-").isdigit()
     return Layout(
-        positions=(a, b, label),
+        positions=positions,
         num_cells=len(cells),
         has_header=named or assumed,
         assumption=Change.HEADER_ASSUMED if assumed else None,
     )
+
+
+def _is_there(column: str | int, header: list[str]) -> bool:
+    return column in header if isinstance(column, str) else 0 <= column < len(header)

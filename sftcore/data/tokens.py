@@ -42,7 +42,7 @@ class Codec:
     Args:
         tokenizer: a fast tokenizer.
         prefix: ids that it puts before a text by itself (bos, or none).
-        stop_id: eos, the id that ends an answer.
+        stop_id: eos (of an encoder the separator), the id that ends an answer.
         special_ids: ids of its special tokens.
         is_local: it encodes what stands before and after a space between two words independently.
         longest_token: bytes that a token stands for at most; None where that isn't known.
@@ -65,6 +65,13 @@ class Codec:
         full = [text for text in texts if text]
         encodings = iter(backend.encode_batch_fast(full, add_special_tokens=False))
         return [next(encodings).ids if text else [] for text in texts]
+
+    def encode_joined(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Ids of each pair of texts with all that the tokenizer puts around and between them."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return [found.ids for found in backend.encode_batch_fast(list(pairs), add_special_tokens=True)]
 
     def last_cut(self, text: str, start: int, end: int) -> int:
         """The last place in text[start:end] with ids(before) + ids(after) = ids(whole), or `start`.
@@ -93,7 +100,8 @@ def codec_of(tokenizer: Tokenizer) -> Codec:
     Raises:
         UserInputError: it has no eos token, or changes a text beyond adding a prefix and a suffix.
     """
-    if tokenizer.eos_token_id is None:
+    stop_id = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if stop_id is None:
         raise UserInputError(
             Problem(
                 what="the tokenizer has no end-of-sequence token, so answers could never end",
@@ -106,7 +114,7 @@ def codec_of(tokenizer: Tokenizer) -> Codec:
     return Codec(
         tokenizer=tokenizer,
         prefix=_own_prefix(tokenizer),
-        stop_id=tokenizer.eos_token_id,
+        stop_id=stop_id,
         special_ids=frozenset(special | set(tokenizer.all_special_ids)),
         is_local=(is_local := _is_local(tokenizer)),
         longest_token=max(map(len, tokenizer.get_vocab())) if is_local else None,

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftcore.config import LabelWords, Source
+from sftcore.config import Source
 from sftcore.data.arrow import arrow_spans, dataset_files, is_arrow, is_dataset
 from sftcore.data.records import shares_of
 from sftcore.data.rows import WHOLE, Span, read_errors_explained
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
+from sftcore.settings import LabelWords
 
 PART_BYTES = 4 * 2**20  # about 1 s of work, so that workers end together
 MAX_PARTS = 512  # each is three memory maps when the store is open

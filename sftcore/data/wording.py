@@ -19,13 +19,16 @@ from typing import Any
 
 import yaml
 
-from sftcore.config import DataSettings, InlineTemplate, MatchingSettings, Recipe
+from sftcore.config import DataSettings, InlineTemplate, Recipe
 from sftcore.data.contents import Pair
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import ASSETS
+from sftcore.settings import MatchingSettings
 
 CJK_LETTER_SHARE = 0.1  # of a pair's letters; 5 of the 4,000 PAWS-X Chinese pairs lie below it (2026-11)
 WHERE = "data.template"
+LANGUAGES = ("zh", "en")
+NOT_OF_SAMPLES = ("predict", "normalise", "teacher")  # keys of `matching` that decide no sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +159,7 @@ class PromptOptions:
     Args:
         task: "qa", "matching" or "chat".
         templates: by language ("zh", "en"); "any" where the language doesn't matter.
-        matching: label words and language.
+        matching: label words, language, examples, rationales.
         max_length: tokens in a sample at most.
         overlength: "reject", "trim_prompt" or "error" (an error is a rejection here; prepare raises it).
     """
@@ -182,12 +185,24 @@ class PromptOptions:
             overlength=recipe.data.overlength,
         )
 
+    @property
+    def classifies(self) -> bool:
+        """Whether samples have a class instead of a completion."""
+        return self.task == "matching" and self.matching.mode != "generative"
+
+    @property
+    def joins_texts(self) -> bool:
+        """Whether the model gets both texts as the tokenizer joins two texts, without a prompt."""
+        return self.task == "matching" and self.matching.mode == "encoder"
+
     def identity(self) -> dict[str, Any]:
         """All of it as JSON values, for fingerprints."""
         return {
             "task": self.task,
             "templates": {language: asdict(template) for language, template in self.templates.items()},
-            "matching": self.matching.model_dump(mode="json") if self.task == "matching" else None,
+            "matching": self.matching.model_dump(mode="json", exclude=set(NOT_OF_SAMPLES))
+            if self.task == "matching"
+            else None,
             "max_length": self.max_length,
             "overlength": self.overlength,
         }
@@ -199,9 +214,16 @@ def _templates(recipe: Recipe) -> dict[str, Template]:
     if recipe.task == "chat":
         return {}
     if recipe.task == "matching" and setting == DataSettings.model_fields["template"].default:
-        kind = recipe.matching.prompt
-        return {lang: load_template(f"matching-{kind}-{lang}", task="matching") for lang in ("zh", "en")}
+        names = {language: _matching_name(recipe.matching, language) for language in LANGUAGES}
+        return {language: load_template(name, task="matching") for language, name in names.items()}
     return {"any": load_template(setting, task=recipe.task)}
+
+
+def _matching_name(settings: MatchingSettings, language: str) -> str:
+    """Name of the shipped template that the settings ask for."""
+    asks_why = settings.prompt == "complex" and settings.rationale != "none"
+    kind = f"complex-{settings.rationale}" if asks_why else settings.prompt
+    return f"matching-{kind}-{language}" + (f"-{settings.wording}" if settings.wording else "")
 
 
 def language_of(pair: Pair, setting: str) -> str:

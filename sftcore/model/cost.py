@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sftcore.batching.schedule import CostCoefficients
@@ -29,6 +29,7 @@ from sftcore.config import AdapterSettings, Recipe
 from sftcore.model.adapters import add_adapter
 from sftcore.model.load import load_config
 from sftcore.model.loss import CHUNK_ELEMENTS
+from sftcore.settings import NUM_CLASSES
 
 FLOPS_PER_WEIGHT = 6  # 2 forward, 4 backward
 FLOPS_PER_FROZEN_WEIGHT = 4  # 2 forward, 2 backward: only the gradient of its input
@@ -130,17 +131,27 @@ class ModelCost:
         return chunk + (4 * self.vocabulary * self.hidden_size if self.trains_all else 0)
 
 
-def measure_model(config: Any, adapter: AdapterSettings | None = None) -> ModelCost:
+def measure_model(
+    config: Any, adapter: AdapterSettings | None = None, *, num_classes: int | None = None
+) -> ModelCost:
     """Count a model's parameters without making them.
 
     Args:
         config: a causal LM's transformers configuration.
         adapter: what is trained instead of all weights.
+        num_classes: of a classifier in the vocabulary's place.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    output = model.get_output_embeddings()
-    outside = {id(p): p.numel() for p in (output.weight, model.get_input_embeddings().weight)}
+        if num_classes is None:
+            model = AutoModelForCausalLM.from_config(config)
+        else:
+            model = AutoModelForSequenceClassification.from_config(config)
+    output = model.get_output_embeddings()  # a classifier has none; its own few weights count as body
+    outside = {
+        id(p): p.numel()
+        for p in (None if output is None else output.weight, model.get_input_embeddings().weight)
+        if p is not None
+    }
     total = sum(p.numel() for p in model.parameters())
     text = config.get_text_config()
     values = text.to_dict()
@@ -150,7 +161,7 @@ def measure_model(config: Any, adapter: AdapterSettings | None = None) -> ModelC
         num_parameters=total,
         num_body_parameters=total - sum(outside.values()),
         hidden_size=text.hidden_size,
-        vocabulary=output.weight.shape[0],
+        vocabulary=num_classes or output.weight.shape[0],
         num_layers=text.num_hidden_layers,
         attention_width=heads * (values.get("head_dim") or text.hidden_size // heads),
         num_trained_parameters=trained,
@@ -218,7 +229,8 @@ def count_saved_bytes(model: Any) -> SavedBytes:
 
 def measure_recipe(recipe: Recipe) -> ModelCost:
     """Sizes of the recipe's model."""
-    cost = measure_model(load_config(recipe.model), recipe.adapter)
+    num_classes = NUM_CLASSES if recipe.classifies else None
+    cost = measure_model(load_config(recipe.model), recipe.adapter, num_classes=num_classes)
     if cost.trains_all or not recipe.model.add_tokens:
         return cost
     beside = cost.num_parameters - cost.num_body_parameters  # the vocabulary is trained with the adapter

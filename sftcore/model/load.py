@@ -82,19 +82,16 @@ def decode_states(causal_lm: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def output_head(model: PreTrainedModel) -> nn.Module:
     """The vocabulary projection of a causal LM, or the classifier of a `...ForSequenceClassification`."""
     head: nn.Module | None = model.get_output_embeddings()
-    return model.get_submodule("score") if head is None else head
+    return dict(model.named_children()).get("score", model) if head is None else head
 
 
-def load_classifier_for_training(
-    recipe: Recipe, *, num_labels: int, sharded_by: dict[str, Any] | None = None
-) -> LossModel:
+def load_classifier_for_training(recipe: Recipe, *, num_labels: int) -> LossModel:
     """The model with a linear classifier on one position per document (its last), instead of the vocabulary.
 
     Samples for it have one label, at their last position: the class. Everything else is as for a causal LM.
     """
-    return _load_trainable(
-        recipe, AutoModelForSequenceClassification, sharded_by=sharded_by, num_labels=num_labels
-    )
+    torch.manual_seed(recipe.seed)  # of the classifier's first weights, the same on all ranks
+    return _load_trainable(recipe, AutoModelForSequenceClassification, sharded_by=None, num_labels=num_labels)
 
 
 def load_for_training(recipe: Recipe, *, sharded_by: dict[str, Any] | None = None) -> LossModel:
@@ -123,7 +120,7 @@ def _load_trainable(
         options["quantization_config"] = quantisation_settings(dtype)
     # from_pretrained shards the weights as it reads them, as long as this object lives
     sharding = HfDeepSpeedConfig(sharded_by) if sharded_by is not None else None
-    model = _load(settings, kind, dtype=dtype, attention=attention, **options)
+    model = load_pretrained(settings, kind, dtype=dtype, attention=attention, **options)
     del sharding
     grow_vocabulary(model, settings)
     model.config.use_cache = False
@@ -152,22 +149,29 @@ def checkpoint_activations(model: PreTrainedModel, *, stage: int) -> None:
 
 
 def load_for_decoding(
-    settings: ModelSettings, *, dtype: str | None = None, quantised: bool = False
+    settings: ModelSettings,
+    *,
+    dtype: str | None = None,
+    quantised: bool = False,
+    attention: str | None = None,
+    kind: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """The model as transformers decodes with it, on the GPU if there is one.
 
     Args:
         settings: its path may be an adapter folder: its base is loaded, with the adapter beside the layers.
         quantised: hold the base in 4 bits, as QLoRA trained it.
+        attention: name of a registered attention; None: what decodes fastest.
+        kind: the Auto class to load with.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     adapter = Path(settings.path) if is_adapter(Path(settings.path)) else None
     if adapter:
         settings = settings.model_copy(update={"path": base_of(adapter)})
     own_dtype = DTYPES[dtype or settings.dtype]
-    attention = "sdpa" if device == "cuda" else "eager"  # eager: 1.3 times as fast a token on CPUs
+    attention = attention or ("sdpa" if device == "cuda" else "eager")  # 1.3 times as fast a token on CPUs
     options = {"quantization_config": quantisation_settings(own_dtype)} if quantised else {}
-    model = _load(settings, AutoModelForCausalLM, dtype=own_dtype, attention=attention, **options)
+    model = load_pretrained(settings, kind, dtype=own_dtype, attention=attention, **options)
     grow_vocabulary(model, settings)
     if adapter:
         attach_adapter(model, adapter)
@@ -188,9 +192,15 @@ def load_config(settings: ModelSettings) -> Any:
         raise _not_loadable(settings.path, error) from error
 
 
-def _load(
+def load_pretrained(
     settings: ModelSettings, kind: Any, *, dtype: torch.dtype, attention: str, **options: Any
 ) -> PreTrainedModel:
+    """A model of `kind`, an Auto class.
+
+    Raises:
+        UserInputError: the folder holds none.
+        MissingEnvironmentError: a hub name that can't be reached.
+    """
     disable_progress_bar()  # transformers' own; ours tell of stages
     try:
         return kind.from_pretrained(
@@ -233,16 +243,18 @@ def install_head(model: PreTrainedModel, *, z_loss: float, label_smoothing: floa
     linear = output_head(model)
     if not isinstance(linear, nn.Linear):
         raise _unfit(model, f"its output layer is a {type(linear).__name__}, not a linear layer")
+    is_causal_lm = model.get_output_embeddings() is not None
+    text = model.config.get_text_config().to_dict()
     head = TrainedTokenHead.from_linear(
         linear,
-        softcap=model.config.get_text_config().to_dict().get("final_logit_softcapping"),
+        softcap=text.get("final_logit_softcapping") if is_causal_lm else None,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
     )
-    if model.get_output_embeddings() is None:
-        model.score = head
-    else:
+    if is_causal_lm:
         model.set_output_embeddings(head)
+    else:
+        model.score = head
 
 
 def prove_head_and_packs(model: PreTrainedModel) -> None:

@@ -19,9 +19,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from sftcore.config import Recipe, Settings
+from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import load_recipe
+from sftcore.settings import Settings
 
 DRAW = "select.draw"
 MAX_VALUE_LETTERS = 24

@@ -27,6 +27,8 @@ from sftcore.train.model_card import write_card
 SHARD_BYTES = 2 * 10**9
 Named = tuple[str, torch.Tensor]
 
+MATCHING_FILE = "matching.json"  # beside the weights: which prompts and label words they were trained with
+
 
 def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Path) -> None:
     """Write what was trained into `folder`; all ranks must call it.
@@ -41,13 +43,43 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
             if engine.trains_adapter:
                 write_adapter(engine.loss_model.causal_lm, dict(weights), temporary)
             else:
+                if recipe.classifies:
+                    _name_classes(engine, tokenizer, recipe)
                 _write_model(engine, weights, temporary, recipe.name)
             tokenizer.save_pretrained(temporary)
             write_card(recipe, temporary)
+            if recipe.task == "matching":
+                write_json(temporary / MATCHING_FILE, _what_inference_needs(recipe))
     else:
         for _ in weights:
             pass
     dist.barrier()
+
+
+def _what_inference_needs(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that decide prompts and predictions; paths of data stay behind."""
+    return {
+        "task": recipe.task,
+        "model": {"path": "", "dtype": recipe.model.dtype},
+        "adapter": {"kind": recipe.adapter.kind},
+        "data": {
+            "train": [{"format": "pairs", "path": ""}],
+            "template": recipe.model_dump(mode="json")["data"]["template"],
+        },
+        "batch": {"samples_per_step": 1, "capacity": recipe.max_length},
+        "evaluate": recipe.evaluate.model_dump(mode="json"),
+        "matching": recipe.matching.model_dump(mode="json", exclude={"teacher"}),
+    }
+
+
+def _name_classes(engine: Engine, tokenizer: Any, recipe: Recipe) -> None:
+    """Note the classes' names, and a pad token: transformers finds the last real token of a row by it."""
+    config = engine.loss_model.causal_lm.config
+    config.id2label = dict(enumerate(recipe.matching.labels.en))
+    config.label2id = {word: number for number, word in config.id2label.items()}
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def _write_model(engine: Engine, weights: Iterable[Named], folder: Path, name: str) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from tiny_tokenizers import CHATML, build_bpe, build_words
 
-from sftcore.config import InlineTemplate, LabelWords, MatchingSettings, Source
+from sftcore.config import InlineTemplate, Source
 from sftcore.data.ledger import Ledger, Rejection
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record, read_source
 from sftcore.data.wording import load_template
+from sftcore.settings import LabelWords, MatchingSettings
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,14 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 import sftcore.data.arrow as arrow_module
-from sftcore.config import LabelWords, Recipe, Source
+from sftcore.config import Recipe, Source
 from sftcore.data.arrow import identity_of, open_dataset
 from sftcore.data.contents import Completion, Pair
 from sftcore.data.prepare import prepare_store, store_fingerprint
 from sftcore.data.records import span_records
 from sftcore.data.units import cut_sources
 from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.settings import LabelWords
 
 ROWS = [{"prompt": f"Q{i}?", "completion": f" A{i}"} for i in range(2500)]
 

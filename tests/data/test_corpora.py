@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sftcore.config import LabelWords, Source
+from sftcore.config import Source
 from sftcore.data.hygiene import judge
 from sftcore.data.ledger import Reason
 from sftcore.data.records import Record, read_source
 from sftcore.data.wording import language_of
+from sftcore.settings import LabelWords
 
 DATA = Path(os.environ.get("SFTCORE_TEST_DATA", "nowhere"))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="SFTCORE_TEST_DATA is not set")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftcore.config import Columns, LabelWords, Source
+from sftcore.config import Columns, Source
 from sftcore.data.contents import label_numbers
 from sftcore.data.ledger import Change, Reason
 from sftcore.data.records import (
@@ -23,6 +23,7 @@ from sftcore.data.records import (
     read_source,
 )
 from sftcore.errors import UserInputError
+from sftcore.settings import LabelWords
 
 FACT = {"relation": "P19", "subject": "Ann", "answers": ["Rome"]}
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " yo "}]

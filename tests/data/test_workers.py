@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 import sftcore.data.prepare as prepare_module
 import sftcore.data.workers as workers_module
-from sftcore.config import LabelWords, Recipe, Source
+from sftcore.config import Recipe, Source
 from sftcore.data.parts import part_name
 from sftcore.data.prepare import prepare_shard, prepare_store
 from sftcore.data.records import read_source, span_records
 from sftcore.data.store import TokenStore
 from sftcore.data.units import Unit, cut_sources, share_of_job
 from sftcore.errors import SftError, UserInputError
+from sftcore.settings import LabelWords
 
 NUM_ROWS = 3000
 LINES = st.sampled_from(

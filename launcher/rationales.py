@@ -1,0 +1,171 @@
+"""`sftcore rationales`: ask a teacher why pairs match or not, and keep what agrees with the gold labels.
+
+In: a recipe's training pairs and `matching.teacher`. Out: a `pairs` file with a rationale in each row, and
+beside it FILE.summary.json; RUN/teacher.jsonl holds every reply.
+Invariant: pairs = kept + disagreeing + unparsable + failed; the file appears whole, in the order of the data.
+Trade-off: the teacher sees no gold label, so its reply is a judgement and some are lost to disagreement (the
+summary reports the yield); told the answer, it would find reasons for wrong labels too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.run_folder import open_run
+from sftcore.config import Recipe
+from sftcore.data.contents import Pair
+from sftcore.data.ledger import Ledger
+from sftcore.data.prepare import load_records
+from sftcore.data.rationales import CONCLUSION, parse_answer
+from sftcore.data.records import Record
+from sftcore.data.teacher import Failure, Reply, ReplyCache, ask_all, connect
+from sftcore.data.tokens import load_tokenizer
+from sftcore.data.wording import language_of, load_template
+from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import write_json, write_jsonl
+from sftcore.log import progress
+from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
+from sftcore.model.load import load_for_decoding
+from sftcore.settings import MatchingSettings, TeacherSettings
+
+log = logging.getLogger("sftcore.rationales")
+MIN_KEPT = 100  # fewer make no arm of a comparison
+TOKENS_PER_PRICE = 1_000_000
+Replies = Mapping[str, Reply | Failure]
+
+
+def write_rationales(recipe: Recipe, to: Path | None = None) -> dict[str, Any]:
+    """Ask for all training pairs what the cache does not hold, and write the pairs that are kept.
+
+    Args:
+        to: the pairs file; None: RUN/rationales.jsonl.
+
+    Returns:
+        the summary: counts, yield, tokens, cost, and whether there are enough for an arm.
+
+    Raises:
+        UserInputError: no teacher in the recipe, or its server refuses us.
+        MissingEnvironmentError: the server is gone; what it said so far is kept.
+    """
+    teacher = recipe.matching.teacher
+    if recipe.task != "matching" or teacher is None:
+        remedy = "e.g. teacher: {base_url: http://127.0.0.1:8000/v1, model: NAME}"
+        raise UserInputError(Problem(what="no teacher is named", where="matching.teacher", remedy=remedy))
+    with open_run(recipe, purpose="rationales") as run:
+        records = load_records(recipe, "train", Ledger())
+        prompts = {record.id: teacher_prompt(record, recipe.matching) for record in records}
+        named = {"model": teacher.model or recipe.model.path}
+        deciding = {"backend", "temperature", "max_new_tokens"}
+        cache = ReplyCache(run / "teacher.jsonl", teacher.model_dump(include=deciding) | named)
+        if teacher.backend == "server":
+            replies: Replies = ask_all(prompts, connect(teacher), cache, concurrency=teacher.concurrency)
+        else:
+            replies = _ask_here(recipe, teacher, prompts, cache)
+        kept, counts = keep_agreeing(records, replies, recipe.matching)
+        target = to or run / "rationales.jsonl"
+        write_jsonl(target, kept)
+        summary = summarise(counts, replies, teacher)
+        write_json(target.with_name(target.name + ".summary.json"), summary)
+        return {"file": str(target), **summary}
+
+
+def teacher_prompt(record: Record, settings: MatchingSettings) -> str:
+    """The complex prompt that asks for a reason and then a conclusion; without the gold label."""
+    pair = record.content
+    assert isinstance(pair, Pair)
+    language = language_of(pair, settings.language)
+    template = load_template(f"matching-complex-before-{language}", task="matching")
+    different, same = settings.labels.zh if language == "zh" else settings.labels.en
+    values = {"a": pair.a, "b": pair.b, "label_0": different, "label_1": same, "label": ""}
+    return template.fill(values)[0]
+
+
+def keep_agreeing(
+    records: Sequence[Record], replies: Replies, settings: MatchingSettings
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Rows of pairs whose reply concludes with the gold label, and what became of all pairs."""
+    kept, counts = [], Counter(kept=0, disagreeing=0, unparsable=0, failed=0)
+    for record in records:
+        fate, rationale = _judge(record, replies[record.id], settings)
+        counts[fate] += 1
+        if fate == "kept" and isinstance(pair := record.content, Pair):
+            row = {"id": record.id, "sentence1": pair.a, "sentence2": pair.b, "label": pair.label}
+            kept.append({**row, "rationale": rationale})
+    return kept, counts
+
+
+def _judge(record: Record, reply: Reply | Failure, settings: MatchingSettings) -> tuple[str, str]:
+    """(kept | disagreeing | unparsable | failed, rationale)."""
+    pair = record.content
+    assert isinstance(pair, Pair)
+    if isinstance(reply, Failure):
+        return "failed", ""
+    language = language_of(pair, settings.language)
+    words = settings.labels.zh if language == "zh" else settings.labels.en
+    label = parse_answer(reply.text, words, order="before", language=language)
+    rationale = " ".join(reply.text.rpartition(CONCLUSION[language].strip())[0].split())
+    if label is None or not rationale:
+        return "unparsable", ""
+    return ("kept" if label == pair.label else "disagreeing"), rationale
+
+
+def summarise(counts: Counter[str], replies: Replies, teacher: TeacherSettings) -> dict[str, Any]:
+    """Counts, the share that was kept, tokens and what they cost."""
+    given = [reply for reply in replies.values() if isinstance(reply, Reply)]
+    num_input, num_output = (
+        sum(reply.num_input_tokens for reply in given),
+        sum(reply.num_output_tokens for reply in given),
+    )
+    cost = (num_input * teacher.input_price + num_output * teacher.output_price) / TOKENS_PER_PRICE
+    return {
+        "num_pairs": counts.total(),
+        **counts,
+        "yield": counts["kept"] / counts.total(),
+        "num_input_tokens": num_input,
+        "num_output_tokens": num_output,
+        "cost": cost,
+        "arm": "run" if counts["kept"] >= MIN_KEPT else f"not run: fewer than {MIN_KEPT} kept",
+    }
+
+
+def _ask_here(
+    recipe: Recipe, teacher: TeacherSettings, prompts: Mapping[str, str], cache: ReplyCache
+) -> dict[str, Reply]:
+    """Greedy replies of a model in this process, batch by batch into the cache."""
+    known = {key: cache.get(prompt) for key, prompt in prompts.items()}
+    todo = [key for key, reply in known.items() if reply is None]
+    settings = recipe.model.model_copy(update={"path": teacher.model or recipe.model.path})
+    tokenizer = load_tokenizer(settings.path, settings.trust_remote_code)
+    model = load_for_decoding(settings) if todo else None
+    ids = [_as_asked(tokenizer, prompts[key]) for key in todo]
+    with progress("asking the model", len(todo)) as advance:
+        for batch in batches_by_length(ids, prompts_per_batch=recipe.evaluate.batch_size):
+            assert model is not None
+            completions = decode_batch(
+                model,
+                [ids[i] for i in batch],
+                max_new_tokens=teacher.max_new_tokens,
+                stop_ids=stop_ids(model, tokenizer),
+            )
+            for i, tokens in zip(batch, completions, strict=True):
+                reply = Reply(
+                    text=tokenizer.decode(tokens, skip_special_tokens=True),
+                    num_input_tokens=len(ids[i]),
+                    num_output_tokens=len(tokens),
+                )
+                cache.put(prompts[todo[i]], reply)
+                known[todo[i]] = reply
+            advance(len(batch))
+    return {key: reply for key, reply in known.items() if reply is not None}
+
+
+def _as_asked(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt as the model's chat template puts it, or as it stands for a base model."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(prompt)["input_ids"])
+    turns = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))

@@ -1,0 +1,183 @@
+"""Predictions for pairs: the likelier label text, the generated one, or a classifier's class.
+
+In: pair records, a model folder, the recipe's matching section. Out: rows of predictions.jsonl with the score
+of label 1, and what scores.json says of them beyond accuracy.
+Invariant: the prompt is the one that training conditioned on; `correct` means the gold label, however it was
+predicted.
+Trade-off: a generated text that is not exactly in the trained form counts as unparsable and wrong; their
+number is reported (a base model: often all), as a lenient reading would hide an unlearnt form.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sftcore.config import Recipe
+from sftcore.data.contents import Pair
+from sftcore.data.prompts import Prompter
+from sftcore.data.rationales import parse_answer
+from sftcore.data.records import Record
+from sftcore.data.wording import LANGUAGES, language_of
+from sftcore.log import progress
+from sftcore.model.encoder import encoder_logits
+from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
+from sftcore.model.likelihood import Question, class_logits, continuation_scores, load_for_scoring
+from sftcore.model.load import load_for_decoding
+
+__all__ = ["Verdict", "judge_pairs", "pair_rows", "pair_scores"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a model says of a pair.
+
+    Args:
+        label: 0 or 1; None where a generated text holds no label in the trained form.
+        text: the label's word, or what was generated.
+        score: by how much label 1 is preferred: difference of the two label texts' scores in nats, or of the
+            two logits; None where text was generated.
+    """
+
+    label: int | None
+    text: str
+    score: float | None
+
+
+def judge_pairs(
+    recipe: Recipe, folder: str, records: Sequence[Record], prompter: Prompter, *, quantised: bool = False
+) -> list[Verdict]:
+    """What the model in `folder` says of each pair, in the records' order.
+
+    Raises:
+        UserInputError: no such model, or one that can't be scored.
+    """
+    if recipe.matching.mode == "encoder":
+        return _encoder_verdicts(recipe, folder, records, prompter)
+    settings = recipe.model.model_copy(update={"path": folder})
+    if not recipe.classifies and not recipe.matching.compares_likelihoods:
+        return _generated(recipe, load_for_decoding(settings, quantised=quantised), records, prompter)
+    model = load_for_scoring(settings, classifies=recipe.classifies, quantised=quantised)
+    verdicts: dict[int, Verdict] = {}
+    for language in LANGUAGES:  # prompts of a language begin alike, which is then computed once a pack
+        numbers = [i for i, record in enumerate(records) if _language(record, prompter) == language]
+        chosen = [records[i] for i in numbers]
+        scores = (
+            _class_margins(model, chosen, prompter)
+            if recipe.classifies
+            else _text_margins(model, chosen, prompter, mean=recipe.matching.normalise == "mean")
+        )
+        for i, score in zip(numbers, scores, strict=True):
+            verdicts[i] = _verdict(score, records[i], prompter)
+    return [verdicts[i] for i in range(len(records))]
+
+
+def _verdict(score: float, record: Record, prompter: Prompter) -> Verdict:
+    label = int(score > 0)
+    text = prompter.label_words(_language(record, prompter))[label]
+    return Verdict(label=label, text=text, score=score)
+
+
+def _encoder_verdicts(
+    recipe: Recipe, folder: str, records: Sequence[Record], prompter: Prompter
+) -> list[Verdict]:
+    logits = encoder_logits(recipe, folder, prompter.prompt_ids_batch(records))
+    margins = [same - different for different, same in logits]
+    return [_verdict(score, record, prompter) for score, record in zip(margins, records, strict=True)]
+
+
+def _class_margins(model: PreTrainedModel, records: Sequence[Record], prompter: Prompter) -> list[float]:
+    questions = [Question(prompt=ids) for ids in prompter.prompt_ids_batch(records)]
+    return [same - different for different, same in class_logits(model, questions)]
+
+
+def _text_margins(
+    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, *, mean: bool
+) -> list[float]:
+    prompts, answers = prompter.prompt_ids_batch(records), prompter.label_ids_batch(records)
+    questions = [
+        Question(prompt=prompt, continuations=both) for prompt, both in zip(prompts, answers, strict=True)
+    ]
+    scored = continuation_scores(model, questions)
+    return [_normalised(same, mean) - _normalised(different, mean) for different, same in scored]
+
+
+def _normalised(token_scores: Sequence[float], mean: bool) -> float:
+    """Sum of the tokens' log-likelihoods, or their mean, which does not punish the longer label."""
+    return sum(token_scores) / (len(token_scores) if mean else 1)
+
+
+def _generated(
+    recipe: Recipe, model: PreTrainedModel, records: Sequence[Record], prompter: Prompter
+) -> list[Verdict]:
+    prompts, tokenizer = prompter.prompt_ids_batch(records), prompter.codec.tokenizer
+    verdicts: dict[int, Verdict] = {}
+    with progress("evaluating", len(records)) as advance:
+        for batch in batches_by_length(prompts, prompts_per_batch=recipe.evaluate.batch_size):
+            completions = decode_batch(
+                model,
+                [prompts[i] for i in batch],
+                max_new_tokens=recipe.evaluate.max_new_tokens,
+                stop_ids=stop_ids(model, tokenizer),
+            )
+            for i, tokens in zip(batch, completions, strict=True):
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                verdicts[i] = Verdict(label=_read(text, records[i], prompter), text=text, score=None)
+            advance(len(batch))
+    return [verdicts[i] for i in range(len(records))]
+
+
+def _read(text: str, record: Record, prompter: Prompter) -> int | None:
+    language = _language(record, prompter)
+    order = prompter.options.matching.rationale
+    return parse_answer(text, prompter.label_words(language), order=order, language=language)
+
+
+def _language(record: Record, prompter: Prompter) -> str:
+    assert isinstance(record.content, Pair)
+    return language_of(record.content, prompter.options.matching.language)
+
+
+def pair_rows(
+    records: Sequence[Record], verdicts: Sequence[Verdict], prompter: Prompter
+) -> list[dict[str, Any]]:
+    """Rows of predictions.jsonl; `label` is the gold label's word, `score` prefers label 1 where positive."""
+    return [_row(record, verdict, prompter) for record, verdict in zip(records, verdicts, strict=True)]
+
+
+def _row(record: Record, verdict: Verdict, prompter: Prompter) -> dict[str, Any]:
+    assert isinstance(record.content, Pair)
+    return {
+        "id": record.id,
+        "prompt": prompter.prompt_text(record),
+        "prediction": verdict.text,
+        "split": record.split,
+        "label": prompter.label_words(_language(record, prompter))[record.content.label],
+        "correct": verdict.label == record.content.label,
+        "score": verdict.score,
+        "parsed": verdict.label is not None,
+    }
+
+
+def pair_scores(records: Sequence[Record], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What scores.json says of each split's pairs beyond accuracy.
+
+    Returns:
+        `{split: {n, unparsable, majority_accuracy, predicted_same, gold_same}}`, counts and shares of n.
+    """
+    found = {}
+    for split in dict.fromkeys(record.split for record in records):
+        here = [(r.content, v) for r, v in zip(records, verdicts, strict=True) if r.split == split]
+        gold = Counter(content.label for content, _ in here if isinstance(content, Pair))
+        found[split] = {
+            "n": len(here),
+            "unparsable": sum(verdict.label is None for _, verdict in here),
+            "majority_accuracy": max(gold.values()) / len(here),
+            "predicted_same": sum(verdict.label == 1 for _, verdict in here) / len(here),
+            "gold_same": gold[1] / len(here),
+        }
+    return found

@@ -1,0 +1,127 @@
+"""Encoders (BERT and its kin) as classifiers of pairs: the baseline, in the same trainer and schedule.
+
+In: a recipe with `matching.mode: encoder`, batches of the ordinary collate. Out: the pack's share of the
+loss; logits of pairs.
+Invariant: the loss is the weighted cross-entropy of the model's own logits, each row masked to its document.
+Trade-off: a pack is unfolded into rows padded to its longest document, since encoders pool in ways of their
+own and can't be proven padding-free as decoders are; 16 documents of 20 to 60 tokens cost about half as much
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from sftcore.batching.collate import Batch
+from sftcore.config import Recipe
+from sftcore.data.tokens import load_tokenizer
+from sftcore.errors import Problem, UserInputError
+from sftcore.log import progress
+from sftcore.model.generate import batches_by_length
+from sftcore.model.load import DTYPES, LossModel, load_config, load_for_decoding, load_pretrained
+from sftcore.settings import NUM_CLASSES
+
+ROWS_PER_BATCH = 64  # of inference
+
+
+class EncoderLossModel(LossModel):
+    """An encoder's classifier that maps a `Batch` to the pack's share of the step's loss."""
+
+    def __init__(self, classifier: PreTrainedModel, separator_id: int) -> None:
+        super().__init__(classifier)
+        self.separator_id = separator_id
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Scalar float32 loss."""
+        documents = batch.input_ids[0].split(list(batch.document_lengths))
+        logits_NC = padded_logits(self.causal_lm, documents, self.separator_id)
+        losses = torch.nn.functional.cross_entropy(logits_NC.float(), batch.targets, reduction="none")
+        return (losses * batch.weights).sum()
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a configuration is that of a bidirectional encoder."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
+
+
+def padded_logits(
+    classifier: PreTrainedModel, documents: Sequence[torch.Tensor], separator_id: int
+) -> torch.Tensor:
+    """(N, C) logits of N documents, token ids each, padded on the right to the longest.
+
+    Token types are 0 up to the first separator and 1 behind it, where the model tells two texts apart (BERT).
+    """
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids_NL = pad(list(documents), batch_first=True, padding_value=classifier.config.pad_token_id or 0)
+    mask_NL = pad([torch.ones_like(document) for document in documents], batch_first=True)
+    inputs = {"input_ids": ids_NL, "attention_mask": mask_NL}
+    if classifier.config.to_dict().get("type_vocab_size", 1) > 1:
+        is_separator = (ids_NL == separator_id).long()
+        inputs["token_type_ids"] = ((is_separator.cumsum(1) - is_separator) > 0).long() * mask_NL
+    logits: torch.Tensor = classifier(**inputs).logits
+    return logits
+
+
+def load_encoder_for_training(recipe: Recipe) -> EncoderLossModel:
+    """The encoder with a new classifier, drawn from the recipe's seed.
+
+    Raises:
+        UserInputError: no encoder, or samples may be longer than it has positions.
+    """
+    config = load_config(recipe.model)
+    if problems := _problems(recipe, config):
+        raise UserInputError(*problems)
+    torch.manual_seed(recipe.seed)
+    model = load_pretrained(
+        recipe.model,
+        AutoModelForSequenceClassification,
+        dtype=DTYPES[recipe.model.dtype],
+        attention="sdpa",
+        num_labels=NUM_CLASSES,
+    )
+    return EncoderLossModel(model, separator_of(recipe.model.path))
+
+
+def _problems(recipe: Recipe, config: Any) -> list[Problem]:
+    if not is_encoder(config):
+        remedy = "set matching.mode: discriminative"
+        what = f"model type {config.model_type!r} is no encoder"
+        return [Problem(what=what, where="matching.mode", got="encoder", remedy=remedy)]
+    if recipe.max_length > config.max_position_embeddings:
+        return [
+            Problem(
+                what="samples may be longer than the encoder has positions",
+                where="data.max_length",
+                got=str(recipe.max_length),
+                allowed=f"at most {config.max_position_embeddings}",
+            )
+        ]
+    return []
+
+
+def separator_of(path: str) -> int:
+    """Id of the token that stands between two texts."""
+    separator: int = load_tokenizer(path).sep_token_id
+    return separator
+
+
+@torch.inference_mode()
+def encoder_logits(recipe: Recipe, folder: str, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Per row of token ids: the logits of the classifier in `folder`."""
+    settings = recipe.model.model_copy(update={"path": folder})
+    model = load_for_decoding(settings, attention="sdpa", kind=AutoModelForSequenceClassification)
+    separator = separator_of(folder)
+    results: list[list[float]] = [[]] * len(rows)
+    with progress("scoring", len(rows)) as advance:
+        for batch in batches_by_length(rows, prompts_per_batch=ROWS_PER_BATCH):
+            documents = [torch.tensor(rows[i], device=model.device) for i in batch]
+            logits = padded_logits(model, documents, separator).float().tolist()
+            for i, row in zip(batch, logits, strict=True):
+                results[i] = row
+            advance(len(batch))
+    return results

@@ -1,0 +1,115 @@
+"""What all sections of a recipe are made of, and the section on text matching.
+
+In: plain values. Out: frozen settings; see config.py, which puts them together.
+Invariant: combinations that a path can't honour are refused here by name, before any data is read.
+Trade-off: a file of its own for one section keeps config.py under 400 lines; whoever looks for a key of
+`matching` looks in two places.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NUM_CLASSES = 2  # of a pair: different, same
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LabelWords(Settings):
+    """The label's text per language: [text of label 0, text of label 1]."""
+
+    zh: tuple[str, str] = ("不同", "相同")
+    en: tuple[str, str] = ("different", "same")
+
+
+class PairExample(Settings):
+    """A pair with its label, shown in the prompt."""
+
+    a: str = Field(min_length=1)
+    b: str = Field(min_length=1)
+    label: Literal[0, 1]
+
+
+class TeacherSettings(Settings):
+    """Who writes rationales (`sftcore rationales`)."""
+
+    backend: Literal["server", "local"] = Field(
+        "server", description="an OpenAI-compatible server, or a model in this process"
+    )
+    model: str = Field("", description="the server's name for it; local: a folder (empty: model.path)")
+    base_url: str | None = Field(None, description="of the server, e.g. http://127.0.0.1:8000/v1")
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    concurrency: Positive = Field(8, description="requests under way at once")
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(60.0, description="of one request")
+    max_retries: Annotated[int, Field(ge=0)] = Field(6, description="after 429, 5xx, time-outs, lost lines")
+    temperature: NonNegative = Field(0.0, description="0: greedy")
+    max_new_tokens: Positive = Field(160, description="tokens per reply")
+    input_price: NonNegative = Field(0.0, description="of a million input tokens, in any currency")
+    output_price: NonNegative = Field(0.0, description="of a million output tokens")
+
+    @model_validator(mode="after")
+    def _complete(self) -> TeacherSettings:
+        if self.backend == "server" and not self.model:
+            raise ValueError("a server needs `model`, its name for the model")
+        if self.backend == "local" and self.temperature:
+            raise ValueError("the local teacher decodes greedily: set temperature: 0")
+        return self
+
+
+class MatchingSettings(Settings):
+    """Text matching: the pair in a prompt -> the label as text, or as one of two classes."""
+
+    mode: Literal["generative", "discriminative", "encoder"] = Field(
+        "generative",
+        description="predict the label as text; by a linear layer on the last token's state; or with a"
+        " BERT-type encoder's classifier",
+    )
+    prompt: Literal["concise", "complex"] = Field(
+        "concise", description="bare pair, or full task description"
+    )
+    wording: Annotated[int, Field(ge=0, le=3)] = Field(
+        0, description="0: the prompt itself; 1 to 3: a paraphrase of it"
+    )
+    examples: list[PairExample] = Field([], description="solved pairs put before each prompt (few-shot)")
+    language: Literal["auto", "zh", "en"] = Field(
+        "auto", description="prompt language; auto: by each pair's script"
+    )
+    labels: LabelWords = Field(default_factory=lambda: LabelWords(), description="label words")
+    predict: Literal["auto", "likelihood", "generate"] = Field(
+        "auto",
+        description="the likelier label text, or the text that is generated; auto: likelihood, unless a"
+        " rationale comes first",
+    )
+    normalise: Literal["sum", "mean"] = Field(
+        "sum", description="a label text's score: its tokens' log-likelihoods added up, or their mean"
+    )
+    rationale: Literal["none", "before", "after"] = Field(
+        "none", description="train on the pairs' rationales: before the label, behind it, or not at all"
+    )
+    teacher: TeacherSettings | None = Field(None, description="who writes rationales")
+
+    @model_validator(mode="after")
+    def _honoured(self) -> MatchingSettings:
+        if self.mode != "generative":
+            given = {"rationale": self.rationale != "none", "predict": self.predict != "auto"}
+            if refused := [key for key, is_given in given.items() if is_given]:
+                raise ValueError(f"mode {self.mode} predicts no text, so it has no {', '.join(refused)}")
+        if self.rationale == "before" and self.predict == "likelihood":
+            raise ValueError("a rationale before the label has to be generated: set predict: generate")
+        if self.rationale != "none" and self.prompt == "complex" and self.wording:
+            raise ValueError("the complex prompt that asks for a rationale has one wording: set wording: 0")
+        return self
+
+    @property
+    def compares_likelihoods(self) -> bool:
+        """Whether a label is predicted by its text's likelihood."""
+        return self.predict == "likelihood" or (self.predict == "auto" and self.rationale != "before")

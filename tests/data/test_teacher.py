@@ -1,0 +1,151 @@
+"""A teacher that is busy, broken, slow or mad: each prompt is counted, replies last, keys stay secret."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from sftcore.data.teacher import FAILURES_IN_A_ROW, Failure, Reply, ReplyCache, ask_all, connect
+from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.settings import TeacherSettings
+
+SLOW_SECONDS = 3.0
+
+
+class Moody(BaseHTTPRequestHandler):
+    """A server whose answer depends on the first word of the prompt."""
+
+    asked: Counter[str] = Counter()
+    keys: set[str] = set()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        type(self).asked[prompt] += 1
+        type(self).keys.add(self.headers["Authorization"])
+        mood = prompt.split()[0]
+        if mood == "slow":
+            time.sleep(SLOW_SECONDS)
+        if mood == "busy" and self.asked[prompt] < 3:
+            return self.answer(429, "{}", retry_after="0")
+        if mood in ("broken", "refused"):
+            return self.answer(500 if mood == "broken" else 401, "{}")
+        if mood == "page":
+            return self.answer(200, "<html>hello</html>", kind="text/html")
+        if mood == "torn":
+            return self.answer(200, '{"choices": [')
+        choices = [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": prompt[::-1]}}
+        ]
+        usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+        head = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "usage": usage}
+        self.answer(200, json.dumps({**head, "choices": [] if mood == "mute" else choices}))
+
+    def answer(
+        self, status: int, text: str, *, kind: str = "application/json", retry_after: str = ""
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text)))
+        if retry_after:
+            self.send_header("Retry-After", retry_after)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def moody_server():
+    Moody.asked, Moody.keys = Counter(), set()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def settings(base_url: str, **more) -> TeacherSettings:
+    given = {
+        "base_url": base_url,
+        "model": "m",
+        "timeout_seconds": 1,
+        "max_retries": 2,
+        "key_variable": "MOODY",
+    }
+    return TeacherSettings.model_validate(given | more)
+
+
+def test_every_prompt_is_a_reply_or_a_failure_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MOODY", "sk-secret")
+    moods = ("fine", "busy", "broken", "slow", "page", "torn", "mute")
+    prompts = {f"{mood}-{i}": f"{mood} {i}" for mood in moods for i in range(2)}
+    cache = ReplyCache(tmp_path / "replies.jsonl", {"model": "m"})
+    with moody_server() as url:
+        results = ask_all(prompts, connect(settings(url)), cache, concurrency=4)
+        assert Moody.asked["busy 0"] == 3 and Moody.asked["broken 0"] == 3, "retried twice"
+        assert results.keys() == prompts.keys()
+        whys = {key: result.why for key, result in results.items() if isinstance(result, Failure)}
+        assert {key.split("-")[0] for key in whys} == {"broken", "slow"}
+        assert whys["broken-0"] == "InternalServerError" and whys["slow-1"] == "APITimeoutError"
+        texts = {key: result.text for key, result in results.items() if isinstance(result, Reply)}
+        assert texts == {"fine-0": "0 enif", "fine-1": "1 enif", "busy-0": "0 ysub", "busy-1": "1 ysub"} | {
+            f"{mood}-{i}": "" for mood in ("page", "torn", "mute") for i in range(2)
+        }
+        before = Moody.asked.copy()
+        again = ask_all(
+            prompts, connect(settings(url)), ReplyCache(cache.path, {"model": "m"}), concurrency=4
+        )
+        new = Moody.asked - before
+        assert {prompt.split()[0] for prompt in new} == {"broken", "slow"}, "replies are not asked for again"
+        assert {k: r for k, r in again.items() if isinstance(r, Reply)} == {
+            k: r for k, r in results.items() if isinstance(r, Reply)
+        }
+    assert Moody.keys == {"Bearer sk-secret"}
+    written = "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+    assert "sk-secret" not in written + caplog.text
+    assert sum(r.num_input_tokens for r in results.values() if isinstance(r, Reply)) == 7 * 6, (
+        "mute counts too"
+    )
+
+
+def test_a_refused_key_stops_at_once_with_a_remedy(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.jsonl", {})
+    with moody_server() as url, pytest.raises(UserInputError, match=r"HTTP 401\n.*\$MOODY"):
+        ask_all({"a": "refused 1"}, connect(settings(url)), cache, concurrency=2)
+
+
+def test_a_server_that_is_gone_stops_the_run_and_keeps_what_it_said(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.jsonl", {})
+    prompts = {str(i): f"{'fine' if i < 5 else 'broken'} {i}" for i in range(100)}
+    with moody_server() as url:
+        ask = connect(settings(url, max_retries=0))
+        with pytest.raises(
+            MissingEnvironmentError, match="20 times in a row: InternalServerError\n.*5 replies"
+        ):
+            ask_all(prompts, ask, cache, concurrency=1)
+        assert sum(Moody.asked.values()) <= 5 + FAILURES_IN_A_ROW + 1
+    assert len(cache.path.read_text().splitlines()) == 5
+
+
+def test_another_model_is_asked_anew_and_a_torn_line_is_mended(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.jsonl", {"model": "m"})
+    cache.put("p", Reply(text="r"))
+    cache.put("q", Reply(text="s"))
+    torn = cache.path.read_bytes()[:-5]
+    cache.path.write_bytes(torn)
+    reopened = ReplyCache(cache.path, {"model": "m"})
+    assert reopened.get("p") == Reply(text="r") and reopened.get("q") is None
+    reopened.put("q", Reply(text="t"))
+    assert ReplyCache(cache.path, {"model": "m"}).get("q") == Reply(text="t")
+    assert ReplyCache(cache.path, {"model": "other"}).get("p") is None

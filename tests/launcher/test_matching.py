@@ -1,0 +1,227 @@
+"""Text matching from a recipe to scores, on a tiny model: classes and label texts, files and predictions."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launching import BIN, launcher, run, weights
+from tiny import SUBJECTS, write_lines
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from launcher.inspection import inspect_recipe
+from launcher.matching import match_pairs
+from launcher.stages import evaluate, prepare
+from sftcore.data.prompts import Prompter, PromptOptions
+from sftcore.data.records import read_source
+from sftcore.errors import UserInputError
+from sftcore.fsio import read_json, read_jsonl
+from sftcore.recipe import load_recipe
+
+
+def sftcore(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = run(str(BIN / "sftcore"), *arguments)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+def save(recipe: dict, **changes) -> str:
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | changes), encoding="utf-8")
+    return "recipe.yaml"
+
+
+def pairs(start: int, stop: int) -> list[dict]:
+    """Label 1 where both sides name the same person."""
+    rows = []
+    for i in range(start, stop):
+        a, b = SUBJECTS[i % 12], SUBJECTS[(i + i % 3) % 12]
+        label = int(i % 3 == 0)
+        why = "one name" if label else f"{a} is not {b}"
+        rows.append({"id": f"p{i}", "sentence1": f"{a} {i}", "sentence2": f"{b} {i}", "label": label})
+        rows[-1]["rationale"] = why
+    return rows
+
+
+@pytest.fixture
+def recipe(tiny_recipe) -> dict:
+    write_lines(Path("pairs.jsonl"), pairs(0, 24))
+    write_lines(Path("held.jsonl"), pairs(24, 36))
+    return tiny_recipe | {
+        "task": "matching",
+        "data": {
+            "train": [{"format": "pairs", "path": "pairs.jsonl"}],
+            "test": [{"format": "pairs", "path": "held.jsonl"}],
+        },
+        "train": {"epochs": 3, "lr": 1e-2},
+    }
+
+
+def classes_alone(folder: Path, prompts: list[str]) -> torch.Tensor:
+    """Logits of plain transformers, all prompts in one padded batch."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        return model(**rows).logits
+
+
+def test_a_classifier_from_recipe_to_scores(recipe):
+    """The folder that training writes is transformers' own, and gives the scores that we report."""
+    path = save(recipe, matching={"mode": "discriminative"})
+    loaded = load_recipe(Path(path))
+    with pytest.raises(UserInputError, match="no classifier yet(.|\n)*sftcore train"):
+        evaluate(loaded)
+    assert any("-> class [" in line for line in inspect_recipe(loaded, num_samples=2, colour=False))
+    trained = sftcore("train", path)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    steps = read_jsonl(Path("runs/tiny/metrics.jsonl"))
+    assert all(step["num_trained_tokens"] == step["num_samples"] for step in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert evaluate(loaded).keys() == {"tuned"}
+    rows = read_jsonl(Path("runs/tiny/eval/tuned/predictions.jsonl"))
+    folder = Path("runs/tiny/model")
+    assert read_json(folder / "config.json")["architectures"] == ["LlamaForSequenceClassification"]
+    logits = classes_alone(folder, [row["prompt"] for row in rows])
+    margins = (logits[:, 1] - logits[:, 0]).tolist()
+    assert [row["score"] for row in rows] == pytest.approx(margins, abs=1e-4)
+    assert len({round(margin, 4) for margin in margins}) > 6
+    scores = read_json(Path("runs/tiny/eval/tuned/scores.json"))
+    assert scores["pairs"]["test"]["majority_accuracy"] == pytest.approx(8 / 12)
+    assert scores["correct"] == sum(
+        (m > 0) == (row["label"] == "same") for m, row in zip(margins, rows, strict=True)
+    )
+
+    Path("mine.tsv").write_text(
+        "left\tright\n" + "".join(f"{r['sentence1']}\t{r['sentence2']}\n" for r in pairs(24, 36)) + "x\t\n"
+    )
+    matched = sftcore("match", str(folder), "--pairs", "mine.tsv", "--a", "left", "--b", "right")
+    assert matched.returncode == 0 and "12 pairs scored" in matched.stdout, matched.stderr[-3000:]
+    mine = read_jsonl(Path("scores.jsonl"))
+    assert [row["score"] for row in mine] == pytest.approx(margins, abs=1e-4)
+    assert [row["row"] for row in mine] == list(range(1, 13))
+    ledger = read_jsonl(Path("scores.jsonl.ledger.jsonl"))
+    assert [row["reason"] for row in ledger if row["kind"] == "rejected"] == ["empty_prompt"]
+    with pytest.raises(UserInputError, match="no matching.json"):
+        match_pairs(Path(recipe["model"]["path"]), Path("mine.tsv"), Path("x"), columns=("left", "right"))
+    with pytest.raises(UserInputError, match="no column 'sentence1'"):
+        match_pairs(folder, Path("mine.tsv"), Path("x"), columns=("sentence1", "sentence2"))
+
+
+def test_a_classifier_on_two_ranks_equals_one(recipe):
+    changes = {"matching": {"mode": "discriminative"}, "deepspeed": "zero3"}
+    alone = run(str(BIN / "sftcore"), "train", save(recipe, **changes), "--run", "runs/one")
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    worker = str(Path(__file__).parent.parent.parent / "launcher" / "worker.py")
+    both = run(*launcher(2), worker, save(recipe, **changes), "--run", "runs/two")
+    assert both.returncode == 0, (both.stdout + both.stderr)[-3000:]
+    one, two = weights("one"), weights("two")
+    assert one["score.weight"].shape == (2, 32)
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], atol=1e-4), name
+
+
+def test_label_texts_are_compared_or_generated(recipe):
+    path = save(recipe, matching={"rationale": "after"}, select={"n": 12, "balance": "label", "draw": 1})
+    trained = sftcore("train", path)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    drawn = read_jsonl(Path("runs/tiny/selection.jsonl"))
+    assert sorted(row["label"] for row in drawn) == [0] * 6 + [1] * 6
+    assert evaluate(load_recipe(Path(path))).keys() == {"base", "tuned"}
+    rows = read_jsonl(Path("runs/tiny/eval/tuned/predictions.jsonl"))
+    assert all(row["parsed"] and row["prediction"] in ("same", "different") for row in rows)
+    assert all((row["score"] > 0) == (row["prediction"] == "same") for row in rows)
+    path = save(recipe, matching={"predict": "generate"}, name="base")
+    scores = evaluate(load_recipe(Path(path)))["base"]["pairs"]["test"]
+    assert scores["unparsable"] == scores["n"] == 12, "a random model writes no label"
+
+
+def test_the_answer_is_label_and_rationale_in_the_order_asked(recipe):
+    texts = {}
+    for order in ("none", "before", "after"):
+        loaded = load_recipe(Path(save(recipe, matching={"rationale": order})))
+        prompter = Prompter(PromptOptions.of(loaded), AutoTokenizer.from_pretrained(loaded.model.path))
+        source = loaded.data.train[0]
+        record = next(iter(read_source(source, split="train", labels=loaded.matching.labels)))
+        texts[order] = prompter.answer_text(record)
+    assert texts == {
+        "none": " same",
+        "before": " one name\nConclusion: same",
+        "after": " same\nReason: one name",
+    }
+
+
+def test_pairs_without_rationale_are_refused_by_an_arm_with_one(recipe):
+    write_lines(
+        Path("pairs.jsonl"), [{k: v for k, v in row.items() if k != "rationale"} for row in pairs(0, 9)]
+    )
+    with pytest.raises(UserInputError, match="no_rationale: 9(.|\n)*sftcore rationales"):
+        prepare(load_recipe(Path(save(recipe, matching={"rationale": "before"}))))
+
+
+def test_examples_stand_before_each_prompt(recipe):
+    shown = [{"a": "Ann 1", "b": "Ann 1", "label": 1}, {"a": "Ann 1", "b": "Bob 1", "label": 0}]
+    scores = evaluate(load_recipe(Path(save(recipe, matching={"examples": shown}))))
+    assert scores["base"]["n"] == 12
+    row = read_jsonl(Path("runs/tiny/eval/base/predictions.jsonl"))[0]
+    head = (
+        "Text 1: Ann 1\nText 2: Ann 1\nMeaning: same\n\nText 1: Ann 1\nText 2: Bob 1\nMeaning: different\n\n"
+    )
+    assert row["prompt"] == head + "Text 1: Ann 24\nText 2: Ann 24\nMeaning:"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"matching": {"mode": "discriminative", "rationale": "after"}}, "so it has no rationale"),
+        ({"matching": {"mode": "discriminative"}, "adapter": {"kind": "lora"}}, "trains all weights"),
+        ({"matching": {"rationale": "before", "predict": "likelihood"}}, "set predict: generate"),
+        ({"matching": {"rationale": "after", "prompt": "complex", "wording": 1}}, "set wording: 0"),
+        ({"matching": {"teacher": {}}}, "a server needs `model`"),
+        ({"matching": {"teacher": {"backend": "local", "temperature": 1}}}, "set temperature: 0"),
+        ({"select": {"n": 4}}, "select.balance of task matching is label or none"),
+    ],
+)
+def test_combinations_that_can_not_be_honoured_are_refused(recipe, change, message):
+    with pytest.raises(UserInputError, match=message):
+        load_recipe(Path(save(recipe, **change)))
+
+
+def write_rows(rows: list[tuple]) -> None:
+    text = "sentence1\tsentence2\tlabel\n" + "".join("\t".join(map(str, row)) + "\n" for row in rows)
+    Path("pairs.tsv").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a b", "b c", 2)] * 5, "unknown_label: 5"),
+        ([("a b", "b c", i % 3) for i in range(30)], "unknown_label: 10"),
+        ([(i % 2, f"text {i}", f"words {i}") for i in range(9)], "label_as_text: 9"),
+        ([(f"text {i}", i % 2, i % 2) for i in range(9)], "a text column holds labels"),
+        ([("", "b", 1)] * 4, "empty_prompt: 4"),
+    ],
+)
+def test_unusable_pairs_are_one_message(recipe, rows, message):
+    write_rows([*rows, ("fine", "good", 1)])
+    data = {"train": [{"format": "pairs", "path": "pairs.tsv"}]}
+    with pytest.raises(UserInputError) as caught:
+        prepare(load_recipe(Path(save(recipe, data=data))))
+    assert message in str(caught.value) and "dropped rows are listed there" in str(caught.value)
+
+
+def test_odd_pairs_are_kept_and_noted(recipe):
+    odd = [
+        ("x" * 10_000, "y", 0),
+        ("同一句话", "同一句话", 1),
+        ("发票怎么開", "怎么开发票", 1),
+        ("１２元", "12元", 1),
+    ]
+    write_rows(odd)
+    data = {"train": [{"format": "pairs", "path": "pairs.tsv"}], "max_reject_fraction": 0.5}
+    _, store = prepare(load_recipe(Path(save(recipe, data=data))))
+    assert len(store) == 3 and store.manifest["rejected_by_reason"] == {"overlength": 1}
+    noted = store.manifest["altered_by_reason"]
+    assert [noted[change] for change in ("identical_sides", "mixed_scripts", "full_width")] == [1, 1, 1]

@@ -1,0 +1,142 @@
+"""Rationales from a real server, killed and started again midway, and from a model in this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import BIN, ENVIRONMENT
+
+from launcher.rationales import keep_agreeing, summarise, write_rationales
+from sftcore.data.contents import Pair
+from sftcore.data.records import Record
+from sftcore.data.teacher import Failure, Reply
+from sftcore.fsio import read_json, read_jsonl
+from sftcore.model.pull import pull_model
+from sftcore.recipe import load_recipe
+from sftcore.settings import MatchingSettings, TeacherSettings
+
+NUM_PAIRS = 8
+
+
+def teacher_recipe(folder: Path, **teacher) -> Path:
+    recipe = {
+        "name": "asked",
+        "model": {"path": str(folder)},
+        "task": "matching",
+        "data": {"train": [{"format": "pairs", "path": "assets:pairs/plain.tsv", "limit": NUM_PAIRS}]},
+        "batch": {"samples_per_step": 4},
+        "matching": {"teacher": {"max_new_tokens": 12} | teacher},
+    }
+    path = Path("asked.yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_what_agrees_is_kept_and_all_is_counted():
+    settings = MatchingSettings()
+    pair = {"a": "几点开门", "b": "何时开门"}
+    said = ["都问开门时间。\n结论：相同", "时间不同。\n结论：不同", "相同", "结论：相同", None]
+    where = {"split": "train", "file": "f"}
+    records = [Record(id=f"r{i}", row=i, content=Pair(**pair, label=1), **where) for i in range(len(said))]
+    replies = {
+        r.id: Failure(why="x") if text is None else Reply(text=text, num_input_tokens=10, num_output_tokens=4)
+        for r, text in zip(records, said, strict=True)
+    }
+    kept, counts = keep_agreeing(records, replies, settings)
+    assert kept == [
+        {
+            "id": "r0",
+            "sentence1": "几点开门",
+            "sentence2": "何时开门",
+            "label": 1,
+            "rationale": "都问开门时间。",
+        }
+    ]
+    assert counts == {"kept": 1, "disagreeing": 1, "unparsable": 2, "failed": 1}
+    prices = TeacherSettings(model="m", input_price=2.0, output_price=10.0)
+    summary = summarise(counts, replies, prices)
+    assert summary["yield"] == 0.2 and summary["num_pairs"] == 5
+    assert summary["cost"] == pytest.approx((40 * 2 + 16 * 10) / 1e6)
+    assert summary["arm"] == "not run: fewer than 100 kept"
+
+
+def test_the_local_model_is_asked_once(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(teacher_recipe(tiny_model_folder, backend="local"))
+    first = write_rationales(recipe)
+    assert first["num_pairs"] == first["unparsable"] == NUM_PAIRS, "a random model concludes nothing"
+    cache = Path("runs/asked/teacher.jsonl")
+    assert len(read_jsonl(cache)) == NUM_PAIRS and first["num_output_tokens"] > 0
+    content = cache.read_bytes()
+    assert write_rationales(recipe) == first and cache.read_bytes() == content
+    assert read_json(Path("runs/asked/rationales.jsonl.summary.json"))["unparsable"] == NUM_PAIRS
+
+
+@contextmanager
+def transformers_serve(model: Path, port: int):
+    """A real OpenAI-compatible server; killed at the end of the block."""
+    command = [str(BIN / "transformers"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_real_server_killed_and_started_again_midway(tmp_path, monkeypatch):
+    models = Path(os.environ.get("SFTCORE_TEST_MODELS", ".cache/models"))
+    model = pull_model("smollm2-135m", to=models / "smollm2-135m").resolve()
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = teacher_recipe(
+        model,
+        model=str(model),
+        base_url=f"http://127.0.0.1:{port}/v1",
+        concurrency=2,
+        timeout_seconds=60,
+        max_retries=40,
+    )
+    cache = Path("runs/asked/teacher.jsonl")
+    with transformers_serve(model, port):
+        command = [str(BIN / "sftcore"), "rationales", str(path)]
+        asking = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while not (cache.is_file() and len(read_jsonl(cache)) >= 2):
+            assert asking.poll() is None, asking.communicate()
+            time.sleep(0.05)
+    num_before = len(read_jsonl(cache))
+    assert num_before < NUM_PAIRS and asking.poll() is None, "killed in the middle"
+    with transformers_serve(model, port):
+        try:
+            out, err = asking.communicate(timeout=500)
+        finally:
+            asking.kill()
+    assert asking.returncode == 0, err[-3000:]
+    summary = read_json(Path("runs/asked/rationales.jsonl.summary.json"))
+    counts = {key: summary[key] for key in ("kept", "disagreeing", "unparsable", "failed")}
+    assert sum(counts.values()) == summary["num_pairs"] == NUM_PAIRS and counts["failed"] == 0
+    replies = read_jsonl(cache)
+    assert len(replies) == len({row["key"] for row in replies}) == NUM_PAIRS
+    assert summary["num_output_tokens"] == sum(row["num_output_tokens"] for row in replies) > NUM_PAIRS
+    assert f"num_pairs: {NUM_PAIRS}" in out
