@@ -106,11 +106,12 @@ def without_trivial(records: Sequence[Record], ledger: Ledger) -> list[Record]:
     aliases = AliasTable.load()
     kept = []
     for record in records:
-        reason = trivial_reason(record.content, aliases) if isinstance(record.content, Fact) else None
-        if reason is None:
+        fact = record.content
+        reason = trivial_reason(fact, aliases) if isinstance(fact, Fact) else None
+        if reason is None or not isinstance(fact, Fact):
             kept.append(record)
             continue
-        excerpt = printable(f"{record.content.subject}: {', '.join(record.content.answers)}")
+        excerpt = printable(f"{fact.subject}: {', '.join(fact.answers)}")
         ledger.reject(Rejection(file=record.file, row=record.row, reason=reason, excerpt=excerpt))
     return kept
 

@@ -64,7 +64,7 @@ class PrefixCache:
         self.per_prompt, place_R = _places(prompt_of_R, len(self.lengths_P))
         in_order = np.array_equal(place_R, np.arange(len(self.lengths_P) * self.per_prompt))
         self.place_R = None if in_order else torch.from_numpy(place_R).to(self.lengths_P.device)
-        self.biases: dict[int | None, torch.Tensor | None] = {}
+        self.biases: dict[int | None, torch.Tensor] = {}
 
     def move(self, sources: Sequence[int]) -> None:
         """Let row i hold what row sources[i] held; a row that is overwritten must not be a source."""
@@ -87,7 +87,7 @@ class PrefixCache:
         for buffer, new in zip(self.rows[layer], (k_RG1D, v_RG1D), strict=True):
             buffer[: len(new), :, self.column] = new[:, :, 0]
 
-    def bias(self, window: int | None, width: int) -> torch.Tensor | None:
+    def bias(self, window: int | None, width: int) -> torch.Tensor:
         """(P, 1, 1, width) float32: -inf where a prompt has no token, or one that lies before the window."""
         if window not in self.biases:
             position = torch.arange(width, device=self.lengths_P.device)
@@ -138,7 +138,7 @@ def shared_prefix_attention(
     """
     if softcap is not None or s_aux is not None:
         raise ValueError("soft caps and attention sinks are not computed here")
-    layer: int = module.layer_idx
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = q_RHTD.shape[-1] ** -0.5 if scaling is None else scaling
     if prefix_cache.column < 0:
         prefix_cache.prompts[layer] = (k_RGTD.contiguous(), v_RGTD.contiguous())
@@ -165,13 +165,14 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
 
 def _attend(q_RGgD: torch.Tensor, cache: PrefixCache, layer: int, window: int | None) -> torch.Tensor:
     """(R, G, g, D): one softmax over the prompt's tokens and the row's own."""
-    k_PGLD, v_PGLD = cache.prompts[layer]
-    width, end = k_PGLD.shape[2], cache.column + 1
+    end = cache.column + 1
     start = 0 if window is None else max(0, end - window)
     k_RGSD, v_RGSD = (t[: len(q_RGgD), :, start:end] for t in cache.rows[layer])
     own = (q_RGgD @ k_RGSD.transpose(-1, -2)).float()
-    if not width:
+    if layer not in cache.prompts:  # every prompt is one token
         return torch.softmax(own, -1).to(q_RGgD.dtype) @ v_RGSD
+    k_PGLD, v_PGLD = cache.prompts[layer]
+    width = k_PGLD.shape[2]
     shared = _by_prompt(q_RGgD, cache) @ k_PGLD.transpose(-1, -2)  # (P, G, m * g, L)
     shared = shared.float() + cache.bias(window, width)
     weights = torch.softmax(torch.cat([_by_row(shared, cache), own], -1), -1).to(q_RGgD.dtype)
@@ -300,7 +301,7 @@ def arrange(sources: Sequence[int]) -> list[int]:
     >>> arrange([0, 0, 2])  # two go on from row 0, one from row 2: the second takes the place of row 1
     [0, 1, 2]
     >>> arrange([1, 2, 2])
-    [1, 0, 2]
+    [2, 0, 1]
     """
     order = [-1] * len(sources)
     movers = []

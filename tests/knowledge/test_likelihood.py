@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny import TOWNS
 
 from sftcore.config import ModelSettings, ProbeSettings
 from sftcore.data.contents import Fact
@@ -57,11 +58,7 @@ def test_a_spelling_that_begins_with_another_is_left_out(parts):
 def test_likelihood_is_the_share_of_samples_that_begin_with_the_answer(parts):
     model, tokenizer = parts
     prompt = "Ann was born in"
-    name = next(
-        name  # a one-letter name that this random model says now and then
-        for name in "abcdefghijklmnopqrstuvwxyz"
-        if len(tokenizer(f" {name}")["input_ids"]) == 1
-    )
+    name = next(town for town in TOWNS if len(tokenizer(f" {town}")["input_ids"]) == 1)
     chance = answer_likelihoods(*parts, [prompt], [[name]], temperature=0.7, max_new_tokens=1)[0]
     n = 20_000
     uniforms = np.random.default_rng(0).random((n, 1))
@@ -87,12 +84,12 @@ def test_levels_by_likelihood_say_so_and_count_expected_hits(parts, tiny_model_f
     model, tokenizer = parts
     settings = ProbeSettings(estimator="likelihood", templates=2, samples=1000, max_new_tokens=4)
     record = Record(
-        id="f", split="train", file="x", row=1, content=Fact(relation="P19", subject="Ann", answers=("a",))
+        id="f", split="train", file="x", row=1, content=Fact(relation="P19", subject="Ann", answers=("Rome",))
     )
     fingerprint = fingerprint_model(str(tiny_model_folder))
     probe = Probe.of([record], tokenizer, settings, seed=1, model_fingerprint=fingerprint)
     level = probe_facts(probe, lambda: model, run=tmp_path)[0]
     prompts = [trial.prompt for trial in probe.trials()]
-    chances = answer_likelihoods(model, tokenizer, prompts, [["a"]] * 2, temperature=0.7, max_new_tokens=4)
+    chances = answer_likelihoods(model, tokenizer, prompts, [["Rome"]] * 2, temperature=0.7, max_new_tokens=4)
     assert level.hits == round(1000 * sum(chances)) > 0 and level.trials == 2000
     assert '"estimator": "likelihood"' in (tmp_path / "levels.manifest.json").read_text()
