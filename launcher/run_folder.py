@@ -39,6 +39,9 @@ NO_RESULTS = {
     "check.txt",
     "check.json",
     "check.png",
+    "ledger.train.jsonl",
+    "ledger.test.jsonl",
+    "ledger.ood.jsonl",
 }  # left by an attempt that failed at once
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "peft", "datasets")
 
