@@ -263,24 +263,30 @@ def _write(pairs: dict[str, tuple[Span, Span]], folder: Path, threshold: Thresho
     by_layer: Counter[str] = Counter()
     with progress("restoring (tensors)", len(pairs)) as advance:
         for name, (base, tuned) in pairs.items():
-            file, restored = folder / tuned.file.name, 0
-            for p, s, offset in _stretches(base, tuned, file):
-                bits = change_bits(p, s)
-                chosen = bits > threshold.bits
-                equal = np.flatnonzero(bits == threshold.bits)[:ties]
-                chosen[equal] = True
-                ties -= len(equal)
-                if count := int(chosen.sum()):
-                    restored += count
-                    mixed = torch.where(torch.from_numpy(chosen), p.to(s.dtype), s)
-                    with open(file, "r+b") as handle:
-                        handle.seek(offset)
-                        handle.write(mixed.view(torch.uint8).numpy().tobytes())
+            restored, ties = _restore_tensor(base, tuned, folder / tuned.file.name, threshold.bits, ties)
             by_module[module_type(name)] += restored
             layer = LAYER.search(name)
             by_layer[layer[1] if layer else "none"] += restored
             advance(1)
     return {"num_restored": by_module.total(), "by_module": by_module, "by_layer": by_layer}
+
+
+def _restore_tensor(base: Span, tuned: Span, file: Path, above: int, ties: int) -> tuple[int, int]:
+    """Restore one tensor in `file`; returns how many weights that were, and the ties left for later ones."""
+    restored = 0
+    for p, s, offset in _stretches(base, tuned, file):
+        bits = change_bits(p, s)
+        chosen = bits > above
+        equal = np.flatnonzero(bits == above)[:ties]
+        chosen[equal] = True
+        ties -= len(equal)
+        if chosen.any():
+            restored += int(chosen.sum())
+            mixed = torch.where(torch.from_numpy(chosen), p.to(s.dtype), s)
+            with open(file, "r+b") as handle:
+                handle.seek(offset)
+                handle.write(mixed.view(torch.uint8).numpy().tobytes())
+    return restored, ties
 
 
 def module_type(name: str) -> str:

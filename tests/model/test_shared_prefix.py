@@ -68,6 +68,7 @@ def test_rows_with_transformers_cache_do_the_same(kind):
     rows = CachedRows(model, PROMPTS)
     for sources, tokens in follow(rows, build(kind), STEPS):
         rows.advance(sources, tokens)
+    assert rows.mask.shape == (3, max(map(len, PROMPTS)) + len(STEPS))
 
 
 @given(st.data())
