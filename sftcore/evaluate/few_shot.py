@@ -3,8 +3,8 @@
 In: held-out records, training records, a prompter. Out: prompts as token ids; the text that counts.
 Invariant: an example is written exactly as training would show it (prompt, then answer); examples come from
 the training split, so none of them is scored.
-Trade-off: examples are drawn once for all items (4 by default in the study, about 80 tokens), so every prompt
-shares them; the luck of that draw is not in the intervals.
+Trade-off: examples are drawn once for all items (4 of them in recipes/qa-small.yaml), so every prompt shares
+them; the luck of that draw is not in the intervals.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 In: a folder whose subfolders are run folders (`sftcore study` makes such). Out: `StudyFiles`.
 Invariant: a run counts only if its predictions, its selection and its recipe are there and agree with each
 other; the others are named, never guessed at.
-Trade-off: predictions of all runs are held at once (5 MB for 24 runs of 600 items), so that items can be
-paired across runs.
+Trade-off: predictions of all runs are held at once (300,000 rows for 252 runs of 1,200 items), so that items
+can be paired across runs.
 """
 
 from __future__ import annotations
