@@ -124,13 +124,26 @@ def prepare(
 
 
 @app.command()
-def probe(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None) -> None:
+def probe(
+    recipe: RecipePath,
+    shard: Annotated[
+        str | None, typer.Option(metavar="i/N", help="measure share i (0 to N-1) of the batches; see --merge")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="only put the shards together; all have to be done")
+    ] = False,
+    set_: Overrides = None,
+    run: RunFolder = None,
+) -> None:
     """Facts -> recall -> memory levels of the base model."""
     loaded = load(recipe, set_, run)
-    from launcher.stages import describe_levels
+    from launcher.stages import describe_levels, probe_share
     from launcher.stages import probe as probe_stage
 
-    print(describe_levels(probe_stage(loaded)))
+    if shard is not None:
+        print(probe_share(loaded, shard, is_alone=not merge))
+        return
+    print(describe_levels(probe_stage(loaded, merge_only=merge)))
 
 
 @app.command()
@@ -284,11 +297,30 @@ def export(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="run folder", metavar="DIR")]) -> None:
-    """Write report.html and report.json of a run, and print the table."""
-    from sftcore.study.report import write_report
+def restore(
+    base: Annotated[Path, typer.Option(metavar="DIR", help="the model that was trained from")],
+    tuned: Annotated[Path, typer.Option(metavar="DIR", help="the trained model")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="folder to write; must not exist")],
+    fraction: Annotated[float | None, typer.Option(metavar="Q", help="percent of the weights, 0-100")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="Q,Q,...", help="several: TO/q1, TO/q3 and so on, counted once")
+    ] = None,
+) -> None:
+    """Put the Q percent of weights that training changed most back to their base values."""
+    from launcher.restoring import restore_model
 
-    result = write_report(folder)
+    for line in restore_model(base, tuned, to, fraction=fraction, sweep=sweep):
+        print(line)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="run or study folder", metavar="DIR")]) -> None:
+    """Write report.html and report.json of a run, or of a folder of runs, and print the table."""
+    from sftcore.study.report import write_report
+    from sftcore.study.study_report import write_study_report
+    from sftcore.study.study_runs import is_study
+
+    result = write_study_report(folder) if is_study(folder) else write_report(folder)
     print(result.table)
     print(f"\n{result.html_path}")
 

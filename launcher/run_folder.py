@@ -45,19 +45,25 @@ NO_RESULTS = {
     "logs",
     "run.pids",
     "slurm",
+    "ledger.train.jsonl",
+    "ledger.test.jsonl",
+    "ledger.ood.jsonl",
 }  # left by an attempt that failed at once
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "peft", "datasets")
 
 
 @contextmanager
-def open_run(recipe: Recipe, *, purpose: str) -> Iterator[Path]:
+def open_run(recipe: Recipe, *, purpose: str, shared: bool = False) -> Iterator[Path]:
     """Lock the run folder, claim it for this recipe, and log into RUN/run.log while the block runs.
+
+    Args:
+        shared: beside others that share it (shards), each with a folder of its own to write to.
 
     Raises:
         UserInputError: in use by another process, or it belongs to another recipe.
     """
     run = recipe.run_folder
-    with folder_lock(run, purpose=purpose):
+    with folder_lock(run, purpose=purpose, shared=shared):
         claim(run, recipe)
         with log_to_file(run / "run.log"):
             yield run

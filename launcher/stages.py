@@ -11,8 +11,12 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from launcher.run_folder import open_run, record_seconds
 from sftcore.config import Recipe
@@ -27,13 +31,33 @@ from sftcore.data.splits import with_valid_as_train
 from sftcore.data.store import TokenStore
 from sftcore.data.tokens import Tokenizer, load_tokenizer
 from sftcore.errors import Problem, UserInputError
+from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_logits, summarise_drift
+from sftcore.evaluate.few_shot import choose_examples
 from sftcore.evaluate.generate import predict
 from sftcore.evaluate.pairs import judge_pairs, pair_rows, pair_scores
 from sftcore.evaluate.score import score
-from sftcore.fsio import atomic_file, fingerprint_of, read_json, read_jsonl, write_json, write_jsonl
-from sftcore.knowledge.levels import FactLevel, level_counts
-from sftcore.knowledge.probe import fingerprint_model, probe_facts, read_levels
+from sftcore.fsio import (
+    atomic_file,
+    fingerprint_of,
+    folder_lock,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+from sftcore.knowledge.levels import MAX_LEVEL, FactLevel, level_counts
+from sftcore.knowledge.probe import (
+    SHARDS,
+    TEMPLATES,
+    Probe,
+    fingerprint_model,
+    probe_facts,
+    probe_shard,
+    read_levels,
+)
+from sftcore.knowledge.questions import without_trivial
 from sftcore.knowledge.selection import select_facts
+from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
 from sftcore.model.load import load_for_decoding
 
@@ -75,16 +99,9 @@ def prepare_share(recipe: Recipe, shard: str, *, num_workers: int | None, is_alo
     Raises:
         UserInputError: not of that form, or not alone.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise UserInputError(
-            Problem(
-                what="a share is i/N with i from 0 to N-1", where="--shard", got=shard, allowed="0/4 to 3/4"
-            )
-        )
+    job, num_jobs = _share(shard)
     if not is_alone:
         raise UserInputError(Problem(what="--merge and --check need all shards", where="--shard", got=shard))
-    job, num_jobs = int(match[1]), int(match[2])
     mine, total = prepare_shard(
         recipe,
         _tokenizer(recipe),
@@ -94,6 +111,18 @@ def prepare_share(recipe: Recipe, shard: str, *, num_workers: int | None, is_alo
         num_workers=num_workers,
     )
     return f"shard {shard}: {mine} of {total} parts are done; then: sftcore prepare RECIPE --merge"
+
+
+def _share(shard: str) -> tuple[int, int]:
+    """i and N of "i/N"."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserInputError(
+            Problem(
+                what="a share is i/N with i from 0 to N-1", where="--shard", got=shard, allowed="0/4 to 3/4"
+            )
+        )
+    return int(match[1]), int(match[2])
 
 
 def write_check(recipe: Recipe, store: TokenStore) -> str:
@@ -119,7 +148,8 @@ def draw(recipe: Recipe) -> set[str]:
     settings = recipe.select
     assert settings is not None and settings.balance != "relation"
     records = load_records(recipe, "train", Ledger())
-    chosen = draw_pairs(records, settings.n, balance=settings.balance, seed=recipe.seed, draw=settings.draw)
+    n = len(records) if settings.n == "all" else settings.n
+    chosen = draw_pairs(records, n, balance=settings.balance, seed=recipe.seed, draw=settings.draw)
     rows = [{"id": r.id, "label": r.content.label} for r in chosen if isinstance(r.content, Pair)]
     _write_selection(recipe.run_folder, rows)
     return {record.id for record in chosen}
@@ -130,10 +160,14 @@ def select(recipe: Recipe) -> list[FactLevel]:
     assert recipe.select is not None and recipe.select.balance != "label"
     run = recipe.run_folder
     levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
+    trainable = [level for level in levels if level.split == "train"]
+    n = recipe.select.n
+    if n == "all":
+        n = sum(level.level in recipe.select.levels for level in trainable)
     chosen = select_facts(
-        [level for level in levels if level.split == "train"],
+        trainable,
         levels_wanted=recipe.select.levels,
-        n=recipe.select.n,
+        n=n,
         balance=recipe.select.balance,
         seed=recipe.seed,
         draw=recipe.select.draw,
@@ -148,23 +182,57 @@ def _write_selection(run: Path, rows: list[dict[str, Any]]) -> None:
         write_jsonl(path, rows)
 
 
-def probe(recipe: Recipe) -> list[FactLevel]:
-    """Measure the memory levels of all facts of the recipe; RUN/levels.jsonl."""
+def probe(recipe: Recipe, *, merge_only: bool = False) -> list[FactLevel]:
+    """Measure the memory levels of all facts of the recipe; RUN/levels.jsonl.
+
+    Args:
+        merge_only: everything has been measured by `probe_share`.
+    """
     with open_run(recipe, purpose="probing") as run:
         started = time.perf_counter()
-        tokenizer = _tokenizer(recipe)
-        records = _records(recipe, run, *SPLITS)
         levels = probe_facts(
-            records,
-            load_for_decoding(recipe.model),
-            tokenizer,
-            recipe.probe,
-            seed=recipe.seed,
-            run=run,
-            model_fingerprint=fingerprint_model(recipe.model.path),
+            _probe(recipe, run), lambda: load_for_decoding(recipe.model), run=run, merge_only=merge_only
         )
         record_seconds(run, "probe", time.perf_counter() - started)
         return levels
+
+
+def probe_share(recipe: Recipe, shard: str, *, is_alone: bool) -> str:
+    """Measure the batches of one job of an array; says what was done.
+
+    Args:
+        shard: "i/N", i from 0.
+        is_alone: `--merge` was not given.
+
+    Raises:
+        UserInputError: not of that form, or not alone.
+    """
+    job, num_jobs = _share(shard)
+    if not is_alone:
+        raise UserInputError(Problem(what="--merge needs all shards", where="--shard", got=shard))
+    with open_run(recipe, purpose="probing a shard", shared=True) as run:
+        folder = run / SHARDS / f"{job}-of-{num_jobs}"
+        with folder_lock(folder, purpose="probing this shard"):
+            mine, total = probe_shard(
+                _probe(recipe, run),
+                lambda: load_for_decoding(recipe.model),
+                folder=folder,
+                job=job,
+                num_jobs=num_jobs,
+            )
+    return f"shard {shard}: {mine} of {total} batches are done; then: sftcore probe RECIPE --merge"
+
+
+def _probe(recipe: Recipe, run: Path) -> Probe:
+    relations = recipe.data.relations
+    return Probe.of(
+        _records(recipe, run, *SPLITS),
+        _tokenizer(recipe),
+        recipe.probe,
+        seed=recipe.seed,
+        model_fingerprint=fingerprint_model(recipe.model.path),
+        relations=Path(relations) if relations else None,
+    )
 
 
 def describe_levels(levels: list[FactLevel]) -> str:
@@ -184,26 +252,49 @@ def evaluate(recipe: Recipe, *, model: Path | None = None) -> dict[str, dict[str
     """Score the base and the trained model (or `model` alone) on the held-out items; RUN/eval/NAME.
 
     Returns:
-        scores by name: base, tuned, or the folder name of `model`.
+        scores by name: base, tuned, fewshot (with evaluate.few_shot), or the folder name of `model`.
 
     Raises:
         UserInputError: the recipe has no held-out data, or there is no such model.
     """
     with open_run(recipe, purpose="evaluation") as run:
         folders = _models_to_evaluate(recipe, model)
-        tokenizer = _tokenizer(recipe)
-        records = _records(recipe, run, "test", "ood")
-        if not records:
-            raise UserInputError(
-                Problem(
-                    what="nothing to evaluate on", where="data.test", remedy="give held-out sources there"
-                )
-            )
-        levels = _known_levels(recipe, run)
-        return {
-            name: _evaluate_one(recipe, run, name, folder, tokenizer, records, levels)
-            for name, folder in folders.items()
-        }
+        items = _items(recipe, run)
+        scores = {name: _evaluate_one(items, name, folder) for name, folder in folders.items()}
+        if model is None and recipe.evaluate.few_shot:
+            found = load_records(recipe, "train", Ledger())
+            examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed)
+            scores["fewshot"] = _evaluate_one(items, "fewshot", recipe.model.path, examples)
+        if recipe.evaluate.drift and "tuned" in folders:
+            _measure_drift(items, folders)
+        return scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Items:
+    """What is evaluated.
+
+    Args:
+        records: held-out, "test" and "ood".
+        levels: memory level by record id, as far as known.
+    """
+
+    recipe: Recipe
+    run: Path
+    tokenizer: Tokenizer
+    records: list[Record]
+    levels: dict[str, int]
+
+
+def _items(recipe: Recipe, run: Path) -> _Items:
+    tokenizer = _tokenizer(recipe)
+    records = _records(recipe, run, "test", "ood")
+    if not records:
+        raise UserInputError(
+            Problem(what="nothing to evaluate on", where="data.test", remedy="give held-out sources there")
+        )
+    levels = _known_levels(recipe, run)
+    return _Items(recipe=recipe, run=run, tokenizer=tokenizer, records=records, levels=levels)
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
@@ -216,7 +307,8 @@ def _records(recipe: Recipe, run: Path, *splits: str) -> list[Record]:
     records = []
     for split in splits:
         ledger = Ledger()
-        records += load_records(recipe, split, ledger)
+        found = load_records(recipe, split, ledger)
+        records += found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
         ledger.write(run / f"ledger.{split}.jsonl")
     return records
 
@@ -241,25 +333,19 @@ def _known_levels(recipe: Recipe, run: Path) -> dict[str, int]:
     return {level.id: level.level for level in levels}
 
 
-def _evaluate_one(
-    recipe: Recipe,
-    run: Path,
-    name: str,
-    folder: str,
-    tokenizer: Tokenizer,
-    records: list[Record],
-    levels: dict[str, int],
-) -> dict[str, Any]:
+def _evaluate_one(items: _Items, name: str, folder: str, examples: Sequence[Record] = ()) -> dict[str, Any]:
     """Predictions and scores of one model; found again if model, items, prompts and settings are the same."""
-    prompter = Prompter(PromptOptions.of(recipe), tokenizer)
-    target = run / "eval" / name
+    recipe, records = items.recipe, items.records
+    prompter = Prompter(PromptOptions.of(recipe), items.tokenizer)
+    target = items.run / "eval" / name
     manifest = {
         "model_fingerprint": fingerprint_model(folder),
         "prompts_fingerprint": fingerprint_of(
             [[r.id, r.split, ids] for r, ids in zip(records, prompter.prompt_ids_batch(records), strict=True)]
         ),
-        "levels_fingerprint": fingerprint_of(levels),
+        "levels_fingerprint": fingerprint_of(items.levels),
         "settings": recipe.evaluate.model_dump(),
+        "examples": [example.id for example in examples],
     }
     if recipe.task == "matching":
         manifest["matching"] = recipe.matching.model_dump(mode="json")
@@ -268,24 +354,64 @@ def _evaluate_one(
         return dict(read_json(target / "scores.json"))
     log.info("evaluating %s (%s) on %d items", name, folder, len(records))
     started = time.perf_counter()
-    rows, scores = _predict_and_score(recipe, folder, prompter, records, levels)
+    rows, scores = _predict_and_score(items, folder, prompter, examples)
     (target / "manifest.json").unlink(missing_ok=True)
     write_jsonl(target / "predictions.jsonl", rows)
     write_json(target / "scores.json", scores)
     write_json(target / "manifest.json", manifest)
-    record_seconds(run, f"evaluate_{name}", time.perf_counter() - started)
+    record_seconds(items.run, f"evaluate_{name}", time.perf_counter() - started)
     return scores
 
 
 def _predict_and_score(
-    recipe: Recipe, folder: str, prompter: Prompter, records: list[Record], levels: dict[str, int]
+    items: _Items, folder: str, prompter: Prompter, examples: Sequence[Record]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The content of predictions.jsonl and of scores.json."""
-    quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(folder))
+    recipe, records = items.recipe, items.records
     if recipe.task == "matching":
+        quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(folder))
         verdicts = judge_pairs(recipe, folder, records, prompter, quantised=quantised)
         rows = pair_rows(records, verdicts, prompter)
         return rows, score(rows) | {"pairs": pair_scores(records, verdicts)}
-    loaded = load_for_decoding(recipe.model.model_copy(update={"path": folder}), quantised=quantised)
-    rows = predict(records, loaded, prompter.codec.tokenizer, prompter, recipe.evaluate, levels=levels)
+    rows = predict(
+        records,
+        _load_evaluated(recipe, folder),
+        items.tokenizer,
+        prompter,
+        recipe.evaluate,
+        levels=items.levels,
+        examples=examples,
+    )
     return rows, score(rows)
+
+
+def _load_evaluated(recipe: Recipe, folder: str) -> PreTrainedModel:
+    settings = recipe.model.model_copy(update={"path": folder})
+    quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(folder))
+    return load_for_decoding(settings, quantised=quantised)
+
+
+def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
+    """RUN/eval/drift.json: how far first tokens moved on held-out facts of level 4, in their best wording.
+
+    Raises:
+        UserInputError: no probe has told which wording is the best.
+    """
+    path = items.run / TEMPLATES
+    if not path.is_file():
+        remedy = "sftcore probe RECIPE, or evaluate.drift: false"
+        raise UserInputError(Problem(what="no hits by template yet", where=str(path), remedy=remedy))
+    known = [r for r in items.records if items.levels.get(r.id) == MAX_LEVEL and r.split == "test"]
+    if not known:
+        log.warning("no held-out fact has level %d: no drift is measured", MAX_LEVEL)
+        return
+    file = items.recipe.data.relations
+    relations = load_relations(Path(file) if file else None)
+    texts = drift_prompts(known, best_templates(read_json(path)), relations)
+    prompts = [items.tokenizer(text)["input_ids"] for text in texts]
+    logits = {}
+    for name in ("tuned", "base"):  # one model in memory at a time
+        logits[name] = first_logits(_load_evaluated(items.recipe, folders[name]), prompts)
+    report = summarise_drift(known, drift(logits["tuned"], logits["base"]))
+    write_json(items.run / "eval" / "drift.json", report)
+    log.info("drift on %d facts of level %d: %.3f nats", len(known), MAX_LEVEL, report["mean_kl_nats"])

@@ -35,6 +35,7 @@ from sftcore.errors import (
 from sftcore.fsio import atomic_file, folder_lock, read_json, write_json
 from sftcore.recipe import dump_recipe
 from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
+from sftcore.study.study_report import write_study_report
 
 log = logging.getLogger("sftcore.study")
 FAILED = "failed.json"
@@ -158,12 +159,17 @@ def run_one(study: Study, run: StudyRun) -> int:
 
 
 def conclude(study: Study) -> None:
-    """Write study.json; say which runs failed.
+    """Write study.json and the study's page; say which runs failed.
 
     Raises:
         TrainingFailed: some did.
     """
     write_json(study.folder / "study.json", summarise(study))
+    try:
+        page = write_study_report(study.folder)
+        log.info("%s\n%s", page.table, page.html_path)
+    except UserInputError as error:
+        log.warning("no study page: %s", error)
     failed = [run.name for run in study.runs if state_of(run) == FAILED_STATE]
     if failed:
         raise TrainingFailed(

@@ -25,7 +25,7 @@ from sftcore.recipe import source_files
 
 FINISHED = "finished.json"
 DIGESTS = Path(".cache/digests.json")
-LEVEL_FILES = ("levels.jsonl", "levels.manifest.json")
+LEVEL_FILES = ("levels.jsonl", "levels.manifest.json", "levels.templates.json")
 PROBED = ("data", "probe", "seed", "model")  # sections that memory levels depend on
 EVALUATED = (*PROBED, "task", "matching", "evaluate", "batch")  # ... and the base model's scores
 
@@ -106,7 +106,8 @@ def _digests(recipe: Recipe) -> list[str]:
     """Checksums of the base model's and the data's files; a hub name stands for itself in the recipe."""
     data, model = recipe.data, Path(recipe.model.path)
     files = sorted([*model.glob("config.json"), *model.glob("*.safetensors")])
-    for source in (*data.train, *data.test, *data.ood):
+    files += [Path(data.relations)] if data.relations else []
+    for source in (*data.train, *data.valid, *data.test, *data.ood):
         for path in source_files(source):
             files += sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
     known = KnownDigests(DIGESTS)

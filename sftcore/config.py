@@ -135,6 +135,14 @@ class DataSettings(Settings):
     )
     max_reject_fraction: Fraction = Field(0.01, description="more rejected rows than this share is an error")
     deduplicate: bool = Field(False, description="drop exact duplicates of prompt and answer")
+    trivial_facts: Literal["drop", "keep"] = Field(
+        "drop",
+        description="facts with a one-letter answer, or an answer inside the subject: drop leaves them out of"
+        " probe, selection and evaluation",
+    )
+    relations: str | None = Field(
+        None, description="file of relations of your own (JSON, as sftcore/assets/relations.json)"
+    )
     temperature: Annotated[float, Field(ge=1)] | None = Field(
         None,
         description="a source of n samples gets the share n^(1/T) of each epoch: 1 keeps the sizes' ratios,"
@@ -162,15 +170,19 @@ class ProbeSettings(Settings):
         0.7, description="sampling temperature; no top-k, no top-p"
     )
     max_new_tokens: Positive = Field(32, description="tokens per completion")
+    estimator: Literal["sampling", "likelihood"] = Field(
+        "sampling",
+        description="likelihood: how probable the answer is as the completion's beginning; for short answers",
+    )
     backend: Literal["auto", "hf"] = Field("auto", description="what runs the model")
-    batch_rows: Positive = Field(160, description="sequences decoded together")
+    batch_rows: Positive = Field(640, description="completions drawn together")
 
 
 class SelectSettings(Settings):
     """Which facts are trained on."""
 
     levels: list[Annotated[int, Field(ge=0, le=4)]] = Field([2], min_length=1, description="memory levels")
-    n: Positive = Field(60, description="number of facts")
+    n: Positive | Literal["all"] = Field(60, description="number of facts or pairs, or all of these levels")
     balance: Literal["relation", "label", "none"] = Field(
         "relation", description="equal shares per relation (facts) or per label (pairs), or none"
     )
@@ -255,6 +267,12 @@ class EvaluateSettings(Settings):
 
     max_new_tokens: Positive = Field(16, description="tokens per answer")
     batch_size: Positive = Field(32, description="sequences decoded together")
+    few_shot: Annotated[int, Field(ge=0)] = Field(
+        0, description="also the base model behind this many solved training examples (RUN/eval/fewshot)"
+    )
+    drift: bool = Field(
+        False, description="also KL(tuned || base) of first tokens on facts of level 4 (RUN/eval/drift.json)"
+    )
 
 
 class TrackingSettings(Settings):

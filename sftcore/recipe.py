@@ -178,6 +178,8 @@ def _resolve_paths(raw: dict[str, Any], recipe_path: Path) -> list[Problem]:
     train = raw.get("train")
     if isinstance(train, dict) and isinstance(train.get("init_adapter"), str):
         train["init_adapter"], problem = _resolve_adapter(train["init_adapter"], base)
+    if isinstance(data, dict) and isinstance(data.get("relations"), str):
+        data["relations"], problem = _resolve_file(data["relations"], base, "data.relations")
         problems.append(problem)
     if isinstance(raw.get("deepspeed", "zero1"), str):
         raw["deepspeed"], problem = _resolve_deepspeed(raw.get("deepspeed", "zero1"), base)
@@ -226,6 +228,13 @@ def source_files(source: Source) -> list[Path]:
         return [Path(text)]
     pattern = str(ASSETS / text.removeprefix(ASSET_PREFIX)) if text.startswith(ASSET_PREFIX) else text
     return [Path(name) for name in sorted(glob.glob(pattern))]
+
+
+def _resolve_file(text: str, base: Path, where: str) -> tuple[str, Problem | None]:
+    for file in (base / text, Path(text)):
+        if file.is_file():
+            return str(file.resolve()), None
+    return text, Problem(what="no such file", where=where, got=text)
 
 
 def _resolve_deepspeed(text: str, base: Path) -> tuple[str, Problem | None]:

@@ -20,6 +20,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.knowledge",
     "sftcore.batching",
     "sftcore.model",
+    "sftcore.knowledge.likelihood",
     "sftcore.knowledge.probe",
     "sftcore.train",
     "sftcore.evaluate",

@@ -43,7 +43,7 @@ def store_fingerprint(
             "code": CODE_VERSION,
             "sources": sources,
             "prompts": PromptOptions.of(recipe).identity(),
-            "patterns": question_patterns() if recipe.task == "qa" else None,
+            "patterns": question_patterns(data.relations) if recipe.task == "qa" else None,
             "deduplicate": data.deduplicate,
             "max_reject_fraction": data.max_reject_fraction,
             "tokenizer": tokenizer_identity(tokenizer),

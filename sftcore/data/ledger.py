@@ -43,6 +43,8 @@ class Reason(StrEnum):
     DUPLICATE = "duplicate"
     CONTRADICTORY_LABEL = "contradictory_label"
     LEAK = "leak"
+    SHORT_ANSWER = "short_answer"
+    ANSWER_IN_SUBJECT = "answer_in_subject"
     UNKNOWN_RELATION = "unknown_relation"
     REFUSED_BY_TEMPLATE = "refused_by_template"
     NO_TOKENS = "no_tokens"
@@ -52,6 +54,9 @@ class Reason(StrEnum):
 
 
 HYGIENE = frozenset({Reason.DUPLICATE, Reason.CONTRADICTORY_LABEL, Reason.LEAK})
+TRIVIAL = frozenset(
+    {Reason.SHORT_ANSWER, Reason.ANSWER_IN_SUBJECT}
+)  # facts that are neither probed nor scored
 PROMPTING = frozenset(
     {
         Reason.UNKNOWN_RELATION,
@@ -61,7 +66,7 @@ PROMPTING = frozenset(
         Reason.NO_RATIONALE,
     }
 )
-READING = frozenset(Reason) - HYGIENE - PROMPTING
+READING = frozenset(Reason) - HYGIENE - PROMPTING - TRIVIAL
 
 REMEDIES = {
     Reason.UNKNOWN_LABEL: "labels are 0, 1 or a word of matching.labels",

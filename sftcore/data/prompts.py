@@ -82,7 +82,7 @@ class Prompter:
     ) -> None:
         self.options = options
         self.codec = codec_of(tokenizer)
-        self.patterns = question_patterns() if patterns is None else patterns
+        self.patterns = question_patterns(options.relations) if patterns is None else patterns
         self._chat: ChatRenderer | None = None
 
     def prompt_text(self, record: Record) -> str:

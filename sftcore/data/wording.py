@@ -10,11 +10,11 @@ Trade-off: placeholders are plain names, no format specs or attributes: str.form
 from __future__ import annotations
 
 import difflib
-import json
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,6 +22,7 @@ import yaml
 from sftcore.config import DataSettings, InlineTemplate, Recipe
 from sftcore.data.contents import Pair
 from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import read_json
 from sftcore.recipe import ASSETS
 from sftcore.settings import MatchingSettings
 
@@ -162,6 +163,7 @@ class PromptOptions:
         matching: label words, language, examples, rationales.
         max_length: tokens in a sample at most.
         overlength: "reject", "trim_prompt" or "error" (an error is a rejection here; prepare raises it).
+        relations: `data.relations`.
     """
 
     task: str
@@ -169,6 +171,7 @@ class PromptOptions:
     matching: MatchingSettings
     max_length: int
     overlength: str
+    relations: str | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> PromptOptions:
@@ -183,6 +186,7 @@ class PromptOptions:
             matching=recipe.matching,
             max_length=recipe.max_length,
             overlength=recipe.data.overlength,
+            relations=recipe.data.relations,
         )
 
     @property
@@ -239,7 +243,26 @@ def language_of(pair: Pair, setting: str) -> str:
     return "zh" if letters and num_cjk >= CJK_LETTER_SHARE * len(letters) else "en"
 
 
-def question_patterns() -> dict[str, str]:
-    """Question pattern with {subject} of each relation in assets/relations.json, e.g. of "P17"."""
-    relations: dict[str, Any] = json.loads((ASSETS / "relations.json").read_text(encoding="utf-8"))
-    return {relation: entry["question"] for relation, entry in relations.items()}
+def question_patterns(relations: str | None = None) -> dict[str, str]:
+    """Question pattern with {subject} of each relation in assets/relations.json, e.g. of "P17".
+
+    Args:
+        relations: a file of the user's own, whose patterns come on top.
+
+    Raises:
+        UserInputError: it is not such a file.
+    """
+    patterns = _patterns_of(ASSETS / "relations.json")
+    return patterns | (_patterns_of(Path(relations)) if relations else {})
+
+
+@cache
+def _patterns_of(file: Path) -> dict[str, str]:
+    table: Any = read_json(file)
+    try:
+        return {relation: entry["question"] for relation, entry in table.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        remedy = "one entry a relation with name, domain, question, completions, as in sftcore/assets"
+        raise UserInputError(
+            Problem(what="not a table of relations", where=str(file), remedy=remedy)
+        ) from error

@@ -18,6 +18,7 @@ from sftcore.data.contents import Completion, Fact, Pair
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
+from sftcore.evaluate.few_shot import few_shot_prompts, first_paragraph
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
@@ -31,16 +32,21 @@ def predict(
     settings: EvaluateSettings,
     *,
     levels: Mapping[str, int],
+    examples: Sequence[Record] = (),
 ) -> list[dict[str, Any]]:
     """Rows of predictions.jsonl, in the records' order.
 
     Args:
         levels: memory level by record id; items without one get no `level`.
+        examples: solved before each prompt (few-shot); then only a completion's first paragraph counts.
 
     Raises:
         UserInputError: a record has no single right answer (chats).
     """
-    prompts = prompter.prompt_ids_batch(records)
+    if examples:
+        prompts = few_shot_prompts(records, examples, prompter)
+    else:
+        prompts = prompter.prompt_ids_batch(records)
     texts = [""] * len(records)
     with progress("evaluating", len(records)) as advance:
         for batch in batches_by_length(prompts, prompts_per_batch=settings.batch_size):
@@ -51,7 +57,8 @@ def predict(
                 stop_ids=stop_ids(model, tokenizer),
             )
             for i, tokens in zip(batch, completions, strict=True):
-                texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                texts[i] = first_paragraph(text) if examples else text
             advance(len(batch))
     aliases = AliasTable.load()
     return [

@@ -1,10 +1,10 @@
 """The probe: facts + a base model -> hits and trials of each fact, hence its memory level.
 
-In: facts, a model and its tokenizer, the recipe's probe settings. Out: RUN/levels.jsonl and
-levels.manifest.json (whose model, which settings).
+In: facts, a model and its tokenizer, the recipe's probe settings. Out: RUN/levels.jsonl, levels.manifest.json
+(whose model, which settings) and levels.templates.json (hits of each wording).
 Invariant: a hit is a completion that contains an answer or an alias, counted on the text alone; sampling is
-seeded by (fact, template, sample) and batches are a function of the facts, so a killed and resumed probe
-writes the same file.
+seeded by (prompt, sample) and batches are a function of the facts, so a probe that was killed, or divided
+into shards of whole batches, writes the same files.
 Trade-off: a completion ends as soon as no continuation could undo its hit; with 20 % hits that spares about
 a tenth of the decoding, and nothing is lost, for only yes or no is recorded.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from sftcore.config import ProbeSettings
-from sftcore.data.contents import Fact
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import (
@@ -36,79 +35,133 @@ from sftcore.fsio import (
 )
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.knowledge.levels import FactLevel
-from sftcore.knowledge.templates import completion_prompts, find_relation, load_relations
+from sftcore.knowledge.likelihood import accepted_names, answer_likelihoods
+from sftcore.knowledge.questions import Question, Trial, distinct_questions, fact_of, make_trials
+from sftcore.knowledge.templates import Relation, load_relations
 from sftcore.log import progress
 from sftcore.model.generate import Sampling, batches_by_length, decode_batch, stop_ids
 
 log = logging.getLogger(__name__)
-LEVELS, MANIFEST, PARTIAL = "levels.jsonl", "levels.manifest.json", "levels.partial.jsonl"
+LEVELS, MANIFEST, TEMPLATES = "levels.jsonl", "levels.manifest.json", "levels.templates.json"
+PARTIAL, SHARDS = "levels.partial.jsonl", "shards"
+Loader = Callable[[], PreTrainedModel]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """One prompt of one fact: `samples` completions are drawn from it."""
+class Probe:
+    """What a probe measures; none of it needs the model's weights.
 
-    fact: int
-    template: int
-    prompt: str
+    Args:
+        records: the facts.
+        tokenizer: the model's.
+        settings: the recipe's.
+        seed: of the sampling.
+        model_fingerprint: whose memory it is.
+        relations: by id.
+    """
+
+    records: Sequence[Record]
+    tokenizer: Any
+    settings: ProbeSettings
+    seed: int
+    model_fingerprint: str
+    relations: Mapping[str, Relation]
+
+    @classmethod
+    def of(
+        cls,
+        records: Sequence[Record],
+        tokenizer: Any,
+        settings: ProbeSettings,
+        *,
+        seed: int,
+        model_fingerprint: str,
+        relations: Path | None = None,
+    ) -> Probe:
+        """A probe with the shipped relations and, if given, those of a file.
+
+        Raises:
+            UserInputError: a record is not a fact, its relation has too few templates, or the file is bad.
+        """
+        probe = cls(
+            records=records,
+            tokenizer=tokenizer,
+            settings=settings,
+            seed=seed,
+            model_fingerprint=model_fingerprint,
+            relations=load_relations(relations),
+        )
+        probe.trials()
+        return probe
+
+    def trials(self) -> list[Trial]:
+        """Every fact in every wording."""
+        return make_trials(self.records, self.settings.templates, self.relations)
+
+    def manifest(self) -> dict[str, Any]:
+        """What levels depend on; two probes with equal manifests give equal levels."""
+        facts = [(record, fact_of(record)) for record in self.records]
+        rows = [[r.id, r.split, fact.relation, fact.subject, list(fact.answers)] for r, fact in facts]
+        return {
+            "model_fingerprint": self.model_fingerprint,
+            "estimator": self.settings.estimator,
+            "templates": self.settings.templates,
+            "samples": self.settings.samples,
+            "temperature": self.settings.temperature,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "batch_rows": self.settings.batch_rows,
+            "seed": self.seed,
+            "num_facts": len(self.records),
+            "facts_fingerprint": fingerprint_of(rows),
+            "templates_fingerprint": fingerprint_of([trial.prompt for trial in self.trials()]),
+        }
 
 
-def probe_facts(
-    records: Sequence[Record],
-    model: PreTrainedModel,
-    tokenizer: Any,
-    settings: ProbeSettings,
-    *,
-    seed: int,
-    run: Path,
-    model_fingerprint: str,
-) -> list[FactLevel]:
+def probe_facts(probe: Probe, load_model: Loader, *, run: Path, merge_only: bool = False) -> list[FactLevel]:
     """Probe every fact; levels.jsonl appears whole at the end, until then levels.partial.jsonl grows.
 
+    Args:
+        load_model: called only if there is something left to measure.
+        run: where the files go; batches that shards have done (`probe_shard`) are found there.
+        merge_only: measure nothing: all shards must have been done.
+
     Raises:
-        UserInputError: a record is not a fact, or its relation has no completion templates.
+        UserInputError: `merge_only`, and batches are missing.
     """
-    manifest = probe_manifest(records, settings, seed=seed, model_fingerprint=model_fingerprint)
+    manifest = probe.manifest()
     if is_probed(run, manifest):
         log.info("memory levels are already in %s", run / LEVELS)
-        return read_levels(run, model_fingerprint=model_fingerprint)
-    trials = make_trials(records, settings)
-    aliases = AliasTable.load()
-    prober = Prober(
-        model=model,
-        tokenizer=tokenizer,
-        settings=settings,
-        seed=seed,
-        records=records,
-        matchers=[AnswerMatcher(_fact_of(record).answers, aliases) for record in records],
-        trials=trials,
-        prompts=[tokenizer(trial.prompt)["input_ids"] for trial in trials],
-    )
-    hits = prober.count_hits(run / PARTIAL, manifest).tolist()
-    num_trials = settings.templates * settings.samples
-    levels = [_fact_level(record, hit, num_trials) for record, hit in zip(records, hits, strict=True)]
-    write_jsonl(run / LEVELS, (level.to_row() for level in levels))
-    write_json(run / MANIFEST, manifest)
-    (run / PARTIAL).unlink(missing_ok=True)
+        return read_levels(run, model_fingerprint=probe.model_fingerprint)
+    prober = Prober.of(probe)
+    done = _done_by_all(run, manifest)
+    left = [number for number in range(len(prober.batches)) if number not in done]
+    if left and merge_only:
+        raise UserInputError(_missing(run, left, len(prober.batches)))
+    done |= prober.measure(left, load_model, run / PARTIAL, manifest, num_done=len(done))
+    levels = _write_levels(run, probe, prober.collect(done), manifest)
+    for file in _partials(run):
+        file.unlink()
     return levels
 
 
-def probe_manifest(
-    records: Sequence[Record], settings: ProbeSettings, *, seed: int, model_fingerprint: str
-) -> dict[str, Any]:
-    """What levels depend on; two probes with equal manifests give equal levels."""
-    return {
-        "model_fingerprint": model_fingerprint,
-        "templates": settings.templates,
-        "samples": settings.samples,
-        "temperature": settings.temperature,
-        "max_new_tokens": settings.max_new_tokens,
-        "batch_rows": settings.batch_rows,
-        "seed": seed,
-        "num_facts": len(records),
-        "facts_fingerprint": fingerprint_of([_fact_row(record) for record in records]),
-        "templates_fingerprint": fingerprint_of([trial.prompt for trial in make_trials(records, settings)]),
-    }
+def probe_shard(
+    probe: Probe, load_model: Loader, *, folder: Path, job: int, num_jobs: int
+) -> tuple[int, int]:
+    """Measure the batches of one job of an array: job, job + num_jobs, ...; goes on after a kill.
+
+    Args:
+        folder: RUN/shards/NAME, this job's own.
+
+    Returns:
+        number of batches that this shard has done, and of all batches.
+    """
+    manifest = probe.manifest()
+    prober = Prober.of(probe)
+    mine = range(job, len(prober.batches), num_jobs)
+    done = _read_partial(folder / PARTIAL, manifest)
+    left = [number for number in mine if number not in done]
+    prober.measure(left, load_model, folder / PARTIAL, manifest, num_done=len(mine) - len(left))
+    return len(mine), len(prober.batches)
 
 
 def is_probed(run: Path, manifest: dict[str, Any]) -> bool:
@@ -150,41 +203,158 @@ def fingerprint_model(path: str) -> str:
     return fingerprint_of({file.name: sha256_of_file(file) for file in files})
 
 
-def make_trials(records: Sequence[Record], settings: ProbeSettings) -> list[Trial]:
-    """All prompts, fact by fact, template by template.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prober:
+    """What all batches of a probe share.
 
-    Raises:
-        UserInputError: a record is not a fact, or its relation has too few templates.
+    Args:
+        probe: what is measured.
+        trials: all facts in all wordings.
+        questions: the distinct prompts.
+        prompts: their token ids.
+        matchers: one per fact.
+        batches: question numbers, batch by batch.
     """
-    relations = load_relations()
-    trials = []
-    for number, record in enumerate(records):
-        fact = _fact_of(record)
-        relation = find_relation(relations, fact.relation)
-        prompts = completion_prompts(relation, fact.subject, settings.templates)
-        trials += [Trial(fact=number, template=t, prompt=prompt) for t, prompt in enumerate(prompts)]
-    return trials
 
+    probe: Probe
+    trials: Sequence[Trial]
+    questions: Sequence[Question]
+    prompts: Sequence[Sequence[int]]
+    matchers: Sequence[AnswerMatcher]
+    batches: Sequence[Sequence[int]]
 
-def _fact_of(record: Record) -> Fact:
-    if not isinstance(record.content, Fact):
-        raise UserInputError(
-            Problem(
-                what="only facts can be probed",
-                where=f"{record.file}:{record.row}",
-                remedy="use format entityquestions or facts",
-            )
+    @classmethod
+    def of(cls, probe: Probe) -> Prober:
+        """Tokenise the prompts and cut them into batches."""
+        trials = probe.trials()
+        questions = distinct_questions(trials)
+        prompts = [probe.tokenizer(question.prompt)["input_ids"] for question in questions]
+        aliases = AliasTable.load()
+        per_batch = max(1, probe.settings.batch_rows // probe.settings.samples)
+        return cls(
+            probe=probe,
+            trials=trials,
+            questions=questions,
+            prompts=prompts,
+            matchers=[AnswerMatcher(fact_of(record).answers, aliases) for record in probe.records],
+            batches=batches_by_length(prompts, prompts_per_batch=per_batch),
         )
-    return record.content
+
+    def measure(
+        self,
+        numbers: Sequence[int],
+        load_model: Loader,
+        partial: Path,
+        manifest: dict[str, Any],
+        *,
+        num_done: int,
+    ) -> dict[int, list[float]]:
+        """Hits of the trials of some batches; each batch is appended to `partial` when it is done."""
+        if not numbers:
+            return {}
+        _read_partial(partial, manifest)
+        model, done = load_model(), {}
+        hits_of = self.count_hits if self.probe.settings.estimator == "sampling" else self.expect_hits
+        with progress("probing (batches)", num_done + len(numbers)) as advance:
+            advance(num_done)
+            for number in numbers:
+                done[number] = hits_of(model, self.batches[number])
+                append_jsonl(partial, {"batch": number, "hits": done[number]})
+                advance(1)
+        return done
+
+    def collect(self, done: Mapping[int, Sequence[float]]) -> np.ndarray:
+        """(num_trials,) float64 hits, from those of all batches."""
+        hits = np.zeros(len(self.trials))
+        for number, batch in enumerate(self.batches):
+            hits[self.trials_of(batch)] = done[number]
+        return hits
+
+    def trials_of(self, batch: Sequence[int]) -> list[int]:
+        """Trial numbers of a batch's questions, question by question."""
+        return [trial for i in batch for trial in self.questions[i].trials]
+
+    def count_hits(self, model: PreTrainedModel, batch: Sequence[int]) -> list[float]:
+        """Hits of each trial of one batch, by decoding all its completions."""
+        n = self.probe.settings.samples
+        decode = self.probe.tokenizer.batch_decode
+        matchers = [[self.matchers[self.trials[t].fact] for t in self.questions[i].trials] for i in batch]
+
+        def are_settled(places: Sequence[int], tokens: Sequence[list[int]]) -> list[bool]:
+            texts = decode(list(tokens), skip_special_tokens=True)
+            return [
+                all(matcher.is_settled(text) for matcher in matchers[place])
+                for place, text in zip(places, texts, strict=True)
+            ]
+
+        completions = decode_batch(
+            model,
+            [self.prompts[i] for i in batch],
+            max_new_tokens=self.probe.settings.max_new_tokens,
+            stop_ids=stop_ids(model, self.probe.tokenizer),
+            completions_per_prompt=n,
+            sampling=Sampling(temperature=self.probe.settings.temperature, uniforms=self._uniforms(batch)),
+            is_done=are_settled,
+        )
+        texts = decode(completions, skip_special_tokens=True)
+        return [
+            sum(matcher.matches(text) for text in texts[place * n : place * n + n])
+            for place in range(len(batch))
+            for matcher in matchers[place]
+        ]
+
+    def expect_hits(self, model: PreTrainedModel, batch: Sequence[int]) -> list[float]:
+        """Expected hits of each trial of one batch, from the likelihood of its answers."""
+        aliases = AliasTable.load()
+        trials = self.trials_of(batch)
+        likelihoods = answer_likelihoods(
+            model,
+            self.probe.tokenizer,
+            [self.trials[t].prompt for t in trials],
+            [accepted_names(fact_of(self.probe.records[self.trials[t].fact]), aliases) for t in trials],
+            temperature=self.probe.settings.temperature,
+            max_new_tokens=self.probe.settings.max_new_tokens,
+        )
+        return [likelihood * self.probe.settings.samples for likelihood in likelihoods]
+
+    def _uniforms(self, batch: Sequence[int]) -> np.ndarray:
+        """(completions of the batch, max_new_tokens)."""
+        seed, settings = self.probe.seed, self.probe.settings
+        prompts = [self.questions[i].prompt for i in batch for _ in range(settings.samples)]
+        samples = [*range(settings.samples)] * len(batch)
+        pairs = zip(prompts, samples, strict=True)
+        return np.stack([uniforms_of(seed, *pair, count=settings.max_new_tokens) for pair in pairs])
 
 
-def _fact_row(record: Record) -> list[Any]:
-    fact = _fact_of(record)
-    return [record.id, record.split, fact.relation, fact.subject, list(fact.answers)]
+def uniforms_of(seed: int, prompt: str, sample: int, *, count: int) -> np.ndarray:
+    """(count,) float64 in [0, 1): the random numbers of one completion, the same wherever it is drawn.
+
+    A prompt stands for its fact and template; facts that share it share its completions.
+    """
+    digest = hashlib.sha256(f"{seed}\0{prompt}\0{sample}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(count)
+
+
+def _write_levels(run: Path, probe: Probe, hits: np.ndarray, manifest: dict[str, Any]) -> list[FactLevel]:
+    """levels.jsonl and levels.templates.json, then the manifest that vouches for them."""
+    settings = probe.settings
+    per_fact = hits.reshape(len(probe.records), settings.templates)
+    counts = np.rint(per_fact.sum(1)).astype(int).tolist()
+    levels = [
+        _fact_level(record, count, settings.templates * settings.samples)
+        for record, count in zip(probe.records, counts, strict=True)
+    ]
+    (run / MANIFEST).unlink(missing_ok=True)
+    write_jsonl(run / LEVELS, (level.to_row() for level in levels))
+    relations = np.array([level.relation for level in levels])
+    by_template = {name: per_fact[relations == name].sum(0).tolist() for name in dict.fromkeys(relations)}
+    write_json(run / TEMPLATES, {str(name): found for name, found in by_template.items()})
+    write_json(run / MANIFEST, manifest)
+    return levels
 
 
 def _fact_level(record: Record, hits: int, trials: int) -> FactLevel:
-    fact = _fact_of(record)
+    fact = fact_of(record)
     return FactLevel(
         id=record.id,
         split=record.split,
@@ -196,92 +366,31 @@ def _fact_level(record: Record, hits: int, trials: int) -> FactLevel:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prober:
-    """What all batches of a probe share.
-
-    Args:
-        records: the facts.
-        matchers: one per fact.
-        trials: all prompts, fact by fact.
-        prompts: their token ids.
-    """
-
-    model: PreTrainedModel
-    tokenizer: Any
-    settings: ProbeSettings
-    seed: int
-    records: Sequence[Record]
-    matchers: Sequence[AnswerMatcher]
-    trials: Sequence[Trial]
-    prompts: Sequence[Sequence[int]]
-
-    def count_hits(self, partial: Path, manifest: dict[str, Any]) -> np.ndarray:
-        """(num_facts,) int64; goes on from the batches that `partial` holds."""
-        per_batch = max(1, self.settings.batch_rows // self.settings.samples)
-        batches = batches_by_length(self.prompts, prompts_per_batch=per_batch)
-        hits = np.zeros(len(self.records), np.int64)
-        done = _read_partial(partial, manifest)
-        for row in done:
-            np.add.at(hits, row["facts"], row["hits"])
-        with progress("probing (prompts)", len(self.trials)) as advance:
-            advance(sum(len(batch) for batch in batches[: len(done)]))
-            for batch in batches[len(done) :]:
-                facts, counts = [self.trials[i].fact for i in batch], self.hits_of(batch)
-                np.add.at(hits, facts, counts)
-                append_jsonl(partial, {"facts": facts, "hits": counts})
-                advance(len(batch))
-        return hits
-
-    def hits_of(self, batch: Sequence[int]) -> list[int]:
-        """Hits of each trial of one batch, by decoding all its completions."""
-        n = self.settings.samples
-        matchers = [self.matchers[self.trials[i].fact] for i in batch for _ in range(n)]
-
-        def is_settled(row: int, tokens: list[int]) -> bool:
-            return matchers[row].is_settled(self.tokenizer.decode(tokens, skip_special_tokens=True))
-
-        completions = decode_batch(
-            self.model,
-            [self.prompts[i] for i in batch],
-            max_new_tokens=self.settings.max_new_tokens,
-            stop_ids=stop_ids(self.model, self.tokenizer),
-            completions_per_prompt=n,
-            sampling=Sampling(temperature=self.settings.temperature, uniforms=self._uniforms(batch)),
-            is_done=is_settled,
-        )
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        found = [matcher.matches(text) for matcher, text in zip(matchers, texts, strict=True)]
-        return [sum(found[i : i + n]) for i in range(0, len(found), n)]
-
-    def _uniforms(self, batch: Sequence[int]) -> np.ndarray:
-        """(completions of the batch, max_new_tokens)."""
-        return np.stack(
-            [
-                uniforms_of(
-                    self.seed,
-                    self.records[self.trials[i].fact].id,
-                    self.trials[i].template,
-                    sample,
-                    count=self.settings.max_new_tokens,
-                )
-                for i in batch
-                for sample in range(self.settings.samples)
-            ]
-        )
+def _partials(run: Path) -> list[Path]:
+    return [file for file in (run / PARTIAL, *sorted(run.glob(f"{SHARDS}/*/{PARTIAL}"))) if file.is_file()]
 
 
-def _read_partial(path: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def _done_by_all(run: Path, manifest: dict[str, Any]) -> dict[int, list[float]]:
+    """Batches that this run or shards of it have done under the same manifest."""
+    done: dict[int, list[float]] = {}
+    for file in _partials(run):
+        rows = read_jsonl(file)
+        if rows and rows[0] == manifest:
+            done |= {row["batch"]: row["hits"] for row in rows[1:]}
+    return done
+
+
+def _read_partial(path: Path, manifest: dict[str, Any]) -> dict[int, list[float]]:
     """Batches that an interrupted probe with the same manifest has done; starts the file otherwise."""
     rows = read_jsonl(path) if path.is_file() else []
-    if rows and rows[0] == manifest:
-        write_jsonl(path, rows)  # drops a torn last line, so that the next append starts on a new one
-        return rows[1:]
-    write_jsonl(path, [manifest])
-    return []
+    kept = rows if rows and rows[0] == manifest else [manifest]
+    write_jsonl(path, kept)  # drops a torn last line, so that the next append starts on a new one
+    return {row["batch"]: row["hits"] for row in kept[1:]}
 
 
-def uniforms_of(seed: int, fact_id: str, template: int, sample: int, *, count: int) -> np.ndarray:
-    """(count,) float64 in [0, 1): the random numbers of one completion, the same wherever it is drawn."""
-    digest = hashlib.sha256(f"{seed}\0{fact_id}\0{template}\0{sample}".encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(count)
+def _missing(run: Path, left: Sequence[int], num_batches: int) -> Problem:
+    return Problem(
+        what=f"{len(left)} of {num_batches} batches were not probed yet (such as number {left[0]})",
+        where=str(run / SHARDS),
+        remedy="let every shard finish under this recipe, or measure the rest here: sftcore probe RECIPE",
+    )

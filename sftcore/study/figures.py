@@ -58,7 +58,7 @@ def levels_figure(histogram: Mapping[str, Mapping[str, int]]) -> str:
     Args:
         histogram: split -> level ("0".."4") -> number of facts.
     """
-    with _style():
+    with page_style():
         figure = Figure(
             figsize=(WIDTH_INCHES, max(HEIGHT_INCHES, 1.2 * len(histogram))), layout="constrained"
         )
@@ -66,7 +66,7 @@ def levels_figure(histogram: Mapping[str, Mapping[str, int]]) -> str:
         for axes, (split, counts) in zip(panels, histogram.items(), strict=True):
             _draw_level_bars(axes, split, [counts.get(str(level), 0) for level in LEVELS])
         panels[-1].set_xticks(list(LEVELS), [f"level {level}" for level in LEVELS])
-        return _svg(figure, "levels", "Number of facts in each memory level, by split")
+        return svg_of(figure, "levels", "Number of facts in each memory level, by split")
 
 
 def _draw_level_bars(axes: Axes, split: str, counts: Sequence[int]) -> None:
@@ -99,7 +99,7 @@ def accuracy_figure(block: Mapping[str, Any], *, name: str) -> str:
         name: prefix of the figure's ids, unique on the page.
     """
     columns = [*block["by_level"].items(), ("all", block)]
-    with _style():
+    with page_style():
         figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
         axes = figure.subplots()
         for x, (_, cell) in enumerate(columns):
@@ -114,7 +114,7 @@ def accuracy_figure(block: Mapping[str, Any], *, name: str) -> str:
         axes.set_xticks(range(len(columns)), [f"{a}\n{b}" for a, b in zip(labels, counts, strict=True)])
         axes.axvline(len(columns) - 1.5, color=FAINT, lw=0.8, ls=(0, (2, 3)))
         _finish_accuracy_axes(axes, num_columns=len(columns), top=max(drawn, default=0.0))
-        return _svg(figure, name, "Accuracy before and after training at each memory level")
+        return svg_of(figure, name, "Accuracy before and after training at each memory level")
 
 
 def _draw_whiskers(axes: Axes, cells: Sequence[Mapping[str, Any]], *, model: str, shift: float) -> float:
@@ -154,7 +154,7 @@ def loss_figure(metrics: Sequence[Mapping[str, Any]]) -> str:
     steps = _bin_means([float(row["step"]) for row in metrics], bin_steps)
     losses = _bin_means([float(row["loss"]) for row in metrics], bin_steps)
     rates = [row.get("lr") for row in metrics]
-    with _style():
+    with page_style():
         figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
         axes = figure.subplots()
         _draw_losses(axes, steps, losses, bin_steps=bin_steps)
@@ -167,7 +167,7 @@ def loss_figure(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.grid(axis="y")
         axes.tick_params(length=0)
         axes.figure.legend(loc="outside upper left", ncols=3, frameon=False, handlelength=1.6)
-        return _svg(figure, "loss", "Training loss by step")
+        return svg_of(figure, "loss", "Training loss by step")
 
 
 def _draw_losses(axes: Axes, steps: Sequence[float], losses: Sequence[float], *, bin_steps: int) -> None:
@@ -208,7 +208,7 @@ def _bin_means(values: Sequence[float], size: int) -> list[float]:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def page_style() -> Iterator[None]:
     """matplotlib's own defaults (never a user's matplotlibrc) plus `STYLE`, until the block ends."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -216,7 +216,8 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def svg_of(figure: Figure, name: str, title: str) -> str:
+    """The figure as an element for an HTML page; `title` is read out by screen readers."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

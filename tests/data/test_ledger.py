@@ -13,6 +13,7 @@ from sftcore.data.ledger import (
     LISTED_ALTERATIONS_PER_KIND,
     PROMPTING,
     READING,
+    TRIVIAL,
     Alteration,
     Change,
     Ledger,
@@ -28,8 +29,9 @@ def rejection(row: int, reason: Reason = Reason.UNKNOWN_LABEL, **more) -> Reject
 
 
 def test_every_reason_belongs_to_one_stage():
-    assert READING | HYGIENE | PROMPTING == frozenset(Reason)
-    assert len(READING) + len(HYGIENE) + len(PROMPTING) == len(Reason)
+    stages = (READING, HYGIENE, PROMPTING, TRIVIAL)
+    assert frozenset().union(*stages) == frozenset(Reason)
+    assert sum(map(len, stages)) == len(Reason)
 
 
 def test_rows_read_are_rows_passed_on_plus_rejections(tmp_path):

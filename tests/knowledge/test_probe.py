@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +16,28 @@ from sftcore.data.tokens import load_tokenizer
 from sftcore.errors import UserInputError
 from sftcore.knowledge.containment import AliasTable, contains_answer
 from sftcore.knowledge.probe import (
+    PARTIAL,
+    Probe,
     Prober,
     fingerprint_model,
-    make_trials,
     probe_facts,
+    probe_shard,
     read_levels,
     uniforms_of,
 )
+from sftcore.knowledge.questions import make_trials
 from sftcore.model.generate import Sampling, decode_batch
 from sftcore.model.load import load_for_decoding
 
 SETTINGS = ProbeSettings(templates=3, samples=4, max_new_tokens=6, batch_rows=16)
 SEED = 11
+FILES = ("levels.jsonl", "levels.templates.json", "levels.manifest.json")
 
 
-def facts(answers=("t",)) -> list[Record]:
+def facts(answers=("t",), subjects=("Ann", "Bo")) -> list[Record]:
     """Facts whose one-letter answers a random model hits now and then."""
     content = [
-        Fact(relation=r, subject=s, answers=tuple(answers))
-        for r in ("P19", "P36", "P17")
-        for s in ("Ann", "Bo")
+        Fact(relation=r, subject=s, answers=tuple(answers)) for r in ("P19", "P36", "P17") for s in subjects
     ]
     return [Record(id=f"f{i}", split="train", file="x", row=i + 1, content=c) for i, c in enumerate(content)]
 
@@ -45,17 +48,32 @@ def parts(tiny_model_folder):
     return model, load_tokenizer(str(tiny_model_folder)), str(tiny_model_folder)
 
 
-def run_probe(parts, run: Path, records=None):
-    model, tokenizer, folder = parts
-    return probe_facts(
-        records or facts(),
-        model,
-        tokenizer,
-        SETTINGS,
-        seed=SEED,
-        run=run,
-        model_fingerprint=fingerprint_model(folder),
+def make_probe(parts, records=None, settings=SETTINGS) -> Probe:
+    _, tokenizer, folder = parts
+    return Probe.of(
+        records or facts(), tokenizer, settings, seed=SEED, model_fingerprint=fingerprint_model(folder)
     )
+
+
+def run_probe(parts, run: Path, records=None, settings=SETTINGS, **options):
+    return probe_facts(make_probe(parts, records, settings), lambda: parts[0], run=run, **options)
+
+
+def contents(run: Path) -> list[bytes]:
+    return [(run / name).read_bytes() for name in FILES]
+
+
+def count_batches(monkeypatch) -> list:
+    """The batches that are decoded from now on."""
+    decoded = []
+    count = Prober.count_hits
+
+    def counted(self, model, batch):
+        decoded.append(list(batch))
+        return count(self, model, batch)
+
+    monkeypatch.setattr(Prober, "count_hits", counted)
+    return decoded
 
 
 def test_hits_equal_a_recount_prompt_by_prompt(parts, tmp_path):
@@ -64,10 +82,10 @@ def test_hits_equal_a_recount_prompt_by_prompt(parts, tmp_path):
     answers = (" a", "the", "e", "o")
     levels = run_probe(parts, tmp_path, facts(answers))
     aliases = AliasTable.load()
-    hits = np.zeros(len(levels), int)
-    for trial in make_trials(facts(answers), SETTINGS):
+    hits = np.zeros((len(levels), SETTINGS.templates), int)
+    for trial in make_trials(facts(answers), SETTINGS.templates):
         for sample in range(SETTINGS.samples):
-            uniforms = uniforms_of(SEED, f"f{trial.fact}", trial.template, sample, count=6)[None]
+            uniforms = uniforms_of(SEED, trial.prompt, sample, count=6)[None]
             tokens = decode_batch(
                 model,
                 [tokenizer(trial.prompt)["input_ids"]],
@@ -76,47 +94,93 @@ def test_hits_equal_a_recount_prompt_by_prompt(parts, tmp_path):
                 sampling=Sampling(temperature=0.7, uniforms=uniforms),
             )[0]
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            hits[trial.fact] += contains_answer(text, answers, aliases)
-    assert [level.hits for level in levels] == hits.tolist()
+            hits[trial.fact, trial.template] += contains_answer(text, answers, aliases)
+    assert [level.hits for level in levels] == hits.sum(1).tolist()
     assert 0 < hits.sum() < 12 * len(levels), "some hit, some miss"
     assert all(level.trials == 12 for level in levels)
+    by_template = json.loads((tmp_path / "levels.templates.json").read_text())
+    assert by_template == {
+        relation: hits[2 * i : 2 * i + 2].sum(0).tolist() for i, relation in enumerate(("P19", "P36", "P17"))
+    }
+
+
+def test_facts_with_the_same_prompt_are_asked_once_and_judged_apart(parts, tmp_path, monkeypatch):
+    records = [*facts(["t"]), *facts(["e", "o"])]
+    records = [replace(record, id=f"f{i}") for i, record in enumerate(records)]
+    decoded = count_batches(monkeypatch)
+    together = run_probe(parts, tmp_path / "both", records)
+    assert sum(map(len, decoded)) == 6 * SETTINGS.templates, "12 facts, 6 distinct questions"
+    first = run_probe(parts, tmp_path / "first", records[:6])
+    second = run_probe(parts, tmp_path / "second", records[6:])
+    assert [level.hits for level in together] == [level.hits for level in [*first, *second]]
+    assert [level.hits for level in first] != [level.hits for level in second]
 
 
 def test_killed_and_resumed_writes_the_same_file(parts, tmp_path, monkeypatch):
     run_probe(parts, tmp_path / "whole")
     done = []
-    decode = Prober.hits_of
+    count = Prober.count_hits
 
-    def dies_in_the_third_batch(self, batch):
+    def dies_in_the_third_batch(self, model, batch):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(batch)
-        return decode(self, batch)
+        done.append(list(batch))
+        return count(self, model, batch)
 
-    monkeypatch.setattr(Prober, "hits_of", dies_in_the_third_batch)
+    monkeypatch.setattr(Prober, "count_hits", dies_in_the_third_batch)
     with pytest.raises(KeyboardInterrupt):
         run_probe(parts, tmp_path / "cut")
-    partial = tmp_path / "cut" / "levels.partial.jsonl"
+    partial = tmp_path / "cut" / PARTIAL
     assert not (tmp_path / "cut" / "levels.jsonl").exists() and partial.exists()
     with open(partial, "a") as handle:
-        handle.write('{"facts": [0')  # a torn append
-    again = []
-    monkeypatch.setattr(Prober, "hits_of", lambda self, batch: again.append(batch) or decode(self, batch))
+        handle.write('{"batch": 2')  # a torn append
+    monkeypatch.setattr(Prober, "count_hits", count)
+    again = count_batches(monkeypatch)
     run_probe(parts, tmp_path / "cut")
     assert len(again) == 5 - 2 and not any(batch in done for batch in again)
-    whole, cut = ((tmp_path / name / "levels.jsonl").read_bytes() for name in ("whole", "cut"))
-    assert whole == cut and not partial.exists()
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut") and not partial.exists()
+
+
+def test_shards_give_the_same_files_as_one_probe(parts, tmp_path, monkeypatch):
+    run_probe(parts, tmp_path / "whole")
+    run, probe = tmp_path / "shards", make_probe(parts)
+    done = [
+        probe_shard(probe, lambda: parts[0], folder=run / "shards" / f"{job}-of-2", job=job, num_jobs=2)
+        for job in (0, 1)
+    ]
+    assert done == [(3, 5), (2, 5)]
+    decoded = count_batches(monkeypatch)
+    run_probe(parts, run, merge_only=True)
+    assert decoded == [] and contents(run) == contents(tmp_path / "whole")
+
+
+def test_merging_waits_for_every_shard_and_a_plain_probe_measures_the_rest(parts, tmp_path, monkeypatch):
+    run_probe(parts, tmp_path / "whole")
+    run = tmp_path / "shards"
+    folder = run / "shards" / "0-of-2"
+    for _ in range(2):  # the second time there is nothing left to do
+        probe_shard(make_probe(parts), lambda: parts[0], folder=folder, job=0, num_jobs=2)
+    with pytest.raises(UserInputError, match="2 of 5 batches were not probed yet"):
+        run_probe(parts, run, merge_only=True)
+    decoded = count_batches(monkeypatch)
+    run_probe(parts, run)
+    assert len(decoded) == 2 and contents(run) == contents(tmp_path / "whole")
+
+
+def test_shards_of_another_probe_do_not_count(parts, tmp_path):
+    folder = tmp_path / "shards" / "0-of-1"
+    probe_shard(make_probe(parts, facts(["u"])), lambda: parts[0], folder=folder, job=0, num_jobs=1)
+    with pytest.raises(UserInputError, match="5 of 5 batches were not probed yet"):
+        run_probe(parts, tmp_path, merge_only=True)
 
 
 def test_levels_of_the_same_inputs_are_reused_and_of_others_are_not(parts, tmp_path, monkeypatch):
     run_probe(parts, tmp_path)
-    calls = []
-    decode = Prober.hits_of
-    monkeypatch.setattr(Prober, "hits_of", lambda self, batch: calls.append(batch) or decode(self, batch))
+    decoded = count_batches(monkeypatch)
     run_probe(parts, tmp_path)
-    assert calls == []
+    assert decoded == []
     run_probe(parts, tmp_path, facts(["u"]))
-    assert len(calls) == 5
+    assert len(decoded) == 5
 
 
 def test_levels_of_another_model_are_refused(parts, tmp_path):
@@ -138,12 +202,12 @@ def test_only_facts_of_known_relations_can_be_probed(parts, tmp_path):
         run_probe(parts, tmp_path, [odd])
 
 
-def test_uniforms_belong_to_seed_fact_template_and_sample():
-    keys = [(1, "a", 0, 0), (2, "a", 0, 0), (1, "b", 0, 0), (1, "a", 1, 0), (1, "a", 0, 1)]
+def test_uniforms_belong_to_seed_prompt_and_sample():
+    keys = [(1, "a", 0), (2, "a", 0), (1, "b", 0), (1, "a", 1)]
     drawn = [uniforms_of(*key, count=5).tolist() for key in keys]
-    assert len({tuple(values) for values in drawn}) == 5
-    assert uniforms_of(1, "a", 0, 0, count=5).tolist() == drawn[0]
-    many = np.concatenate([uniforms_of(1, "a", 0, sample, count=50) for sample in range(200)])
+    assert len({tuple(values) for values in drawn}) == 4
+    assert uniforms_of(1, "a", 0, count=5).tolist() == drawn[0]
+    many = np.concatenate([uniforms_of(1, "a", sample, count=50) for sample in range(200)])
     assert abs(many.mean() - 0.5) < 0.01 and many.min() >= 0 and many.max() < 1
 
 

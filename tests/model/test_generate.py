@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
+from sftcore.model import generate
 from sftcore.model.generate import Sampling, batches_by_length, decode_batch, pick_tokens
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
@@ -19,7 +20,7 @@ def build(kind: str):
     return AutoModelForCausalLM.from_config(tiny_config(kind), attn_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3"])
 def test_greedy_equals_generate_prompt_by_prompt(kind):
     model = build(kind)
     found = decode_batch(model, PROMPTS, max_new_tokens=8, stop_ids=NEVER)
@@ -29,21 +30,47 @@ def test_greedy_equals_generate_prompt_by_prompt(kind):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=299
         )
         assert tokens == expected[0, len(prompt) :].tolist()
+    assert model.config._attn_implementation == "eager", "the model is left as it was"
+
+
+def test_prompts_of_one_token_need_no_prefix():
+    model = build("llama")
+    together = decode_batch(model, PROMPTS, max_new_tokens=5, stop_ids=NEVER)
+    assert decode_batch(model, [[8]], max_new_tokens=5, stop_ids=NEVER) == [together[1]]
 
 
 def test_a_row_is_the_same_whatever_the_other_rows_do():
     model = build("llama")
-    free = decode_batch(model, PROMPTS, max_new_tokens=8, stop_ids=NEVER, completions_per_prompt=2)
-    assert [free[2 * i] for i in range(4)] == [free[2 * i + 1] for i in range(4)]
+    uniforms = np.random.default_rng(3).random((24, 8))
+    sampling = Sampling(temperature=1.5, uniforms=uniforms)
+    options = {"max_new_tokens": 8, "stop_ids": NEVER, "completions_per_prompt": 6, "sampling": sampling}
+    free = decode_batch(model, PROMPTS, **options)
+    assert len({tuple(tokens) for tokens in free}) > 12, "completions part"
 
-    def cut(row: int, tokens: list[int]) -> bool:
-        return row % 3 == 0 and len(tokens) == 1 + row % 2
+    def is_cut(prompt: int, tokens: list[int]) -> bool:
+        return prompt % 2 == 0 and len(tokens) == 2 + tokens[0] % 3
 
-    cut_short = decode_batch(
-        model, PROMPTS, max_new_tokens=8, stop_ids=NEVER, completions_per_prompt=2, is_done=cut
-    )
+    def cut(prompts, tokens):
+        return [is_cut(*pair) for pair in zip(prompts, tokens, strict=True)]
+
+    cut_short = decode_batch(model, PROMPTS, **options, is_done=cut)
     for row, (some, whole) in enumerate(zip(cut_short, free, strict=True)):
-        assert some == (whole[: 1 + row % 2] if row % 3 == 0 else whole)
+        length = next((n for n in range(1, 9) if is_cut(row // 6, whole[:n])), 8)
+        assert some == whole[:length]
+    assert sum(len(some) < len(whole) for some, whole in zip(cut_short, free, strict=True)) > 6
+
+
+def test_completions_of_a_prompt_are_asked_about_once_while_they_go_the_same_way():
+    model, asked = build("llama"), []
+
+    def look(prompts, tokens):
+        asked.append([(prompt, tuple(t)) for prompt, t in zip(prompts, tokens, strict=True)])
+        return [False] * len(prompts)
+
+    decode_batch(
+        model, PROMPTS, max_new_tokens=3, stop_ids=NEVER, completions_per_prompt=5, is_done=look
+    )  # greedy: the five never part
+    assert [len(step) for step in asked] == [4, 4, 4] and len(set(asked[0])) == 4
 
 
 def test_a_completion_ends_before_its_stop_token():
@@ -63,9 +90,29 @@ def test_uniforms_pick_tokens_in_proportion_to_the_tempered_softmax():
     assert np.abs(counts - expected).max() < 2e-4  # an even grid: off by at most one grid point per edge
 
 
-def test_uniforms_at_the_edges_stay_in_the_vocabulary():
-    logits = torch.full((2, 5), 1.0)
-    assert pick_tokens(logits, 1.0, np.array([0.0, np.nextafter(1.0, 0)])) == [0, 4]
+@pytest.mark.parametrize("vocabulary", [256, 700])  # whole blocks, and a last one that is not full
+def test_a_pick_is_where_the_cumulative_distribution_passes_the_uniform(vocabulary):
+    """Several picks a row, more rows than a chunk holds, against one plain cumulative sum in float64."""
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.normal(size=(generate.ROWS_PER_CHUNK + 9, vocabulary)) * 3).float()
+    row_of = np.sort(random.integers(len(logits), size=4000))
+    uniforms = random.random(4000)
+    cumulative = torch.softmax(logits.double() / 0.7, -1).cumsum(-1).numpy()
+    expected = [
+        np.searchsorted(cumulative[r], u, side="right") for r, u in zip(row_of, uniforms, strict=True)
+    ]
+    found = pick_tokens(logits, 0.7, uniforms, row_of)
+    assert np.mean(np.array(found) == expected) > 0.998  # float32 sums move an edge by 1e-7
+    assert set(row_of.tolist()) >= {0, len(logits) - 1}
+
+
+def test_uniforms_at_the_edges_pick_tokens_that_can_occur():
+    logits = torch.full((2, 300), 1.0)
+    assert pick_tokens(logits, 1.0, np.array([0.0, np.nextafter(1.0, 0)])) == [0, 299]
+    logits[:, [0, 1, 298, 299]] = -torch.inf
+    assert pick_tokens(logits, 1.0, np.array([0.0, np.nextafter(1.0, 0)])) == [2, 297]
+    lonely = torch.full((2, 600), -torch.inf).index_fill_(1, torch.tensor([5]), 0.0)
+    assert pick_tokens(lonely, 0.7, np.array([0.0, np.nextafter(1.0, 0)])) == [5, 5]
 
 
 def test_sampling_depends_on_the_rows_own_uniforms_only():

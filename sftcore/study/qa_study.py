@@ -1,0 +1,236 @@
+"""What a study of memory levels says: cells, the diagonal, the best set; all from predictions and selections.
+
+In: `StudyFiles`. Out: the content of the study's report.json.
+Invariant: a cell is a mean over draws and shows how far apart they lie; every comparison is between sets of
+the same size; an effect is called one only where its interval leaves out 0.
+Trade-off: intervals over items (normal, of paired differences) hold for these draws; with two draws a cell
+their spread says little, and the page says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from sftcore.evaluate.score import LEVELS
+from sftcore.study.figures import FEW_ITEMS
+from sftcore.study.run_folder import count_levels
+from sftcore.study.study_runs import MIXED, StudyFiles, StudyRun
+from sftcore.study.wording import format_share
+
+SPLITS = ("test", "ood")
+Z = 1.96  # 95 %
+
+
+def summarise_study(files: StudyFiles) -> dict[str, Any]:
+    """Everything that the study's page says, as JSON values."""
+    groups = group_runs(files.runs)
+    cells = [_cell(runs) for runs in groups.values()]
+    diagonal = diagonal_effects(files.runs)
+    best = best_cell(cells)
+    return {
+        "name": files.name,
+        "model": str(files.recipe.get("model", {}).get("path", "")).rsplit("/", 1)[-1],
+        "num_runs": len(files.runs),
+        "unfinished": dict(files.unfinished),
+        "level_histogram": count_levels(files.levels) if files.levels else None,
+        "probe": dict(files.probe) or None,
+        "others": {name: _by_split(scores) for name, scores in files.others.items()},
+        "cells": cells,
+        "diagonal": diagonal,
+        "best": best,
+        "by_relation": _by_relation(files, best),
+        "verdict": verdict(cells, diagonal, best, files.others),
+    }
+
+
+def group_runs(runs: Sequence[StudyRun]) -> dict[tuple[str, int, str], list[StudyRun]]:
+    """(adapter, n, level) -> the runs of each cell, which differ by their draw."""
+    groups: dict[tuple[str, int, str], list[StudyRun]] = {}
+    for run in runs:
+        groups.setdefault((run.adapter, run.n, run.level), []).append(run)
+    return groups
+
+
+def _cell(runs: Sequence[StudyRun]) -> dict[str, Any]:
+    drifts = [run.drift for run in runs if run.drift is not None]
+    return {
+        "adapter": runs[0].adapter,
+        "n": runs[0].n,
+        "level": runs[0].level,
+        "runs": [run.name for run in runs],
+        "drift_nats": fmean(drifts) if drifts else None,
+        "splits": {split: found for split in SPLITS if (found := _cell_split(runs, split))},
+    }
+
+
+def _cell_split(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
+    scores = [run.scores["splits"].get(split) for run in runs]
+    if not all(scores):
+        return None
+    means = [part["mean_over_levels"] for part in scores if part["mean_over_levels"] is not None]
+    by_level = {
+        str(level): {
+            "n": scores[0]["by_level"][str(level)]["n"],
+            **_spread([part["by_level"][str(level)]["accuracy"] for part in scores]),
+        }
+        for level in LEVELS
+        if str(level) in scores[0]["by_level"]
+    }
+    return {
+        "n": scores[0]["n"],
+        "accuracy": _spread([part["accuracy"] for part in scores]),
+        "mean_over_levels": _spread(means) if means else None,
+        "by_level": by_level,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, lowest, highest and all values of the draws."""
+    return {"mean": fmean(values), "low": min(values), "high": max(values), "draws": list(values)}
+
+
+def _by_split(scores: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("n", "accuracy", "low", "high", "mean_over_levels", "by_level")
+    return {
+        split: {key: part[key] for key in keys} for split, part in scores["splits"].items() if split in SPLITS
+    }
+
+
+def diagonal_effects(runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
+    """Does training on level i serve test level i best? Paired by item, for each size and test level.
+
+    An item's difference is its share of right answers over the draws trained on its own level, minus the
+    share over the runs of the same size trained on the other single levels.
+
+    Returns:
+        `{adapter, n, level, num_items, own, others, difference, low, high}`; test levels with fewer than
+        `FEW_ITEMS` items, or without runs on either side, are left out.
+    """
+    effects = []
+    for adapter, n in dict.fromkeys((run.adapter, run.n) for run in runs):
+        same = [r for r in runs if (r.adapter, r.n) == (adapter, n) and r.level != MIXED]
+        for level in LEVELS:
+            own = [run for run in same if run.level == str(level)]
+            others = [run for run in same if run.level != str(level)]
+            if own and others and (effect := _paired(own, others, level)):
+                effects.append({"adapter": adapter, "n": n, "level": level, **effect})
+    return effects
+
+
+def _paired(own: Sequence[StudyRun], others: Sequence[StudyRun], level: int) -> dict[str, Any] | None:
+    items = [row["id"] for row in own[0].rows if row["split"] == SPLITS[0] and row.get("level") == level]
+    if len(items) < FEW_ITEMS:
+        return None
+    first, second = (_right_shares(runs) for runs in (own, others))
+    differences = [first[item] - second[item] for item in items]
+    half = Z * stdev(differences) / len(items) ** 0.5
+    middle = fmean(differences)
+    return {
+        "num_items": len(items),
+        "own": fmean(first[item] for item in items),
+        "others": fmean(second[item] for item in items),
+        "difference": middle,
+        "low": middle - half,
+        "high": middle + half,
+    }
+
+
+def _right_shares(runs: Sequence[StudyRun]) -> dict[Any, float]:
+    """Test item -> share of the runs that got it right."""
+    counts: dict[Any, int] = {}
+    for run in runs:
+        for row in run.rows:
+            if row["split"] == SPLITS[0]:
+                counts[row["id"]] = counts.get(row["id"], 0) + row["correct"]
+    return {item: count / len(runs) for item, count in counts.items()}
+
+
+def best_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The cell with the highest mean over levels in domain, the next one, and whether draws tell them apart.
+
+    `is_clear`: every draw of the best lies above every draw of the next, and both have two draws or more.
+    """
+    measured = [
+        (cell["splits"]["test"]["mean_over_levels"], cell)
+        for cell in cells
+        if cell["splits"].get("test", {}).get("mean_over_levels")
+    ]
+    if not measured:
+        return None
+    ranked = sorted(measured, key=lambda pair: -pair[0]["mean"])
+    (top, cell), following = ranked[0], ranked[1:2]
+    is_clear = bool(following) and min(len(top["draws"]), len(following[0][0]["draws"])) > 1
+    return {
+        **{key: cell[key] for key in ("adapter", "n", "level", "runs")},
+        "mean_over_levels": top,
+        "next": {key: following[0][1][key] for key in ("adapter", "n", "level")} if following else None,
+        "is_clear": is_clear and top["low"] > following[0][0]["high"],
+    }
+
+
+def _by_relation(files: StudyFiles, best: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Accuracy of base, few-shot and the best set's first draw, by relation of the test split."""
+    run = next((r for r in files.runs if best and r.name == best["runs"][0]), None)
+    if run is None:
+        return []
+    tuned = run.scores["splits"]["test"]["by_relation"]
+    others = {name: s["splits"].get("test", {}).get("by_relation", {}) for name, s in files.others.items()}
+    return [
+        {
+            "relation": relation,
+            "n": cell["n"],
+            "best": cell["accuracy"],
+            **{name: table.get(relation, {}).get("accuracy") for name, table in others.items()},
+        }
+        for relation, cell in tuned.items()
+    ]
+
+
+def describe_set(cell: Mapping[str, Any]) -> str:
+    """A training set in words.
+
+    >>> describe_set({"n": 60, "level": "2", "adapter": "none"})
+    '60 facts of level 2'
+    >>> describe_set({"n": 240, "level": "mixed", "adapter": "lora"})
+    '240 facts of mixed levels (lora)'
+    """
+    which = "mixed levels" if cell["level"] == MIXED else f"level {cell['level']}"
+    adapter = "" if cell["adapter"] == "none" else f" ({cell['adapter']})"
+    return f"{cell['n']:,} facts of {which}{adapter}"
+
+
+def verdict(
+    cells: Sequence[Mapping[str, Any]],
+    diagonal: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any] | None,
+    others: Mapping[str, Any],
+) -> list[str]:
+    """What the study says, by rule from its numbers."""
+    if best is None:
+        return ["No test item has a memory level: there is nothing to compare."]
+    mean = format_share(best["mean_over_levels"]["mean"])
+    sentences = [
+        f"For this model, train on {describe_set(best)}: {mean} (unweighted mean over test levels, "
+        f"{len(best['runs'])} draw{'s' if len(best['runs']) > 1 else ''})."
+    ]
+    if best["next"] and not best["is_clear"]:
+        sentences.append(f"The draws don't tell it apart from {describe_set(best['next'])}, the next best.")
+    base = others.get("base")
+    if base:
+        before = base["splits"].get("test", {}).get("mean_over_levels")
+        sentences.append(f"The base model has {format_share(before)} with the same prompt.")
+    few = others.get("fewshot")
+    if few:
+        share = few["splits"].get("test", {}).get("mean_over_levels")
+        sentences.append(f"Behind solved examples, without training, it has {format_share(share)}.")
+    if diagonal:
+        up = sum(effect["low"] > 0 for effect in diagonal)
+        down = sum(effect["high"] < 0 for effect in diagonal)
+        sentences.append(
+            f"Diagonal effect: of {len(diagonal)} pairs of size and test level, training on that level "
+            f"served it better than the other levels in {up}, worse in {down}, no different in the rest "
+            "(95 % intervals of paired differences)."
+        )
+    return sentences

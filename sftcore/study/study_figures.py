@@ -1,0 +1,145 @@
+"""Figures of a study: train level x test level, and accuracy over the size of the training set.
+
+In: cells of the study's report.json. Out: SVG elements, as `figures` makes them.
+Invariant: a cell of fewer than `FEW_ITEMS` items is hatched and never coloured; all maps of a page share one
+colour scale, so that two of them can be compared by eye.
+Trade-off: one lightness scale from the page's lowest to its highest accuracy: small differences show, but a
+page's colours can't be compared with another page's. The numbers stand in the cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from sftcore.evaluate.score import LEVELS
+from sftcore.study.figures import (
+    FEW_ITEMS,
+    HEIGHT_INCHES,
+    INK,
+    LEVEL_COLOURS,
+    WIDTH_INCHES,
+    page_style,
+    svg_of,
+)
+from sftcore.study.study_runs import MIXED
+
+ROWS = (*map(str, LEVELS), MIXED)
+COLOURS = LinearSegmentedColormap.from_list("levels", ["#f3f7fb", *LEVEL_COLOURS])
+LIGHT_TEXT_FROM = 0.62  # of the scale: dark cells carry white numbers
+CURVE_COLOURS = {**dict(zip(map(str, LEVELS), LEVEL_COLOURS, strict=True)), MIXED: "#D55E00"}
+CURVE_STYLES = {"0": ":", "1": "--", "2": "-.", "3": (0, (6, 2)), "4": "-", MIXED: "-"}
+
+
+def heat_map(cells: Sequence[Mapping[str, Any]], *, split: str, scale: tuple[float, float], name: str) -> str:
+    """Accuracy by training level (rows) and test level (columns), and the mean over levels.
+
+    Args:
+        cells: of one adapter and size.
+        split: "test" or "ood".
+        scale: accuracies at the lightest and the darkest colour.
+        name: prefix of the figure's ids, unique on the page.
+    """
+    parts = {cell["level"]: cell["splits"][split] for cell in cells if split in cell["splits"]}
+    rows = [row for row in ROWS if row in parts]
+    columns = sorted({level for part in parts.values() for level in part["by_level"]})
+    with page_style():
+        figure = Figure(figsize=(WIDTH_INCHES, 0.42 * len(rows) + 1.0), layout="constrained")
+        axes = figure.subplots()
+        for y, row in enumerate(rows):
+            for x, level in enumerate(columns):
+                cell = parts[row]["by_level"][level]
+                _draw_cell(axes, x, y, cell["mean"], cell["n"], scale, is_diagonal=row == level)
+            if parts[row]["mean_over_levels"]:
+                _draw_cell(axes, len(columns) + 0.25, y, parts[row]["mean_over_levels"]["mean"], None, scale)
+        counts = [f"level {c}\nn = {parts[rows[0]]['by_level'][c]['n']:,}" for c in columns]
+        _finish_map(axes, rows, [*counts, "mean over\nlevels"], len(columns))
+        return svg_of(figure, name, f"Accuracy by training level and test level, split {split}")
+
+
+def _draw_cell(
+    axes: Axes,
+    x: float,
+    y: int,
+    share: float,
+    n: int | None,
+    scale: tuple[float, float],
+    *,
+    is_diagonal: bool = False,
+) -> None:
+    is_few = n is not None and n < FEW_ITEMS
+    place = (share - scale[0]) / max(scale[1] - scale[0], 1e-9)
+    box = Rectangle(
+        (x - 0.47, y - 0.45),
+        0.94,
+        0.9,
+        facecolor="none" if is_few else COLOURS(place),
+        edgecolor="#cbd2d9" if is_few else "none",
+        hatch="////" if is_few else None,
+        lw=0,
+    )
+    axes.add_patch(box)
+    if is_diagonal:
+        axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, facecolor="none", edgecolor=INK, lw=1.3))
+    colour = "white" if place > LIGHT_TEXT_FROM and not is_few else INK
+    axes.text(x, y, f"{100 * share:.1f}", ha="center", va="center", color=colour, fontsize=10)
+
+
+def _finish_map(axes: Axes, rows: Sequence[str], labels: Sequence[str], num_levels: int) -> None:
+    axes.set_xlim(-0.55, num_levels + 0.8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xticks([*range(num_levels), num_levels + 0.25], labels)
+    axes.set_yticks(range(len(rows)), [f"level {row}" if row != MIXED else row for row in rows])
+    axes.set_ylabel("trained on")
+    axes.tick_params(length=0)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
+def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float | None, name: str) -> str:
+    """Mean over test levels by the number of training facts: a line a level, a band over its draws.
+
+    Args:
+        cells: of one adapter.
+        split: "test" or "ood".
+        base: the base model's share, drawn as a line.
+        name: prefix of the figure's ids, unique on the page.
+    """
+    with page_style():
+        figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
+        axes = figure.subplots()
+        for row in ROWS:
+            points = sorted(
+                (cell["n"], cell["splits"][split]["mean_over_levels"])
+                for cell in cells
+                if cell["level"] == row and cell["splits"].get(split, {}).get("mean_over_levels")
+            )
+            if points:
+                _draw_curve(axes, row, [n for n, _ in points], [part for _, part in points])
+        if base is not None:
+            axes.axhline(base, color=INK, lw=0.9, ls=(0, (1, 2)), label="base")
+        axes.set_xscale("log")
+        sizes = sorted({cell["n"] for cell in cells})
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+        axes.set_xlabel("training facts")
+        axes.grid(axis="y")
+        axes.tick_params(length=0)
+        figure.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=2.4)
+        return svg_of(figure, name, f"Accuracy by the number of training facts, split {split}")
+
+
+def _draw_curve(axes: Axes, row: str, sizes: Sequence[int], parts: Sequence[Mapping[str, Any]]) -> None:
+    colour = CURVE_COLOURS[row]
+    label = f"level {row}" if row != MIXED else row
+    means = [part["mean"] for part in parts]
+    axes.plot(sizes, means, marker="o", ms=4, lw=1.8, color=colour, ls=CURVE_STYLES[row], label=label)
+    lows, highs = [part["low"] for part in parts], [part["high"] for part in parts]
+    axes.fill_between(sizes, lows, highs, color=colour, alpha=0.22, lw=0)

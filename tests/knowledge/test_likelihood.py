@@ -1,0 +1,95 @@
+"""Likelihoods equal products of tempered probabilities, and shares of samples that begin with the answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import TOWNS
+
+from sftcore.config import ModelSettings, ProbeSettings
+from sftcore.data.contents import Fact
+from sftcore.data.records import Record
+from sftcore.data.tokens import load_tokenizer
+from sftcore.knowledge.containment import AliasTable
+from sftcore.knowledge.likelihood import _spellings, accepted_names, answer_likelihoods
+from sftcore.knowledge.probe import Probe, fingerprint_model, probe_facts
+from sftcore.model.generate import Sampling, decode_batch
+from sftcore.model.load import load_for_decoding
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model_folder):
+    model = load_for_decoding(ModelSettings(path=str(tiny_model_folder), dtype="float32"))
+    return model, load_tokenizer(str(tiny_model_folder))
+
+
+def chance_by_hand(model, tokenizer, prompt: str, name: str) -> float:
+    """Token after token, each on the whole text before it."""
+    ids, chance = tokenizer(prompt)["input_ids"], 1.0
+    for token in tokenizer(f" {name}")["input_ids"]:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        chance *= torch.softmax(logits.double() / 0.7, -1)[token].item()
+        ids = [*ids, token]
+    return chance
+
+
+@torch.inference_mode()
+def test_likelihood_is_the_sum_of_the_names_chances(parts):
+    prompts = ["Ann was born in", "Bob was", "Hal was born in the town of"]
+    names = [["Rome", "Oslo"], ["Lima"], ["Rome", "Romeo"]]  # "Romeo" begins with "Rome": it adds nothing
+    found = answer_likelihoods(*parts, prompts, names, temperature=0.7, max_new_tokens=8)
+    counted = [["Rome", "Oslo"], ["Lima"], ["Rome"]]
+    for prompt, own, chance in zip(prompts, counted, found, strict=True):
+        expected = sum(chance_by_hand(*parts, prompt, name) for name in own)
+        assert chance == pytest.approx(expected, rel=1e-4)  # float32
+    assert min(found) > 0
+
+
+def test_names_that_do_not_fit_count_nothing(parts):
+    assert answer_likelihoods(*parts, ["Ann"], [["Xyzzyxyzzy"]], temperature=0.7, max_new_tokens=2) == [0.0]
+
+
+def test_a_spelling_that_begins_with_another_is_left_out(parts):
+    rome = tuple(parts[1](" Rome")["input_ids"])
+    assert _spellings(parts[1], ["Romeo", "Rome", "Rome"], 8) == [rome]
+
+
+def test_likelihood_is_the_share_of_samples_that_begin_with_the_answer(parts):
+    model, tokenizer = parts
+    prompt = "Ann was born in"
+    name = next(town for town in TOWNS if len(tokenizer(f" {town}")["input_ids"]) == 1)
+    chance = answer_likelihoods(*parts, [prompt], [[name]], temperature=0.7, max_new_tokens=1)[0]
+    n = 20_000
+    uniforms = np.random.default_rng(0).random((n, 1))
+    drawn = decode_batch(
+        model,
+        [tokenizer(prompt)["input_ids"]],
+        max_new_tokens=1,
+        stop_ids=frozenset(),
+        completions_per_prompt=n,
+        sampling=Sampling(temperature=0.7, uniforms=uniforms),
+    )
+    share = np.mean([tokens == tokenizer(f" {name}")["input_ids"] for tokens in drawn])
+    assert chance > 1e-4 and abs(share - chance) < 4 * np.sqrt(chance / n)
+
+
+def test_aliases_count(parts):
+    fact = Fact(relation="P17", subject="x", answers=("United States of America",))
+    names = accepted_names(fact, AliasTable.load())
+    assert names[0] == "United States of America" and "USA" in names and len(set(names)) == len(names)
+
+
+def test_levels_by_likelihood_say_so_and_count_expected_hits(parts, tiny_model_folder, tmp_path):
+    model, tokenizer = parts
+    settings = ProbeSettings(estimator="likelihood", templates=2, samples=1000, max_new_tokens=4)
+    record = Record(
+        id="f", split="train", file="x", row=1, content=Fact(relation="P19", subject="Ann", answers=("Rome",))
+    )
+    fingerprint = fingerprint_model(str(tiny_model_folder))
+    probe = Probe.of([record], tokenizer, settings, seed=1, model_fingerprint=fingerprint)
+    level = probe_facts(probe, lambda: model, run=tmp_path)[0]
+    prompts = [trial.prompt for trial in probe.trials()]
+    chances = answer_likelihoods(model, tokenizer, prompts, [["Rome"]] * 2, temperature=0.7, max_new_tokens=4)
+    assert level.hits == round(1000 * sum(chances)) > 0 and level.trials == 2000
+    assert '"estimator": "likelihood"' in (tmp_path / "levels.manifest.json").read_text()

@@ -1,0 +1,57 @@
+"""Which facts are asked, and each prompt once."""
+
+from __future__ import annotations
+
+import pytest
+
+from sftcore.data.contents import Fact, Pair
+from sftcore.data.ledger import READING, Ledger, Reason
+from sftcore.data.records import Record
+from sftcore.knowledge.containment import AliasTable
+from sftcore.knowledge.questions import distinct_questions, make_trials, trivial_reason, without_trivial
+
+
+def record(content, row=1) -> Record:
+    return Record(id=f"f{row}", split="train", file="x.jsonl", row=row, content=content)
+
+
+def fact(subject: str, *answers: str, relation: str = "P131") -> Fact:
+    return Fact(relation=relation, subject=subject, answers=answers)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (fact("Wakefield Cathedral", "Wakefield"), Reason.ANSWER_IN_SUBJECT),
+        (fact("Battle of Asiago", "Rome", "Asiago"), Reason.ANSWER_IN_SUBJECT),
+        (fact("USA Today", "United States of America", relation="P17"), Reason.ANSWER_IN_SUBJECT),  # an alias
+        (fact("北京大学", "北京"), Reason.ANSWER_IN_SUBJECT),
+        (fact("Roman Polanski", "Oman"), None),  # not a word of its own
+        (fact("Malcolm", "X"), Reason.SHORT_ANSWER),
+        (fact("Malcolm", "Lansing", "X"), Reason.SHORT_ANSWER),  # any answer counts, so one is enough
+        (fact("Peru", "Lima"), None),
+    ],
+)
+def test_facts_that_any_model_would_seem_to_know(content, reason):
+    assert trivial_reason(content, AliasTable.load()) == reason
+
+
+def test_trivial_facts_go_into_the_ledger_and_are_no_fault_of_the_file():
+    ledger = Ledger()
+    pair = record(Pair(a="a", b="a", label=1), row=3)
+    rows = [record(fact("Wakefield Cathedral", "Wakefield")), record(fact("Peru", "Lima"), row=2), pair]
+    kept = without_trivial(list(ledger.take(rows)), ledger)
+    assert kept == rows[1:]
+    assert ledger.num_rows_read == len(kept) + ledger.num_rejected
+    (entry,) = ledger.entries()
+    assert (entry["reason"], entry["row"]) == ("answer_in_subject", 1)
+    assert entry["excerpt"] == "Wakefield Cathedral: Wakefield"
+    ledger.check(0.0, reasons=READING, num_rows=3)
+
+
+def test_each_prompt_is_asked_once():
+    rows = [record(fact("Peru", "Lima")), record(fact("Chile", "x y")), record(fact("Peru", "Cusco"))]
+    trials = make_trials(rows, 2)
+    questions = distinct_questions(trials)
+    assert [question.trials for question in questions] == [(0, 4), (1, 5), (2,), (3,)]
+    assert all(trials[number].prompt == q.prompt for q in questions for number in q.trials)

@@ -1,0 +1,27 @@
+"""Running `sftcore` as a user does, in the current folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+BIN = Path(sys.executable).parent
+
+
+def sftcore(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command; whatever it does, it must not show a traceback."""
+    done = subprocess.run(
+        [str(BIN / "sftcore"), *arguments], capture_output=True, text=True, timeout=300, env=os.environ
+    )
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+def save(recipe: dict, **changes) -> str:
+    """Write recipe.yaml; returns its path."""
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | changes), encoding="utf-8")
+    return "recipe.yaml"
