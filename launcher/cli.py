@@ -248,7 +248,7 @@ def evaluate(
 ) -> None:
     """Greedy answers of the base and the trained model to the held-out items, scored."""
     loaded = load(recipe, set_, run)
-    from launcher.stages import evaluate as evaluate_stage
+    from launcher.evaluating import evaluate as evaluate_stage
 
     for name, scores in evaluate_stage(loaded, model=model).items():
         print(f"{name}: {scores['correct']} of {scores['n']} right, {scores['accuracy']:.1%}")

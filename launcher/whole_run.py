@@ -43,7 +43,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
         UserInputError: the folder holds a finished run of other data or another base model.
         SftError: of the stage that failed; what was done before it is kept and found again.
     """
-    from launcher.stages import evaluate
+    from launcher.evaluating import evaluate
     from launcher.worker import train_recipe
     from sftcore.study.report import write_report
 

@@ -208,6 +208,8 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
     watch.keep_lease(run, dist.gather_objects(watch.holder)[0])
     with Watchdog(recipe.train.hang_seconds) as watchdog:
         is_resized = start is not None and read_state(start).world_size != dist.world_size()
+        if is_resized and recipe.train.optimizer == "adamw-8bit" and zero_stage(ds_config) > 0:
+            raise UserInputError(_eight_bit_is_cut(start))
         engine = _make_engine(recipe, ds_config, is_resized=is_resized)
         first = _resume(engine, start, schedule, restart=request.restart)
         validation = Validation(recipe, valid_store, tokenizer, steps_done=first) if valid_store else None
@@ -231,6 +233,15 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
         else:
             export_weights(engine, tokenizer, recipe, folder=recipe.result_folder)
         engine.close()
+
+
+def _eight_bit_is_cut(checkpoint: Path | None) -> Problem:
+    return Problem(
+        what="8-bit optimizer state is quantised in blocks of each rank's share and can't be cut anew",
+        where=str(checkpoint),
+        got=f"{dist.world_size()} rank(s)",
+        remedy="resume at the number of ranks that it was saved with",
+    )
 
 
 def _make_engine(recipe: Recipe, ds_config: dict[str, Any], *, is_resized: bool = False) -> Engine:

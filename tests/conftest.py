@@ -53,6 +53,14 @@ def tiny_recipe(tiny_model_folder, tmp_path, monkeypatch) -> dict:
     }
 
 
+@pytest.fixture(autouse=True)
+def _no_rank_left(monkeypatch) -> None:
+    """A run in this process takes a port and says so in the environment: commands started later must not."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 def pytest_collection_modifyitems(items) -> None:
     """Skip what this machine can't run, and say so."""
     import torch

@@ -136,7 +136,8 @@ class SignsOfLife:
 
 def _end(message: str, *, code: int, stacks: bool = False) -> None:
     """End this process at once: its main thread waits in a collective that will not come back."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
     if stacks:
         faulthandler.dump_traceback(file=sys.stderr)
     os._exit(code)

@@ -12,9 +12,10 @@ from launching import BIN, launcher, run, weights
 from tiny import SUBJECTS, write_lines
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from launcher.evaluating import evaluate
 from launcher.inspection import inspect_recipe
 from launcher.matching import match_pairs
-from launcher.stages import evaluate, prepare
+from launcher.stages import prepare
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
 from sftcore.errors import UserInputError

@@ -11,8 +11,8 @@ from launching import BIN, run, run_cells, steps, weights_hash, write_recipe
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
+from launcher.evaluating import evaluate
 from launcher.exporting import export_run
-from launcher.stages import evaluate
 from sftcore.config import AdapterSettings, ModelSettings
 from sftcore.errors import TrainingFailed, UserInputError
 from sftcore.model.adapters import add_adapter, check_complete, trained_names

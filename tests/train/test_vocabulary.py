@@ -9,8 +9,8 @@ from launching import run_cells, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launcher.evaluating import evaluate
 from launcher.exporting import export_run
-from launcher.stages import evaluate
 from sftcore.config import ModelSettings
 from sftcore.model.load import load_for_decoding
 from sftcore.model.vocabulary import new_token_ids

@@ -1,0 +1,63 @@
+"""Optimizers, schedulers and trackers that a recipe can choose."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, run, run_cells, steps, weights, weights_hash, write_recipe
+
+from sftcore.config import TrainSettings
+from sftcore.train.loop import learning_rate
+
+EIGHT_BIT = {"optimizer": "adamw-8bit", "weight_decay": 0.1, "epochs": 2}
+
+
+def test_eight_bit_adam_learns_as_adam_does_and_resumes_to_the_bit(tiny_recipe):
+    """Moments are rounded to 8 bits in blocks of 256, of each rank's share: ranks agree to 1e-3 only."""
+    save = {"checkpoint": {"save_every_steps": 3}}
+    names = ("eight", "cut", "plain")
+    eight, cut = (write_recipe(tiny_recipe, n, train=EIGHT_BIT, **save) for n in names[:2])
+    plain = write_recipe(tiny_recipe, "plain", train={**EIGHT_BIT, "optimizer": "adamw"})
+    two = write_recipe(tiny_recipe, "two", train=EIGHT_BIT, deepspeed="zero2")
+    run_cells([eight, cut, plain], ranks=1)
+    run_cells([two], ranks=2)
+    for name in ("plain", "two"):
+        for a, b in zip(steps("eight"), steps(name), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=2e-2)
+    assert steps("eight")[-1]["loss"] < steps("eight")[0]["loss"]
+    shutil.rmtree("runs/cut/model")
+    for folder in Path("runs/cut/checkpoints").glob("step-000008"):
+        shutil.rmtree(folder)
+    run_cells([cut], ranks=1)
+    assert weights_hash("cut") == weights_hash("eight")
+    exact = weights("plain")
+    assert not all(torch.equal(tensor, exact[name]) for name, tensor in weights("eight").items())
+
+
+def test_eight_bit_state_is_refused_at_another_number_of_ranks(tiny_recipe):
+    path = write_recipe(tiny_recipe, "moved", train=EIGHT_BIT, checkpoint={"save_every_steps": 3})
+    run_cells([path], ranks=1)
+    shutil.rmtree("runs/moved/model")
+    with pytest.raises(AssertionError, match="8-bit optimizer state is quantised in blocks"):
+        run_cells([path], ranks=2)
+
+
+def test_wsd_warms_up_stays_and_falls_to_the_end():
+    settings = TrainSettings(lr=1.0, scheduler="wsd", warmup_ratio=0.2, decay_ratio=0.3)
+    rates = [learning_rate(step, 10, settings) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3])
+    with pytest.raises(ValueError, match="must not be over 1"):
+        TrainSettings(scheduler="wsd", warmup_ratio=0.5, decay_ratio=0.6)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_training(tiny_recipe):
+    if importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed here")
+    path = write_recipe(tiny_recipe, "tracked", tracking={"to": "trackio"})
+    done = run(str(ROOT / ".venv/bin/sftcore"), "train", str(path))
+    assert done.returncode == 3 and "pip install trackio" in done.stderr
+    assert not Path("runs/tracked/metrics.jsonl").exists()
