@@ -60,6 +60,7 @@ def test_the_whole_path_from_facts_to_the_report(tiny_recipe):
     assert inspected.returncode == 0 and "[<eos>]" in inspected.stdout
 
 
+@pytest.mark.slow
 def test_probing_twice_and_probing_another_model(tiny_recipe):
     path = save(tiny_recipe, select={"levels": [0, 1, 2, 3, 4], "n": 6})
     early = sftcore("train", path)
@@ -76,6 +77,7 @@ def test_probing_twice_and_probing_another_model(tiny_recipe):
     assert refused.returncode == 2 and "belong to another model" in refused.stderr
 
 
+@pytest.mark.slow
 def test_preparing_in_shards_with_a_report(tiny_recipe):
     path = save(tiny_recipe, data=tiny_recipe["data"] | {"temperature": 2.0})
     refused = sftcore("prepare", path, "--merge")

@@ -24,6 +24,7 @@ def rows_of(path: str) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_shards_of_a_probe_give_the_same_levels(tiny_recipe):
     path = save(tiny_recipe, probe=tiny_recipe["probe"] | {"batch_rows": 12})
     assert sftcore("probe", path, "--run", "runs/whole").returncode == 0
@@ -41,6 +42,7 @@ def test_shards_of_a_probe_give_the_same_levels(tiny_recipe):
         assert Path("runs/tiny", name).read_bytes() == Path("runs/whole", name).read_bytes()
 
 
+@pytest.mark.slow
 def test_relations_of_ones_own_are_probed_and_asked(tiny_recipe):
     facts = [{"relation": "guild", "subject": name, "answers": ["the bakers"]} for name in ("Ann", "Bo")]
     write_lines(Path("guilds.jsonl"), facts)

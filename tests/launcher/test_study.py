@@ -29,6 +29,7 @@ def study(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow
 def test_a_failed_run_costs_only_itself_and_a_second_call_does_what_is_missing(tiny_recipe):
     """Three of 16 facts can be drawn, 99 can't: that run fails, is told, and is tried again."""
     path = write_study(tiny_recipe, grid={"select.n": [4, 99, 6], "select.levels": [ALL_LEVELS]})

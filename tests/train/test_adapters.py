@@ -77,6 +77,7 @@ def test_peft_itself_loads_what_is_exported(tiny_recipe):
         export_run(Path("runs/plain"), Path("x"), merge=False)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_adapters_leave_frozen_weights_out_and_resume_to_the_bit(tiny_recipe):
     """Dropout 0.1, stages 0 to 3: cut after 4 of 8 steps (the export and the last save are taken away)."""
     names = []

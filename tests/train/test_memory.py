@@ -29,6 +29,7 @@ sys.exit(worker.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_exhausts_its_memory_says_what_it_held_and_what_would_help(tiny_recipe):
     """The address space is limited just before the first pack, whose activations then don't fit."""
     path = write_recipe(tiny_recipe, "small", batch={"samples_per_step": 16, "capacity": 4096})

@@ -38,6 +38,7 @@ def test_eight_bit_adam_learns_as_adam_does_and_resumes_to_the_bit(tiny_recipe):
     assert not all(torch.equal(tensor, exact[name]) for name, tensor in weights("eight").items())
 
 
+@pytest.mark.slow
 def test_eight_bit_state_is_refused_at_another_number_of_ranks(tiny_recipe):
     path = write_recipe(tiny_recipe, "moved", train=EIGHT_BIT, checkpoint={"save_every_steps": 3})
     run_cells([path], ranks=1)

@@ -94,6 +94,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tiny_recipe):
     assert [s["step"] for s in steps("cut")] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_skipped_for_the_newest_that_verifies(tiny_recipe, caplog):
     path = write_recipe(tiny_recipe, "again", checkpoint={"save_every_steps": 3, "keep": 2})
     assert run(str(BIN / "sftcore"), "train", str(path)).returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from launching import run_cells, write_recipe
 from safetensors.torch import load_file
@@ -83,6 +84,7 @@ def test_peft_loads_an_adapter_with_added_tokens(tiny_recipe):
     assert torch.allclose(theirs, logits(load_for_decoding(settings)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_run_goes_on_from_an_adapter(tiny_recipe):
     """Its first loss is the earlier run's next; other ranks are refused by name."""
     adapter = {"kind": "lora", "r": 4}

@@ -44,8 +44,7 @@ def wait_for_steps(name: str, count: int, ranks: list[subprocess.Popen]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("how", "victim"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
 def test_a_rank_that_is_gone_ends_the_others(tiny_recipe, how, victim):
     path = write_recipe(tiny_recipe, "gone", **LONG)
     ranks = start_ranks(path, 2)
