@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 from importlib import metadata
+from pathlib import Path
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -12,5 +12,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident memory of this process so far; `getrusage` would count in its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

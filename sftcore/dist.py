@@ -10,9 +10,9 @@ trust.
 from __future__ import annotations
 
 import os
-import resource
 import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +78,14 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def peak_memory_bytes() -> int:
-    """This rank's peak: GPU bytes allocated by torch, or the process's resident memory on a CPU."""
+    """This rank's peak: GPU bytes allocated by torch, or the process's resident memory on a CPU.
+
+    The latter from /proc: `getrusage` counts in what the parent held when it started this process.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def barrier() -> None:

@@ -92,10 +92,11 @@ def _write_model(engine: Engine, weights: Iterable[Named], folder: Path, name: s
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    write_shards((revert_weight_conversion(model, shard) for shard in shards_of(weights)), folder)
+    shards = shards_of(weights, SHARD_BYTES)
+    write_shards((revert_weight_conversion(model, shard) for shard in shards), folder)
 
 
-def shards_of(weights: Iterable[Named], max_bytes: int = SHARD_BYTES) -> Iterator[dict[str, torch.Tensor]]:
+def shards_of(weights: Iterable[Named], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
     """Runs of weights of at most `max_bytes` (a larger weight alone)."""
     shard: dict[str, torch.Tensor] = {}
     size = 0

@@ -46,6 +46,7 @@ def run_cells(paths: list[Path], *, ranks: int) -> subprocess.CompletedProcess[s
     start = [sys.executable] if ranks == 1 else launcher(ranks)
     done = run(*start, CELL_RUNNER, *map(str, paths))
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{start[-1]}_*")), "shared memory is left behind"
     return done
 
 

@@ -21,7 +21,7 @@ import torch
 from launcher import worker
 from sftcore import dist
 from sftcore.recipe import load_recipe
-from sftcore.train import export
+from sftcore.train import engine, export
 torch.set_num_threads(1)
 size, path, tiny = [a for a in sys.argv[1:] if not a.startswith('--')]
 export.SHARD_BYTES = int(size) // 8
@@ -45,6 +45,7 @@ def watched_load(*args, **options):
     load(load_recipe(Path(tiny)), **options)  # imports
     before = anonymous_bytes()
     seen['load_peak'], model = growth(load, *args, **options)
+    engine.keep_freed_memory()  # as the engine begins
     seen['load'] = anonymous_bytes() - before
     return model
 def watched_write(*args, **options):
@@ -59,7 +60,7 @@ Path(f'seen-{dist.rank()}.json').write_text(json.dumps(seen))
 def test_no_rank_holds_a_whole_copy_of_the_model(tiny_recipe, tmp_path):
     """85M float32 parameters, a half of them on each of two ranks; exported in shards of an eighth.
 
-    While it loads, buffers and freed blocks come on top: the peak is about a copy of so small a model.
+    While it loads, freed blocks come on top: the peak is about a copy of so small a model.
     """
     config = tiny_config("llama")
     config.hidden_size, config.intermediate_size, config.head_dim = 768, 3072, 64
@@ -85,7 +86,7 @@ def test_no_rank_holds_a_whole_copy_of_the_model(tiny_recipe, tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[:9000]
     for rank in (0, 1):
         seen = json.loads(Path(f"seen-{rank}.json").read_text())
-        assert 0.4 * model_bytes < seen["load"] < 0.8 * model_bytes, (rank, seen, model_bytes)
+        assert 0.4 * model_bytes < seen["load"] < 0.7 * model_bytes, (rank, seen, model_bytes)
         assert seen["export"] < 0.4 * model_bytes, (rank, seen, model_bytes)
     files = sorted(Path("runs/large/model").glob("*.safetensors"))
     assert len(files) > 4
@@ -111,5 +112,5 @@ def test_shards_are_named_as_transformers_reads_them(tmp_path):
             assert tensors.get_tensor(name)[0] == float(name[1])
     single = tmp_path / "single"
     single.mkdir()
-    write_shards(shards_of(iter(weights)), single)
+    write_shards(shards_of(iter(weights), max_bytes=1000), single)
     assert [f.name for f in single.iterdir()] == ["model.safetensors"]
