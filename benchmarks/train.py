@@ -5,8 +5,9 @@
 
 Same model, same items in the same order, same number of samples per step, loss on the answers only, bfloat16
 (ours keeps float32 master weights). Systems take turns, each in its own process; of every process the first
-step is warm-up. Reported: the median over rounds of the median step, first-step losses, peak resident memory.
-Results are appended to benchmarks/results/train.json.
+step is warm-up. Reported: the median over rounds of the median step, first-step losses, peak resident memory,
+the optimizer's share of our step; then, on the same machine, where the time goes (`benchmarks.breakdown`).
+The result replaces that of the same model and step size in results/train.json; results/train.png shows all.
 """
 
 from __future__ import annotations
@@ -37,12 +38,21 @@ def main() -> None:
                 result = run(system, options, items)
                 runs[system].append(result)
                 print(f"round {number + 1} {system}: {result['step_seconds']:.2f} s a step", flush=True)
-    report = summarise(options, runs)
+        breakdown = run("breakdown", options, items)
+    report = summarise(options, runs) | {"breakdown": breakdown}
     print(table(report))
     path = HERE / "results" / "train.json"
     path.parent.mkdir(exist_ok=True)
     earlier = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*earlier, report], indent=1) + "\n")
+    kept = [r for r in earlier if key(r) != key(report)]
+    reports = sorted([*kept, report], key=key)
+    path.write_text(json.dumps(reports, indent=1) + "\n")
+    draw(reports, path.with_suffix(".png"))
+
+
+def key(report: dict) -> tuple[str, int]:
+    """What a report is of."""
+    return report["model"], report["samples_per_step"]
 
 
 def parse() -> argparse.Namespace:
@@ -77,8 +87,9 @@ def write_items(options: argparse.Namespace, scratch: Path) -> Path:
 
 def run(system: str, options: argparse.Namespace, items: Path) -> dict:
     """One process of one system; its last line of output is JSON."""
-    python = sys.executable if system == "ours" else str(options.trl_python)
-    script = HERE / ("train_ours.py" if system == "ours" else "train_trl.py")
+    python = str(options.trl_python) if system.startswith("trl") else sys.executable
+    scripts = {"ours": "train_ours.py", "breakdown": "breakdown.py"}
+    script = HERE / scripts.get(system, "train_trl.py")
     arguments = [str(options.model), str(items), str(options.samples_per_step), str(options.steps)]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     command = [python, str(script), *arguments, system.removeprefix("trl-")]
@@ -87,7 +98,8 @@ def run(system: str, options: argparse.Namespace, items: Path) -> dict:
     if done.returncode:
         sys.exit(f"{system} failed:\n{done.stderr[-3000:]}")
     result = json.loads(done.stdout.strip().split("\n")[-1])
-    result["step_seconds"] = median(result["steps"])
+    if "steps" in result:
+        result["step_seconds"] = median(result["steps"])
     return result
 
 
@@ -104,6 +116,7 @@ def summarise(options: argparse.Namespace, runs: dict[str, list[dict]]) -> dict:
             "peak_resident_bytes": max(r["peak_resident_bytes"] for r in results),
             "versions": results[0]["versions"],
         }
+    systems["ours"]["update_seconds"] = median(median(r["updates"]) for r in runs["ours"])
     ours = systems["ours"]["samples_per_second"]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -134,9 +147,53 @@ def table(report: dict) -> str:
             f"  {system:<11} {row['samples_per_second']:>7.2f} samples/s  {row['step_seconds']:>6.2f} s  "
             f"first loss {row['first_loss']:.4f}  peak {row['peak_resident_bytes'] / 1e9:.2f} GB"
         )
+    ours = report["systems"]["ours"]
+    lines.append(f"  the optimizer takes {ours['update_seconds'] / ours['step_seconds']:.0%} of our step")
+    parts = report["breakdown"]["forward_and_backward_seconds"]
+    lines += [f"  {seconds:>7.2f} s  {name}" for name, seconds in parts.items()]
     for system, ratio in report["times_as_fast"].items():
         lines.append(f"  ours is {ratio:.2f} times as fast as {system}")
     return "\n".join(lines)
+
+
+def draw(reports: list[dict], path: Path) -> None:
+    """Samples per second of the systems, and the parts of our step, one group of bars per report."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    speed, parts = figure.subplots(1, 2)
+    names = [f"{r['model']}\n{r['samples_per_step']} a step" for r in reports]
+    for number, (system, colour) in enumerate(zip(SYSTEMS, ("#0072b2", "#d55e00", "#cc79a7"), strict=True)):
+        values = [r["systems"][system]["samples_per_second"] for r in reports]
+        bars = speed.bar([i + 0.27 * (number - 1) for i in range(len(reports))], values, 0.25, color=colour)
+        speed.bar_label(bars, fmt="%.1f", fontsize=8)
+        bars.set_label(system)
+    speed.set(title="samples per second", xticks=range(len(names)), xticklabels=names)
+    speed.legend()
+    shares = [shares_of_step(r) for r in reports]
+    below = [0.0] * len(reports)
+    for part, colour in zip(shares[0], ("#009e73", "#56b4e9", "#e69f00", "#f0e442", "#999999"), strict=True):
+        values = [100 * share[part] for share in shares]
+        parts.bar(range(len(reports)), values, 0.6, bottom=below, color=colour, label=part)
+        below = [a + b for a, b in zip(below, values, strict=True)]
+    parts.set(title="our step, %", xticks=range(len(names)), xticklabels=names)
+    parts.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+
+
+def shares_of_step(report: dict) -> dict[str, float]:
+    """Parts of our step, from the breakdown and the timed update; they add up to 1 where nothing overlaps."""
+    seconds = report["breakdown"]["forward_and_backward_seconds"]
+    step, update = report["systems"]["ours"]["step_seconds"], report["systems"]["ours"]["update_seconds"]
+    decoder, limit = seconds["ours, decoder alone"], seconds["products of the decoder"]
+    parts = {
+        "decoder: matrix products at the machine's limit": limit,
+        "decoder: attention, norms, the rest": decoder - limit,
+        "head and loss": seconds["ours"] - decoder,
+        "optimizer": update,
+    }
+    parts["DeepSpeed, collating, the rest"] = max(0.0, step - sum(parts.values()))
+    return {name: value / step for name, value in parts.items()}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,15 @@ def main() -> None:
     init_process_group()
     model = load_for_training(recipe)
     engine = Engine(model, recipe, read_ds_config(deepspeed_file(recipe)))
-    seconds, losses = [], []
+    seconds, losses, updates = [], [], []
+    update = engine.deepspeed.step
+
+    def timed_update() -> None:
+        started = time.perf_counter()
+        update()
+        updates.append(time.perf_counter() - started)
+
+    engine.deepspeed.step = timed_update
     for number in range(steps + 1):
         started = time.perf_counter()
         rows = slice(number * per_step, (number + 1) * per_step)
@@ -55,6 +63,7 @@ def main() -> None:
         json.dumps(
             {
                 "steps": seconds[1:],
+                "updates": updates[1:],
                 "first_loss": losses[0],
                 "last_loss": losses[-1],
                 "peak_resident_bytes": peak_resident_bytes(),
