@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help install quickstart test test-full lint format bench clean
 
@@ -26,10 +27,11 @@ lint: $(STAMP)       ## ruff, formatting, types of the pure core
 	$(BIN)/mypy
 
 test: lint           ## lint, then all tests but the slow ones
-	$(BIN)/pytest -m "not slow and not slurm and not gpu"
+	$(PYTEST) -m "not slow and not slurm and not gpu"
 
 test-full: lint      ## everything that this machine can run
-	$(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not slurm and not gpu"
+	$(BIN)/pytest -m "slurm and not gpu" -rs
 
 format: $(STAMP)     ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .

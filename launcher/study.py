@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,14 +96,29 @@ def run_here(study: Study) -> None:
     write_recipes(study)
     pending = [run for run in study.runs if not is_finished(run.recipe)]
     log.info("%s: %d runs, %d to do", study.settings.name, len(study.runs), len(pending))
+    seconds: list[float] = []
     for number, run in enumerate(pending, start=1):
-        log.info("[%d/%d] %s", number, len(pending), run.name)
+        log.info("[%d/%d] %s%s", number, len(pending), run.name, _time_left(seconds, len(pending)))
+        started = time.perf_counter()
         code = run_one(study, run)
+        seconds.append(time.perf_counter() - started)
         if code == EXIT_STOPPED:
             raise StoppedOnRequest(f"stopped on request in {run.name}; start the study again to go on")
         if code:
             log.warning("%s failed with exit code %d: %s", run.name, code, study.log_file(run))
     conclude(study)
+
+
+def _time_left(seconds: Sequence[float], num_runs: int) -> str:
+    """By the later of the runs so far: the first one also measured memory levels and the base model.
+
+    >>> _time_left([], 6), _time_left([600.0], 6), _time_left([600.0, 60.0, 90.0], 6)
+    ('', '', ' (about 4 minutes left)')
+    """
+    if len(seconds) < 2:
+        return ""
+    mean = sum(seconds[1:]) / (len(seconds) - 1)
+    return f" (about {mean * (num_runs - len(seconds)) / 60:.0f} minutes left)"
 
 
 def run_number(study: Study, number: int) -> int:

@@ -25,6 +25,10 @@ class ModelSettings(Settings):
         description="folder (absolute, else relative to the recipe, then to here) or a hub name"
     )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the trained weights")
+    head: Literal["auto", "liger", "chunked"] = Field(
+        "auto",
+        description="loss over the vocabulary; auto: liger's kernels on GPUs that have them, else ours",
+    )
     attention: Literal["auto", "flash_attn", "torch_varlen", "flex", "sdpa_docs"] = Field(
         "auto", description="attention backend for training; auto: the first that can"
     )

@@ -29,14 +29,36 @@ SWAP_GAIN = 1e-6  # of the dearest rank's cost; smaller gains are rounding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostCoefficients:
-    """Predicted cost of a pack: `per_token * tokens + per_square * sum(len_i^2) + per_trained * trained`.
+    """Predicted cost of documents: per token, per squared length, per trained token; see `of`.
 
     Units cancel; `model.cost` gives them in FLOPs.
+
+    Args:
+        per_banded_square: of layers with a sliding window.
+        window: positions that those see, themselves included.
     """
 
     per_token: float = 1.0
     per_square: float = 0.0
     per_trained: float = 0.0
+    per_banded_square: float = 0.0
+    window: int = 0
+
+    def of(self, lengths: IntArray, num_trained: int) -> float:
+        """Cost of documents of these lengths in tokens.
+
+        A causal document has len^2 / 2 pairs, in a band of w positions w len - w^2 / 2.
+
+        >>> CostCoefficients(per_token=0, per_banded_square=1, window=4).of(np.array([3, 10]), 0)
+        73.0
+        """
+        seen = np.minimum(lengths, self.window)
+        return float(
+            self.per_token * lengths.sum()
+            + self.per_square * (lengths**2).sum()
+            + self.per_banded_square * (seen * (2 * lengths - seen)).sum()
+            + self.per_trained * num_trained
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,12 +192,7 @@ class Schedule:
 
     def pack_cost(self, samples: IntArray) -> float:
         """Predicted cost of a pack that holds `samples`."""
-        lengths = self.lengths[samples]
-        return float(
-            self.cost.per_token * lengths.sum()
-            + self.cost.per_square * (lengths**2).sum()
-            + self.cost.per_trained * self.num_trained[samples].sum()
-        )
+        return self.cost.of(self.lengths[samples], int(self.num_trained[samples].sum()))
 
     @cached_property
     def largest_pack(self) -> IntArray:

@@ -28,7 +28,7 @@ from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings, Recipe
 from sftcore.model.adapters import add_adapter
 from sftcore.model.load import load_config
-from sftcore.model.loss import CHUNK_ELEMENTS
+from sftcore.model.loss import rows_per_chunk
 from sftcore.settings import NUM_CLASSES
 
 FLOPS_PER_WEIGHT = 6  # 2 forward, 4 backward
@@ -59,6 +59,8 @@ class ModelCost:
         vocabulary: V, rows of the output layer.
         num_layers: L.
         attention_width: h_attn = query heads * head size.
+        num_banded_layers: those of the L with a sliding window.
+        window: positions that those see; 0 if there are none.
         num_trained_parameters: all of them, or an adapter's.
         saved_bytes: what autograd keeps for backward of one token, in the training dtype: of all layers, of
             the dearest layer, and of the layers' inputs alone.
@@ -70,6 +72,8 @@ class ModelCost:
     vocabulary: int
     num_layers: int
     attention_width: int
+    num_banded_layers: int
+    window: int
     num_trained_parameters: int
     saved_bytes: SavedBytes
 
@@ -77,11 +81,14 @@ class ModelCost:
     def coefficients(self) -> CostCoefficients:
         """For balancing packs, in FLOPs: frozen weights have no gradient of their own, 4 instead of 6."""
         each = FLOPS_PER_WEIGHT if self.trains_all else FLOPS_PER_FROZEN_WEIGHT
+        per_layer = FLOPS_PER_WEIGHT * self.attention_width
         beside = 0 if self.trains_all else FLOPS_PER_WEIGHT * self.num_trained_parameters
         return CostCoefficients(
             per_token=each * self.num_body_parameters + beside,
-            per_square=FLOPS_PER_WEIGHT * self.num_layers * self.attention_width,
+            per_square=per_layer * (self.num_layers - self.num_banded_layers),
             per_trained=each * self.hidden_size * self.vocabulary,
+            per_banded_square=per_layer * self.num_banded_layers,
+            window=self.window,
         )
 
     @property
@@ -126,9 +133,11 @@ class ModelCost:
         return num_tokens * (saved.inputs + saved.dearest_layer if is_recomputed else saved.all_layers)
 
     def head_bytes(self, num_tokens: int) -> int:
-        """A chunk of float32 logits and its gradient; the float32 gradient of a trained projection."""
-        chunk = 2 * 4 * min(CHUNK_ELEMENTS, num_tokens * self.vocabulary)
-        return chunk + (4 * self.vocabulary * self.hidden_size if self.trains_all else 0)
+        """A chunk of float32 logits and its gradient; the float32 sum of a trained projection's gradients."""
+        rows = rows_per_chunk(self.vocabulary, self.hidden_size, is_trained=self.trains_all)
+        chunk = 2 * 4 * min(rows, num_tokens) * self.vocabulary
+        has_sum = self.trains_all and num_tokens > rows
+        return chunk + (4 * self.vocabulary * self.hidden_size if has_sum else 0)
 
 
 def measure_model(
@@ -156,6 +165,7 @@ def measure_model(
     text = config.get_text_config()
     values = text.to_dict()
     heads = text.num_attention_heads
+    banded, window = _sliding_windows(text)
     trained = total if adapter is None or adapter.kind == "none" else _adapter_parameters(model, adapter)
     return ModelCost(
         num_parameters=total,
@@ -164,9 +174,19 @@ def measure_model(
         vocabulary=num_classes or output.weight.shape[0],
         num_layers=text.num_hidden_layers,
         attention_width=heads * (values.get("head_dim") or text.hidden_size // heads),
+        num_banded_layers=banded,
+        window=window,
         num_trained_parameters=trained,
         saved_bytes=count_saved_bytes(model),
     )
+
+
+def _sliding_windows(text: Any) -> tuple[int, int]:
+    """How many layers have a sliding window, and its positions."""
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    banded = kinds.count("sliding_attention") if window else 0
+    return banded, int(window or 0)
 
 
 class _CountedAttention(torch.autograd.Function):

@@ -37,7 +37,7 @@ from sftcore.model.adapters import (
     train_vocabulary,
 )
 from sftcore.model.attention import choose_attention
-from sftcore.model.loss import TrainedTokenHead
+from sftcore.model.loss import TrainedTokenHead, choose_head
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 from sftcore.model.vocabulary import grow_vocabulary
 
@@ -124,7 +124,12 @@ def _load_trainable(
     del sharding
     grow_vocabulary(model, settings)
     model.config.use_cache = False
-    install_head(model, z_loss=recipe.train.z_loss, label_smoothing=recipe.train.label_smoothing)
+    install_head(
+        model,
+        z_loss=recipe.train.z_loss,
+        label_smoothing=recipe.train.label_smoothing,
+        kind=choose_head(settings.head if kind is AutoModelForCausalLM else "chunked", device=device),
+    )
     if sharded_by is None:
         prove_head_and_packs(model)
     if recipe.adapter.kind != "none":
@@ -234,8 +239,11 @@ def _not_loadable(path: str, error: Exception) -> UserInputError | MissingEnviro
     )
 
 
-def install_head(model: PreTrainedModel, *, z_loss: float, label_smoothing: float) -> None:
+def install_head(model: PreTrainedModel, *, z_loss: float, label_smoothing: float, kind: str) -> None:
     """Put the trained-token head in the place of the output layer, with its weights.
+
+    Args:
+        kind: as `choose_head` gives it.
 
     Raises:
         UserInputError: the output layer is not linear.
@@ -250,6 +258,7 @@ def install_head(model: PreTrainedModel, *, z_loss: float, label_smoothing: floa
         softcap=text.get("final_logit_softcapping") if is_causal_lm else None,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
+        kind=kind,
     )
     if is_causal_lm:
         model.set_output_embeddings(head)

@@ -3,19 +3,27 @@
 In: (K, D) hidden states of positions that have a target, the vocabulary projection, K targets and weights.
 Out: the weighted sum of cross-entropies, float32.
 Invariant: value and gradients equal those of the full float32 softmax; only the summing order differs.
-Trade-off: logits are made in chunks of at most `CHUNK_ELEMENTS` and made again in backward: one more
-product of three with the vocabulary matrix, against K * V * 6 bytes (4.3 GB for 4,096 trained tokens and
-262k entries).
+Trade-off: logits are made in chunks (`rows_per_chunk`) and made again in backward: one more product of
+three with the vocabulary matrix, against K * V * 6 bytes (4.3 GB for 4,096 trained tokens and 262k entries).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import nn
 
-CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MB in float32
+from sftcore.errors import MissingEnvironmentError, Problem
+
+log = logging.getLogger(__name__)
+CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MB in float32; more where the projection is trained
+LIGER_REMEDY = "install the extra (pip install 'sftcore[gpu]'), or set model.head: auto"
+LIGER_VERSION = (0, 8, 2)  # before, gradients of reduction="none" were wrong
 
 
 class TrainedTokenHead(nn.Linear):
@@ -28,16 +36,28 @@ class TrainedTokenHead(nn.Linear):
     softcap: float | None
     z_loss: float
     label_smoothing: float
+    cross_entropy: Callable[..., torch.Tensor]
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, softcap: float | None, z_loss: float = 0.0, label_smoothing: float = 0.0
+        cls,
+        linear: nn.Linear,
+        *,
+        softcap: float | None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        kind: str = "chunked",
     ) -> TrainedTokenHead:
-        """Take over weight and bias (the same Parameters, so ties hold)."""
+        """Take over weight and bias (the same Parameters, so ties hold).
+
+        Args:
+            kind: chunked (`linear_cross_entropy`) or liger (`liger_cross_entropy`).
+        """
         head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         head.weight = linear.weight
         head.bias = linear.bias
         head.softcap, head.z_loss, head.label_smoothing = softcap, z_loss, label_smoothing
+        head.cross_entropy = liger_cross_entropy if kind == "liger" else linear_cross_entropy
         return head
 
     def forward(
@@ -56,7 +76,7 @@ class TrainedTokenHead(nn.Linear):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
-        return linear_cross_entropy(
+        return self.cross_entropy(
             hidden.to(dtype),
             self.weight.to(dtype),
             None if self.bias is None else self.bias.to(dtype),
@@ -66,6 +86,64 @@ class TrainedTokenHead(nn.Linear):
             z_loss=self.z_loss if self.training else 0.0,
             label_smoothing=self.label_smoothing if self.training else 0.0,
         )
+
+
+def choose_head(wish: str, *, device: str) -> str:
+    """Which loss a model trains with: liger or chunked.
+
+    Args:
+        wish: auto, or one of them.
+        device: "cuda" or "cpu".
+
+    Raises:
+        MissingEnvironmentError: liger is asked for and can't be had.
+    """
+    reason = "it needs a CUDA device" if device != "cuda" else _why_no_liger()
+    if wish == "liger" and reason:
+        raise MissingEnvironmentError(
+            Problem(what=f"liger's loss can't be used: {reason}", where="model.head", remedy=LIGER_REMEDY)
+        )
+    kind = "chunked" if wish == "chunked" or reason else "liger"
+    log.info("head: %s", kind)
+    return kind
+
+
+def _why_no_liger() -> str:
+    """Empty if it is there."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    found = metadata.version("liger-kernel")
+    numbers = tuple(int(n) for n in found.split(".")[:3] if n.isdigit())
+    return "" if numbers >= LIGER_VERSION else f"liger-kernel {found} has wrong gradients"
+
+
+def liger_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """`linear_cross_entropy` by liger-kernel's Triton kernels; arguments and value are the same.
+
+    Losses come per position, so that each has its own weight; like ours, liger then makes each chunk's logits
+    again in backward. The weight's gradient is summed in float32.
+    """
+    if not len(targets):
+        return (hidden.sum() + weight.sum()).float() * 0.0  # its kernels take no empty batch
+    liger = importlib.import_module("liger_kernel.transformers")
+    losses_K = liger.LigerFusedLinearCrossEntropyLoss(
+        lse_square_scale=z_loss,
+        label_smoothing=label_smoothing,
+        reduction="none",
+        softcap=softcap,
+        accum_dtype=torch.float32,
+    )(weight, hidden, targets, bias)
+    return (losses_K.float() * weights).sum()
 
 
 def linear_cross_entropy(
@@ -115,7 +193,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap, z_loss, smoothing = settings
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         lse = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for rows in _chunks(len(targets), weight.shape[0]):
+        for rows in _chunks(len(targets), weight):
             logits = _logits(hidden[rows], weight, bias, softcap)
             lse[rows] = torch.logsumexp(logits, -1)
             picked = logits.gather(-1, targets[rows, None]).squeeze(-1)
@@ -134,7 +212,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight: torch.Tensor | None = None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        chunks = _chunks(len(targets), weight.shape[0])
+        chunks = _chunks(len(targets), weight)
         if need_weight and len(chunks) != 1:
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in chunks:
@@ -159,9 +237,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
-    """Row ranges with at most CHUNK_ELEMENTS logits each."""
-    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+def rows_per_chunk(vocabulary: int, hidden_size: int, *, is_trained: bool) -> int:
+    """Positions whose logits are made at a time.
+
+    Each chunk of a trained projection adds a (V, D) product to a float32 sum: with 64 rows of 262k logits
+    that was three quarters of the head's time. D / 2 rows take half as much memory as that sum, and where
+    they are all, there is no sum.
+    """
+    return max(1, CHUNK_ELEMENTS // vocabulary, hidden_size // 2 if is_trained else 0)
+
+
+def _chunks(num_rows: int, weight: torch.Tensor) -> list[slice]:
+    rows = rows_per_chunk(*weight.shape, is_trained=weight.requires_grad)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 

@@ -1,7 +1,7 @@
 """A study: one recipe and a grid of values -> runs, each with a name, a recipe and a folder.
 
-In: STUDY.yaml (`base`, `grid`, `draws`). Out: `StudyRun`s in a fixed order: the grid's keys vary from the
-last to the first, draws fastest.
+In: STUDY.yaml (`base`, `grid`, `draws`). Out: `StudyRun`s in a fixed order: the grids in turn, a grid's keys
+from the last to the first, draws fastest.
 Invariant: names are unique and say what differs; a study that expands has only valid recipes, and every
 mistake in any of them is told at once.
 Trade-off: each run's recipe is read and checked by itself (10 ms), so nothing is found out at run 200.
@@ -12,12 +12,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
@@ -26,7 +27,13 @@ from sftcore.settings import Settings
 
 DRAW = "select.draw"
 MAX_VALUE_LETTERS = 24
+ONCE_EACH = "give all grids of the list the same keys, and each combination once"
+Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 OWN_FOLDERS = ("recipes", "logs", "shared", "slurm")  # of a study's folder, beside its runs
+
+
+def _as_list(grid: Any) -> Any:
+    return [grid] if isinstance(grid, dict) else grid
 
 
 class StudySettings(Settings):
@@ -34,8 +41,8 @@ class StudySettings(Settings):
 
     name: str = Field("study", pattern=r"^[\w.-]+$", description="the study's name; its folder is runs/NAME")
     base: str = Field(description="recipe; relative to the study, then to here")
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        {}, description="dotted recipe key -> values; every combination is a run"
+    grid: Annotated[list[Grid], Field(min_length=1), BeforeValidator(_as_list)] = Field(
+        [{}], description="dotted recipe key -> values; every combination is a run. A list: of each, in turn"
     )
     draws: Annotated[int, Field(gt=0)] = Field(
         1, description="runs per combination, with select.draw = 0, 1, ..."
@@ -101,7 +108,13 @@ def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:
         UserInputError: every mistake of any run's recipe, each once.
     """
     runs, problems = [], []
-    for name, cell in expand_cells(settings.grid, settings.draws):
+    cells = [named for grid in settings.grid for named in expand_cells(grid, settings.draws)]
+    twice = sorted(name for name, count in Counter(name for name, _ in cells).items() if count > 1)
+    if twice:
+        raise UserInputError(
+            Problem(what="runs of the same name", where="grid", got=", ".join(twice), remedy=ONCE_EACH)
+        )
+    for name, cell in cells:
         overrides = [f"{key}={json.dumps(value)}" for key, value in cell.items()]
         overrides += [f"name={json.dumps(name)}", f"run={json.dumps(str(folder / name))}"]
         try:

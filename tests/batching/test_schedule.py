@@ -12,6 +12,14 @@ from sftcore.batching.schedule import IDLE, CostCoefficients, Schedule, deal
 MODES = [{"samples_per_step": 5}, {"samples_per_step": 1}, {"tokens_per_step": 64}, {"tokens_per_step": 32}]
 
 
+CASES = {
+    "lengths": st.lists(st.integers(1, 32), min_size=1, max_size=60),
+    "mode": st.sampled_from(MODES),
+    "world": st.integers(1, 9),
+    "seed": st.integers(0, 99),
+}
+
+
 def make(lengths, world=1, **changes) -> Schedule:
     settings_ = {"capacity": 32, "seed": 1, "epochs": 2, "samples_per_step": 5} | changes
     if "tokens_per_step" in changes:
@@ -20,13 +28,19 @@ def make(lengths, world=1, **changes) -> Schedule:
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.integers(1, 32), min_size=1, max_size=60),
-    st.sampled_from(MODES),
-    st.integers(1, 9),
-    st.integers(0, 99),
-)
+@given(**CASES)
 def test_content_is_independent_of_the_world_and_complete(lengths, mode, world, seed):
+    check_content(lengths, mode, world, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(**CASES)
+def test_content_is_complete_in_ten_thousand_cases(lengths, mode, world, seed):
+    check_content(lengths, mode, world, seed)
+
+
+def check_content(lengths, mode, world, seed):
     alone, many = make(lengths, seed=seed, **mode), make(lengths, world=world, seed=seed, **mode)
     assert alone.fingerprint == many.fingerprint
     assert alone.num_steps == many.num_steps

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from sftcore.errors import MissingEnvironmentError
 from sftcore.model import loss as loss_module
-from sftcore.model.loss import TrainedTokenHead, linear_cross_entropy
+from sftcore.model.loss import TrainedTokenHead, choose_head, liger_cross_entropy, linear_cross_entropy
 
 SETTINGS = [
     {},
@@ -95,3 +99,70 @@ def test_under_autocast_the_products_are_bfloat16_and_gradients_float32():
     exact = cross_entropy(nn.functional.linear(hidden, head.weight), torch.arange(4))
     assert loss.item() != exact.item()
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+
+
+class LigerStandIn(nn.Module):
+    """liger-kernel 0.8.5's documented signature and mathematics, in plain torch, for reduction="none"."""
+
+    def __init__(
+        self,
+        ce_weight=None,
+        ignore_index=-100,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="mean",
+        softcap=None,
+        return_z_loss=False,
+        accum_dtype=None,
+        use_token_scaling=False,
+    ):
+        super().__init__()
+        assert reduction == "none" and accum_dtype == torch.float32
+        self.options = {"softcap": softcap, "z_loss": lse_square_scale, "label_smoothing": label_smoothing}
+
+    def forward(self, lin_weight, _input, target, bias=None):
+        ones = torch.eye(len(target))
+        return torch.stack([reference(_input, lin_weight, bias, target, one, **self.options) for one in ones])
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_liger_gets_weight_states_targets_and_every_option(options, monkeypatch):
+    stand_in = SimpleNamespace(LigerFusedLinearCrossEntropyLoss=LigerStandIn)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=stand_in))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+    hidden, weight, bias, targets, weights = inputs(torch.float32)
+    arguments = {"targets": targets, "weights": weights, **options}
+    ours = linear_cross_entropy(hidden, weight, bias, **arguments)
+    theirs = liger_cross_entropy(hidden, weight, bias, **arguments)
+    torch.testing.assert_close(theirs, ours)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight, bias)) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    nothing = liger_cross_entropy(hidden[:0], weight, targets=targets[:0], weights=weights[:0])
+    assert nothing == 0 and not torch.autograd.grad(nothing, weight)[0].any()
+
+
+def test_the_head_is_chosen_by_ability(monkeypatch):
+    assert choose_head("auto", device="cpu") == "chunked"
+    with pytest.raises(MissingEnvironmentError, match=r"(?s)needs a CUDA device.*sftcore\[gpu\]"):
+        choose_head("liger", device="cpu")
+    for version, kind in (("0.8.1", "chunked"), ("0.8.2", "liger"), ("0.10.0", "liger"), (None, "chunked")):
+        monkeypatch.setattr(loss_module.importlib.util, "find_spec", lambda name, v=version: v)
+        monkeypatch.setattr(loss_module.metadata, "version", lambda name, v=version: v)
+        assert choose_head("auto", device="cuda") == kind, version
+        assert choose_head("chunked", device="cuda") == "chunked"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", SETTINGS)
+def test_ligers_kernels_equal_ours(options):
+    pytest.importorskip("liger_kernel")
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 128, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 128, device="cuda", requires_grad=True)
+    targets, weights = torch.randint(1000, (300,), device="cuda"), torch.rand(300, device="cuda")
+    arguments = {"targets": targets, "weights": weights, **options}
+    ours = linear_cross_entropy(hidden, weight, **arguments)
+    theirs = liger_cross_entropy(hidden, weight, **arguments)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (ours, theirs)), strict=True):
+        assert (a - b).norm() < 1e-3 * b.norm()

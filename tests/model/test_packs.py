@@ -27,7 +27,7 @@ def build(kind: str, dtype: torch.dtype) -> LossModel:
         config, attn_implementation=choose_attention(config, "auto", dtype="float32", device="cpu")
     )
     model = model.to(dtype)
-    install_head(model, z_loss=0.0, label_smoothing=0.0)
+    install_head(model, z_loss=0.0, label_smoothing=0.0, kind="chunked")
     prove_head_and_packs(model)
     return LossModel(model)
 
@@ -136,7 +136,7 @@ def test_a_model_whose_logits_are_edited_is_refused():
         return result
 
     model.forward = scaled
-    install_head(model, z_loss=0.0, label_smoothing=0.0)
+    install_head(model, z_loss=0.0, label_smoothing=0.0, kind="chunked")
     with pytest.raises(UserInputError, match="changes its logits after the output layer"):
         prove_head_and_packs(model)
     assert output is not None

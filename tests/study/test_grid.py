@@ -35,6 +35,12 @@ def test_every_combination_is_a_run_with_its_own_recipe_name_and_folder(tiny_rec
         assert [select.n, select.levels, run.recipe.train.lr, select.draw] == list(run.cell.values())
 
 
+def test_grids_of_a_list_are_run_in_turn(tiny_recipe, tmp_path):
+    grids = [{"select.n": [6], "select.levels": [[0], [1]]}, {"select.n": [12], "select.levels": [[0]]}]
+    runs = expand(read_study(write_study(tiny_recipe, grid=grids)), tmp_path / "out")
+    assert [run.name for run in runs] == ["n-6_levels-0", "n-6_levels-1", "n-12_levels-0"]
+
+
 def test_names_stay_apart_where_values_or_keys_look_alike():
     names = [name for name, _ in expand_cells({"a.n": [1, 2], "b.n": ["x/y", "x y"]}, 1)]
     assert names == ["a-n-1_b-n-v0", "a-n-1_b-n-v1", "a-n-2_b-n-v0", "a-n-2_b-n-v1"]
@@ -47,8 +53,10 @@ def test_names_stay_apart_where_values_or_keys_look_alike():
     [
         ({"base": "absent.yaml"}, "no such recipe"),
         ({"gird": {}}, r"(?s)sizes.yaml: gird.*allowed: name, base, grid, draws"),
-        ({"grid": {"train.lr": []}}, r"grid.train.lr: List should have at least 1 item"),
+        ({"grid": {"train.lr": []}}, r"grid.0.train.lr: List should have at least 1 item"),
         ({"draws": 0}, "greater than 0"),
+        ({"grid": []}, r"grid: List should have at least 1 item"),
+        ({"grid": [{"train.lr": [1]}, {"train.lr": [1, 2]}]}, r"(?s)runs of the same name.*got: lr-1"),
         (
             {"grid": {"train.lrr": [1], "batch.capacity": [0, 64]}},
             r"(?s)capacity.*lrr.*'lr'|lrr.*'lr'.*capacity",

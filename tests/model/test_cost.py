@@ -1,0 +1,42 @@
+"""FLOPs of attention are those of the pairs that a model's layers really compare."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny import tiny_config
+from transformers import MistralConfig
+
+from sftcore.model.cost import measure_model
+
+LENGTHS = np.array([3, 7, 40])
+
+
+def pairs(length: int, window: int) -> float:
+    """Counted one by one; the diagonal counts half, as in the formula's len^2 / 2."""
+    return sum(min(position, window) + 0.5 for position in range(length)) - 0.5 * max(0, length - window)
+
+
+def attention_flops(config) -> float:
+    cost = measure_model(config).coefficients
+    return cost.of(LENGTHS, 0) - cost.per_token * LENGTHS.sum()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_attention_counts_the_pairs_of_each_layer(kind):
+    config = tiny_config(kind)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    windows = [config.sliding_window if k == "sliding_attention" else 10**6 for k in kinds]
+    assert kind == "llama" or set(kinds) == {"sliding_attention", "full_attention"}
+    width = config.num_attention_heads * config.head_dim
+    expected = 12 * width * sum(pairs(int(n), window) for n in LENGTHS for window in windows)
+    assert attention_flops(config) == pytest.approx(expected)
+
+
+def test_a_window_without_layer_types_holds_for_all_layers():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 3, "vocab_size": 32, "intermediate_size": 16}
+    banded = MistralConfig(**sizes, sliding_window=4)
+    expected = 12 * 16 * 3 * sum(pairs(int(n), 4) for n in LENGTHS)
+    assert attention_flops(banded) == pytest.approx(expected)
+    assert attention_flops(MistralConfig(**sizes, sliding_window=None)) > 2 * expected
