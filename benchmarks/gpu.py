@@ -109,6 +109,8 @@ def measure(run: Callable[[], dict]) -> dict:
     """The measurement's figures, or why there are none."""
     try:
         return {"state": "ok"} | run()
+    except ModuleNotFoundError as error:
+        return {"state": "not run", "reason": f"{error.name} is not installed"}
     except Exception as error:  # whatever a kernel or a package raises is a result of its own
         return {"state": "failed", "error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
 

@@ -233,10 +233,11 @@ def make_batch(target: Target, config: Any, settings: Settings, seed: int) -> Ba
     samples = []
     for length in target.documents(settings.num_tokens, seed=seed):
         ids = rng.integers(3, config.vocab_size, length).astype(np.int32)
-        labels = ids.astype(np.int32).copy()
+        labels = np.append(ids[1:], -100).astype(np.int32)  # shifted: each position's next token
         labels[: length - max(1, int(settings.trained_share * length))] = -100
-        samples.append(Sample(input_ids=ids, labels=labels))
-    trained = sum(int((s.labels != -100).sum()) for s in samples)
+        count = int((labels != -100).sum())
+        samples.append(Sample(id=str(len(samples)), input_ids=ids, labels=labels, num_trained=count))
+    trained = sum(sample.num_trained for sample in samples)
     return collate(
         samples, normalise="token", num_trained_in_step=trained, num_samples_in_step=len(samples)
     ).to(target.device)

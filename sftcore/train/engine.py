@@ -18,7 +18,10 @@ DeepSpeed averages gradients over `world` ranks: it would step along (1 / world)
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
+import logging
 import math
 import os
 import platform
@@ -45,6 +48,7 @@ from sftcore.model.quantise import keep_trainable_layout, require_bitsandbytes
 from sftcore.train.compatibility import ASYNC_IO, check_machine, need_of
 from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
 
+log = logging.getLogger(__name__)
 NO_DECAY_NDIM = 1  # norms' weights and biases are vectors
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # parameters of mallopt(3)
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
@@ -157,7 +161,9 @@ class Engine:
         complete = complete_ds_config(ds_config, recipe)
         if loads_universal:
             complete["checkpoint"] = {**complete.get("checkpoint", {}), "load_universal": True}
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
+        with contextlib.redirect_stdout(io.StringIO()) as said:  # its figures of memory, at any log level
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
+        log.debug("DeepSpeed: %s", said.getvalue())
         self.device = self.deepspeed.device
         self._leave_lone_gradients_alone()
 
