@@ -85,7 +85,7 @@ def run(scratch: Path, name: str, changes: dict, world: int) -> dict:
     recipe = {
         "name": "memory",
         "run": str(folder),
-        "data": {"train": [{"format": "jsonl", "path": str(items)}], "template": "plain"},
+        "data": {"train": [{"format": "jsonl", "path": str(items)}]},
         "tracking": {"tensorboard": False},
         **changes,
     }
@@ -100,9 +100,9 @@ def run(scratch: Path, name: str, changes: dict, world: int) -> dict:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world))},
     )
-    steps = read_jsonl(folder / "metrics.jsonl")
-    if not steps:
+    if done.returncode:
         sys.exit(f"{name} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
+    steps = read_jsonl(folder / "metrics.jsonl")
     num_tokens = max(step["num_tokens"] for step in steps) // world
     predicted = predict_bytes(load_recipe(path), world=world, num_tokens=num_tokens)
     return {

@@ -7,6 +7,7 @@ number.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from tiny import tiny_config
 
 from sftcore.errors import UserInputError
-from sftcore.model.attention import BACKENDS, choose_attention, flash, torch_varlen
+from sftcore.model.attention import BACKENDS, ability_table, choose_attention, flash, torch_varlen
 from sftcore.model.attention.flex import flex_docs_attention
 from sftcore.model.attention.needs import AttentionNeeds, needs_of
 from sftcore.model.attention.sdpa_docs import sdpa_docs_attention
@@ -213,6 +214,10 @@ def test_a_missing_or_broken_flash_package_is_not_found(monkeypatch):
     )
     assert flash.find_kernel() is None
     flash.find_kernel.cache_clear()
+
+
+def test_the_readme_shows_what_each_backend_can_do():
+    assert ability_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,26 @@ def choose_attention(config: Any, wish: str, *, dtype: str, device: str) -> str:
     AttentionInterface.register(PREFIX + able[0], BACKENDS[able[0]][0])
     AttentionMaskInterface.register(PREFIX + able[0], _no_mask)
     return PREFIX + able[0]
+
+
+PLAIN = AttentionNeeds(head_size=64, dtype="bfloat16", device="cuda", softcap=None, sinks=False)
+ABILITIES = {
+    "CPUs": replace(PLAIN, device="cpu"),
+    "float32": replace(PLAIN, dtype="float32"),
+    "heads above 256": replace(PLAIN, head_size=512),
+    "soft caps": replace(PLAIN, softcap=50.0),
+    "sinks": replace(PLAIN, sinks=True),
+}
+
+
+def ability_table() -> str:
+    """What each backend can do beyond bfloat16 on GPUs, as Markdown, in the order of preference."""
+    lines = ["| attention | " + " | ".join(ABILITIES) + " |", "|---" * (1 + len(ABILITIES)) + "|"]
+    for name, (_, lacks) in BACKENDS.items():
+        always = set(lacks(PLAIN))  # that it is not installed here, say
+        cells = ["no" if set(lacks(needs)) - always else "yes" for needs in ABILITIES.values()]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _no_mask(*_: object, **__: object) -> torch.Tensor | None:
