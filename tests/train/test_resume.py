@@ -36,7 +36,7 @@ def cut_after(names: list[str], step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2)])
 def test_another_number_of_ranks_continues_the_same_mathematics(tiny_recipe, before, after):
     """Cut after 3 of 8 steps; the losses of the others are those of the run that was not cut."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
