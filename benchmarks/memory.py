@@ -98,7 +98,7 @@ def run(scratch: Path, name: str, changes: dict, world: int) -> dict:
         command,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world))},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
         sys.exit(f"{name} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
