@@ -69,7 +69,7 @@ def _cell_split(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
     scores = [run.scores["splits"].get(split) for run in runs]
     if not all(scores):
         return None
-    means = [part["mean_over_levels"] for part in scores if part["mean_over_levels"] is not None]
+    means = [mean for part in scores if (mean := mean_over_levels(part)) is not None]
     by_level = {
         str(level): {
             "n": scores[0]["by_level"][str(level)]["n"],
@@ -82,8 +82,25 @@ def _cell_split(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
         "n": scores[0]["n"],
         "accuracy": _spread([part["accuracy"] for part in scores]),
         "mean_over_levels": _spread(means) if means else None,
+        "levels_counted": levels_counted(scores[0]),
         "by_level": by_level,
     }
+
+
+def levels_counted(part: Mapping[str, Any]) -> list[int]:
+    """Test levels that a mean over levels weighs alike: those with `FEW_ITEMS` items, or all if none has.
+
+    >>> levels_counted({"by_level": {"0": {"n": 290}, "1": {"n": 65}, "2": {"n": 3}}})
+    [0, 1]
+    """
+    counts = {int(level): cell["n"] for level, cell in part["by_level"].items()}
+    return sorted([level for level, n in counts.items() if n >= FEW_ITEMS] or counts)
+
+
+def mean_over_levels(part: Mapping[str, Any]) -> float | None:
+    """Unweighted: a level of three items would count like one of three hundred, so it is left out."""
+    accuracies = [part["by_level"][str(level)]["accuracy"] for level in levels_counted(part)]
+    return fmean(accuracies) if accuracies else None
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -92,9 +109,11 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _by_split(scores: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("n", "accuracy", "low", "high", "mean_over_levels", "by_level")
+    keys = ("n", "accuracy", "low", "high", "by_level")
     return {
-        split: {key: part[key] for key in keys} for split, part in scores["splits"].items() if split in SPLITS
+        split: {key: part[key] for key in keys} | {"mean_over_levels": mean_over_levels(part)}
+        for split, part in scores["splits"].items()
+        if split in SPLITS
     }
 
 
@@ -165,6 +184,7 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {
         **{key: cell[key] for key in ("adapter", "n", "level", "runs")},
         "mean_over_levels": top,
+        "levels_counted": cell["splits"]["test"]["levels_counted"],
         "next": {key: following[0][1][key] for key in ("adapter", "n", "level")} if following else None,
         "is_clear": is_clear and top["low"] > following[0][0]["high"],
     }
@@ -211,19 +231,21 @@ def verdict(
     if best is None:
         return ["No test item has a memory level: there is nothing to compare."]
     mean = format_share(best["mean_over_levels"]["mean"])
+    levels = best["levels_counted"]
+    counted = ("s " if len(levels) > 1 else " ") + " and ".join(map(str, levels))
     sentences = [
-        f"For this model, train on {describe_set(best)}: {mean} (unweighted mean over test levels, "
+        f"For this model, train on {describe_set(best)}: {mean} (mean over test level{counted}, "
         f"{len(best['runs'])} draw{'s' if len(best['runs']) > 1 else ''})."
     ]
     if best["next"] and not best["is_clear"]:
         sentences.append(f"The draws don't tell it apart from {describe_set(best['next'])}, the next best.")
     base = others.get("base")
     if base:
-        before = base["splits"].get("test", {}).get("mean_over_levels")
+        before = mean_over_levels(base["splits"]["test"])
         sentences.append(f"The base model has {format_share(before)} with the same prompt.")
     few = others.get("fewshot")
     if few:
-        share = few["splits"].get("test", {}).get("mean_over_levels")
+        share = mean_over_levels(few["splits"]["test"])
         sentences.append(f"Behind solved examples, without training, it has {format_share(share)}.")
     if diagonal:
         up = sum(effect["low"] > 0 for effect in diagonal)
