@@ -26,7 +26,7 @@ from statistics import median
 import torch
 
 from benchmarks.measure import versions
-from sftcore.batching.collate import Batch, collate
+from sftcore.batching.collate import UNTRAINED, Batch, collate
 from sftcore.config import Recipe
 from sftcore.data.prepare import prepare_store
 from sftcore.data.tokens import load_tokenizer
@@ -34,7 +34,6 @@ from sftcore.model.load import DTYPES, LossModel, decode_states, load_for_traini
 from sftcore.model.loss import TrainedTokenHead
 
 REPEATS = 3
-UNTRAINED = -100
 
 
 def main() -> None:

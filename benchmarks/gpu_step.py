@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 
 from benchmarks.gpu_clock import Case, Target, seconds_of
 from benchmarks.gpu_kernels import product_rate
-from sftcore.batching.collate import Batch, collate
+from sftcore.batching.collate import UNTRAINED, Batch, collate
 from sftcore.config import Recipe
 from sftcore.data.prompts import Sample
 from sftcore.model.adapters import add_adapter
@@ -233,9 +233,9 @@ def make_batch(target: Target, config: Any, settings: Settings, seed: int) -> Ba
     samples = []
     for length in target.documents(settings.num_tokens, seed=seed):
         ids = rng.integers(3, config.vocab_size, length).astype(np.int32)
-        labels = np.append(ids[1:], -100).astype(np.int32)  # shifted: each position's next token
-        labels[: length - max(1, int(settings.trained_share * length))] = -100
-        count = int((labels != -100).sum())
+        labels = np.append(ids[1:], UNTRAINED).astype(np.int32)  # shifted: each position's next token
+        labels[: length - max(1, int(settings.trained_share * length))] = UNTRAINED
+        count = int((labels != UNTRAINED).sum())
         samples.append(Sample(id=str(len(samples)), input_ids=ids, labels=labels, num_trained=count))
     trained = sum(sample.num_trained for sample in samples)
     return collate(
