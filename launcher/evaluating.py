@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from sftcore.data.records import Record
 from sftcore.data.tokens import Tokenizer
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_logits, summarise_drift
-from sftcore.evaluate.few_shot import choose_examples
+from sftcore.evaluate.few_shot import choose_examples, with_examples
 from sftcore.evaluate.generate import predict
 from sftcore.evaluate.pairs import judge_pairs, pair_rows, pair_scores
 from sftcore.evaluate.score import score
@@ -64,9 +64,7 @@ def evaluate(recipe: Recipe, *, model: Path | None = None) -> dict[str, dict[str
         items = _items(recipe, run)
         scores = {name: _evaluate_one(items, name, folder) for name, folder in folders.items()}
         if model is None and recipe.evaluate.few_shot:
-            found = load_records(recipe, "train", Ledger())
-            examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed)
-            scores["fewshot"] = _evaluate_one(items, "fewshot", recipe.model.path, examples)
+            scores |= _evaluate_few_shot(items)
         if recipe.evaluate.drift and "tuned" in folders:
             _measure_drift(items, folders)
         return scores
@@ -117,6 +115,20 @@ def _known_levels(recipe: Recipe, run: Path) -> dict[str, int]:
         return {}
     levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
     return {level.id: level.level for level in levels}
+
+
+def _evaluate_few_shot(items: _Items) -> dict[str, dict[str, Any]]:
+    """Scores of the base model behind solved training examples, by the name "fewshot"."""
+    recipe = items.recipe
+    if recipe.classifies:
+        log.info("few-shot: left out, as the base model has no classifier yet")
+        return {}
+    found = load_records(recipe, "train", Ledger())
+    examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed)
+    if recipe.task == "matching":
+        shown = replace(items, recipe=with_examples(recipe, examples))
+        return {"fewshot": _evaluate_one(shown, "fewshot", recipe.model.path)}
+    return {"fewshot": _evaluate_one(items, "fewshot", recipe.model.path, examples)}
 
 
 def _evaluate_one(items: _Items, name: str, folder: str, examples: Sequence[Record] = ()) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def recipe_jobs(recipe: Recipe, resources: Resources, *, num_shards: int) -> lis
     def stage(name: str, *arguments: str, array: str = "") -> Job:
         return stage_job(run, name, resources, arguments, array=array)
 
-    jobs = [stage("probe", "probe", *of_recipe)] if recipe.select else []
+    jobs = [stage("probe", "probe", *of_recipe)] if recipe.selects_by_level else []
     if num_shards > 1:
         jobs.append(stage("prepare", "prepare", *of_recipe, array=f"0-{num_shards - 1}"))
         jobs.append(stage("merge", "prepare", *of_recipe, "--merge"))

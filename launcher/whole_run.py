@@ -50,14 +50,19 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
     run, started = recipe.run_folder, time.perf_counter()
     if not is_finished(recipe):
         _check_not_stale(run)
-        if recipe.select is not None:
+        if recipe.selects_by_level:
             _probe_once(recipe, shared)
         train_recipe(recipe)
         if recipe.data.test or recipe.data.ood:
-            base = shared / _shared_name("base", recipe, EVALUATED) if shared else None
-            _copy_folder(base, run / "eval" / "base")
+            untrained = {
+                run / "eval" / name: shared / _shared_name(name, recipe, EVALUATED) if shared else None
+                for name in ("base", "fewshot")
+            }
+            for own, common in untrained.items():
+                _copy_folder(common, own)
             evaluate(recipe)
-            _copy_folder(run / "eval" / "base", base)
+            for own, common in untrained.items():
+                _copy_folder(own, common)
     result = write_report(run)
     if not is_finished(recipe):
         seconds = round(time.perf_counter() - started, 1)

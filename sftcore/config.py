@@ -343,8 +343,11 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _honoured(self) -> Recipe:
-        if self.classifies and self.adapter.kind != "none":
-            raise ValueError(f"matching.mode {self.matching.mode} trains all weights: set adapter.kind: none")
+        mode = self.matching.mode
+        if self.classifies and self.adapter.kind == "qlora":
+            raise ValueError(f"matching.mode {mode} has no 4-bit weights: set adapter.kind: none or lora")
+        if self.classifies and mode == "encoder" and self.adapter.kind != "none":
+            raise ValueError("matching.mode encoder trains all weights: set adapter.kind: none")
         balance = "label" if self.task == "matching" else "relation"
         if self.select and self.select.balance not in (balance, "none"):
             raise ValueError(f"select.balance of task {self.task} is {balance} or none")
@@ -354,6 +357,11 @@ class Recipe(Settings):
     def classifies(self) -> bool:
         """Whether samples have a class instead of trained tokens."""
         return self.task == "matching" and self.matching.mode != "generative"
+
+    @property
+    def selects_by_level(self) -> bool:
+        """Whether memory levels have to be known before training."""
+        return self.select is not None and self.task != "matching"
 
     @property
     def max_length(self) -> int:

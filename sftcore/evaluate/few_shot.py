@@ -12,16 +12,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from sftcore.data.contents import Fact
+from sftcore.config import Recipe
+from sftcore.data.contents import Fact, Pair
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
+from sftcore.settings import PairExample
 
 SEPARATOR = "\n\n"
 
 
 def choose_examples(records: Sequence[Record], count: int, *, seed: int) -> list[Record]:
-    """`count` training records, of different relations as far as there are any.
+    """`count` training records, in turn of each relation (of pairs: of each label), as far as there are any.
 
     Raises:
         UserInputError: there are fewer.
@@ -39,11 +41,25 @@ def choose_examples(records: Sequence[Record], count: int, *, seed: int) -> list
     seen: dict[str, int] = {}
     rounds = []
     for record in ranked:
-        relation = record.content.relation if isinstance(record.content, Fact) else ""
-        rounds.append(seen.setdefault(relation, 0))
-        seen[relation] += 1
+        group = _group_of(record)
+        rounds.append(seen.setdefault(group, 0))
+        seen[group] += 1
     order = sorted(range(len(ranked)), key=lambda i: rounds[i])
     return [ranked[i] for i in order[:count]]
+
+
+def _group_of(record: Record) -> str:
+    if isinstance(record.content, Pair):
+        return str(record.content.label)
+    return record.content.relation if isinstance(record.content, Fact) else ""
+
+
+def with_examples(recipe: Recipe, examples: Sequence[Record]) -> Recipe:
+    """A matching recipe whose prompts begin with these solved pairs, after the recipe's own."""
+    pairs = [example.content for example in examples if isinstance(example.content, Pair)]
+    shown = [PairExample.model_validate({"a": pair.a, "b": pair.b, "label": pair.label}) for pair in pairs]
+    matching = recipe.matching.model_copy(update={"examples": [*recipe.matching.examples, *shown]})
+    return recipe.model_copy(update={"matching": matching})
 
 
 def few_shot_prompts(

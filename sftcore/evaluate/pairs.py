@@ -65,6 +65,8 @@ def judge_pairs(
     verdicts: dict[int, Verdict] = {}
     for language in LANGUAGES:  # prompts of a language begin alike, which is then computed once a pack
         numbers = [i for i, record in enumerate(records) if _language(record, prompter) == language]
+        if not numbers:
+            continue
         chosen = [records[i] for i in numbers]
         scores = (
             _class_margins(model, chosen, prompter)

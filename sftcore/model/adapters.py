@@ -32,6 +32,8 @@ COMPARED = {  # keys of adapter_config.json that have to agree -> what the recip
     "use_rslora": "rslora",
     "use_dora": "dora",
 }
+CLASSIFIER = "score"  # the classifier's name in all of transformers' decoders
+CLASSIFIES = "SEQ_CLS"  # peft's word for it
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -52,7 +54,7 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, seed: int)
         target_modules=settings.targets,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
-        task_type="CAUSAL_LM",
+        task_type=CLASSIFIES if is_classifier(model) else "CAUSAL_LM",
         bias="none",
     )
     model.add_adapter(config)
@@ -61,12 +63,26 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, seed: int)
             parameter.data = parameter.data.to(model.dtype)
 
 
-def train_vocabulary(model: PreTrainedModel) -> None:
-    """Train the embedding and the output layer whole beside the adapter, and save them with it."""
-    for parameter in vocabulary_weights(model).values():
+def train_whole_layers(model: PreTrainedModel, *, vocabulary: bool) -> None:
+    """Train a classifier's new layer whole beside the adapter, and save it with that.
+
+    Args:
+        vocabulary: the embedding and the output layer of a causal LM, too: tokens were added.
+    """
+    layers = [CLASSIFIER] if is_classifier(model) else []
+    weights = [parameter for layer in layers for parameter in model.get_submodule(layer).parameters()]
+    if vocabulary:
+        layers += vocabulary_modules(model)
+        weights += vocabulary_weights(model).values()
+    for parameter in weights:
         parameter.requires_grad_(True)
     config: Any = model.peft_config["default"]
-    config.modules_to_save = vocabulary_modules(model)
+    config.modules_to_save = layers or None
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether a model ends in a classifier instead of a vocabulary."""
+    return model.get_output_embeddings() is None
 
 
 def continue_adapter(model: PreTrainedModel, folder: Path, settings: AdapterSettings) -> None:
@@ -168,7 +184,7 @@ def _overwrite(model: PreTrainedModel, whole: dict[str, torch.Tensor], folder: P
 def _check_targets(model: PreTrainedModel, settings: AdapterSettings) -> None:
     if settings.targets == "all-linear":
         return
-    head = model.get_output_embeddings()
+    head = model.get_submodule(CLASSIFIER) if is_classifier(model) else model.get_output_embeddings()
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -206,7 +222,9 @@ def write_adapter(model: PreTrainedModel, weights: dict[str, torch.Tensor], fold
     whole = {name: tensor for name, tensor in weights.items() if not is_update(name)}
     named = get_peft_model_state_dict(model, state_dict=updates) | whole
     check_complete(named, wanted=len(trained_names(model)))
-    if whole and model.config.tie_word_embeddings:  # peft keeps a copy of each: both have to be in the file
+    if (
+        whole and model.config.tie_word_embeddings and not is_classifier(model)
+    ):  # peft keeps a copy of each: both have to be in the file
         (tied,) = whole.values()
         named |= {f"{module}.weight": tied.clone() for module in vocabulary_modules(model)}
     config = model.peft_config["default"]

@@ -34,7 +34,7 @@ from sftcore.model.adapters import (
     base_of,
     continue_adapter,
     is_adapter,
-    train_vocabulary,
+    train_whole_layers,
 )
 from sftcore.model.attention import choose_attention
 from sftcore.model.loss import TrainedTokenHead, choose_head
@@ -134,8 +134,7 @@ def _load_trainable(
         prove_head_and_packs(model)
     if recipe.adapter.kind != "none":
         add_adapter(model, recipe.adapter, seed=recipe.seed)
-        if settings.add_tokens:
-            train_vocabulary(model)
+        train_whole_layers(model, vocabulary=bool(settings.add_tokens))
         if recipe.train.init_adapter is not None:
             continue_adapter(model, Path(recipe.train.init_adapter), recipe.adapter)
     return LossModel(model)

@@ -21,15 +21,31 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder, read_json, write_json
-from sftcore.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, is_update, merge_weight
+from sftcore.model.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CLASSIFIER,
+    CLASSIFIES,
+    PREFIX,
+    is_update,
+    merge_weight,
+)
 from sftcore.model.quantise import round_trip
 
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
+COPIED_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab*",
+    "merges.txt",
+    "matching.json",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +67,21 @@ class Merge:
     dtype: torch.dtype
     quantised: frozenset[str]
     used: set[str] = field(default_factory=set)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a classifier takes the place of the vocabulary."""
+        return bool(self.config["task_type"] == CLASSIFIES)
+
+    @property
+    def classifier(self) -> dict[str, torch.Tensor]:
+        """The classifier's weights, which no base has; empty for a causal LM."""
+        prefix = f"{CLASSIFIER}."
+        return {
+            name: tensor.to(self.dtype).contiguous()
+            for name, tensor in self.whole.items()
+            if self.classifies and name.startswith(prefix)
+        }
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The merged form of a base weight."""
@@ -85,8 +116,9 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: torch.dtype
     )
     with atomic_folder(folder) as temporary:
         for shard in shards:
-            save_file(dict(_merged(shard, merge)), temporary / shard.name, metadata={"format": "pt"})
-        left = sorted((merge.parts.keys() | merge.whole.keys()) - merge.used)
+            tensors = dict(_merged(shard, merge)) | (merge.classifier if shard == shards[-1] else {})
+            save_file(tensors, temporary / shard.name, metadata={"format": "pt"})
+        left = sorted((merge.parts.keys() | merge.whole.keys()) - merge.used - merge.classifier.keys())
         if left:
             raise UserInputError(
                 Problem(
@@ -130,7 +162,8 @@ def _whole(weights: dict[str, torch.Tensor], base: Path, shards: list[Path]) -> 
     for shard in shards:
         with safe_open(shard, framework="pt") as tensors:
             held.update(tensors.keys())
-    return {name: tensor for name, tensor in whole.items() if name in held}
+    tied = {name for name in whole if not name.startswith(f"{CLASSIFIER}.")}
+    return {name: tensor for name, tensor in whole.items() if name in held or name not in tied}
 
 
 def _shards(base: Path) -> list[Path]:
@@ -144,7 +177,8 @@ def _shards(base: Path) -> list[Path]:
 def _merged(shard: Path, merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(shard, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-            yield name, merge.apply(name, tensors.get_tensor(name))
+            if not (merge.classifies and name.startswith("lm_head.")):
+                yield name, merge.apply(name, tensors.get_tensor(name))
 
 
 def _copy_the_rest(base: Path, adapter: Path, folder: Path, merge: Merge) -> None:
@@ -152,15 +186,35 @@ def _copy_the_rest(base: Path, adapter: Path, folder: Path, merge: Merge) -> Non
     config = read_json(base / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = str(merge.dtype).removeprefix("torch.")
-    for tensor in merge.whole.values():  # the embedding, with rows for added tokens
-        config.get("text_config", config)["vocab_size"] = tensor.shape[0]
+    for name in merge.whole.keys() - merge.classifier.keys():  # the embedding, with rows for added tokens
+        config.get("text_config", config)["vocab_size"] = merge.whole[name].shape[0]
+    if merge.classifies:
+        config |= _classifier_keys(base, adapter)
     write_json(folder / "config.json", config)
     if (base / "generation_config.json").is_file():
         shutil.copy(base / "generation_config.json", folder)
-    for pattern in TOKENIZER_FILES:
+    for pattern in COPIED_FILES:
         for file in adapter.glob(pattern):
             shutil.copy(file, folder)
     if (base / INDEX).is_file():
         index = json.loads((base / INDEX).read_text(encoding="utf-8"))
-        sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
-        write_json(folder / INDEX, index | {"metadata": {"total_size": sum(sizes)}})
+        files = sorted(folder.glob("*.safetensors"))
+        index["metadata"] = {"total_size": sum(file.stat().st_size for file in files)}
+        places = index["weight_map"] | dict.fromkeys(merge.classifier, files[-1].name)
+        if merge.classifies:
+            places = {name: place for name, place in places.items() if not name.startswith("lm_head.")}
+        write_json(folder / INDEX, index | {"weight_map": places})
+
+
+def _classifier_keys(base: Path, adapter: Path) -> dict[str, Any]:
+    """What makes a base's config.json a classifier's; rows are padded with the tokenizer's pad token."""
+    config = AutoConfig.from_pretrained(base)
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    words = read_json(adapter / "matching.json")["matching"]["labels"]["en"]
+    pad = AutoTokenizer.from_pretrained(adapter).pad_token_id
+    return {
+        "architectures": [kind.__name__],
+        "id2label": {str(number): word for number, word in enumerate(words)},
+        "label2id": {word: number for number, word in enumerate(words)},
+        "pad_token_id": pad,
+    }

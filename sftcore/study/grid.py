@@ -2,8 +2,8 @@
 
 In: STUDY.yaml (`base`, `grid`, `draws`). Out: `StudyRun`s in a fixed order: the grids in turn, a grid's keys
 from the last to the first, draws fastest.
-Invariant: names are unique and say what differs; a study that expands has only valid recipes, and every
-mistake in any of them is told at once.
+Invariant: names are unique and say what differs, and only that; a study that expands has only valid recipes;
+every mistake in any of them is told at once.
 Trade-off: each run's recipe is read and checked by itself (10 ms), so nothing is found out at run 200.
 """
 
@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,7 +109,8 @@ def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:
         UserInputError: every mistake of any run's recipe, each once.
     """
     runs, problems = [], []
-    cells = [named for grid in settings.grid for named in expand_cells(grid, settings.draws)]
+    unnamed = _constant_keys(settings.grid)
+    cells = [named for grid in settings.grid for named in expand_cells(grid, settings.draws, unnamed=unnamed)]
     twice = sorted(name for name, count in Counter(name for name, _ in cells).items() if count > 1)
     if twice:
         raise UserInputError(
@@ -126,19 +128,33 @@ def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:
     return runs
 
 
-def expand_cells(grid: dict[str, list[Any]], draws: int) -> list[tuple[str, dict[str, Any]]]:
+def _constant_keys(grids: list[Grid]) -> set[str]:
+    """Keys that have one and the same value in all runs."""
+    keys = {key for grid in grids for key in grid}
+    return {
+        key for key in keys if len({json.dumps(v) for grid in grids for v in grid.get(key, ["absent"])}) == 1
+    }
+
+
+def expand_cells(
+    grid: Grid, draws: int, *, unnamed: Collection[str] = ()
+) -> list[tuple[str, dict[str, Any]]]:
     """(name, {dotted key: value}) of every combination.
+
+    Args:
+        unnamed: keys that are left out of names.
 
     >>> [name for name, cell in expand_cells({"select.n": [60, 240], "select.levels": [[2]]}, 1)]
     ['n-60_levels-2', 'n-240_levels-2']
     """
     axes = {**grid, **({DRAW: list(range(draws))} if draws > 1 else {})}
     labels = {key: value_labels(values) for key, values in axes.items()}
-    keys = _short_keys(list(axes))
+    keys = _short_keys([key for key in axes if key not in unnamed])
     combinations = itertools.product(*(range(len(values)) for values in axes.values()))
     return [
         (
-            "_".join(f"{keys[k]}-{labels[k][i]}" for k, i in zip(axes, positions, strict=True)) or "run",
+            "_".join(f"{keys[k]}-{labels[k][i]}" for k, i in zip(axes, positions, strict=True) if k in keys)
+            or "run",
             {k: axes[k][i] for k, i in zip(axes, positions, strict=True)},
         )
         for positions in combinations

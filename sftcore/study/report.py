@@ -63,7 +63,7 @@ SOURCES = (  # key of report.json, file, how it is counted
     ("paired_change", "eval/*/predictions.jsonl", "rows before and after, joined by id; exact McNemar test"),
     ("level_histogram", "levels.jsonl", "rows of each level in each split"),
     ("probe", "levels.manifest.json", "as written there"),
-    ("selection", "selection.jsonl", "rows, and rows of each level and relation"),
+    ("selection", "selection.jsonl", "rows, and rows of each level and relation, or label"),
     ("training", "metrics.jsonl", "one row a step (the last one written): first, last, sums"),
     ("plan", "plan.json", "totals, as written there"),
     ("environment", "environment.json", "as written there"),

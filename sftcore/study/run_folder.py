@@ -43,7 +43,7 @@ FIELDS: dict[str, dict[str, Any]] = {  # what a report relies on; predictions ar
     "plan.json": {"totals": dict},
     "metrics.jsonl": {"step": int, "loss": (int, float), "lr": OPTIONAL, "elapsed_seconds": OPTIONAL},
     "levels.jsonl": {"level": LEVELS, "split": str},
-    "selection.jsonl": {"level": LEVELS},
+    "selection.jsonl": {"id": (str, int)},
 }
 SUMMED = ("num_samples", "num_packs", "num_tokens", "num_trained_tokens", "num_pad_tokens")
 DAMAGED = "the file is damaged: make it again, or move it away to leave its section out"
@@ -101,16 +101,20 @@ def count_levels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]
 
 
 def count_selection(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Selected facts in all, by level and by relation; None without rows."""
+    """Selected facts (or pairs) in all, by level and relation (or label); None without rows."""
     if not rows:
         return None
-    levels = Counter(str(row["level"]) for row in rows)
-    relations = Counter(str(row["relation"]) for row in rows if row.get("relation") is not None)
     return {
         "n": len(rows),
-        "by_level": dict(sorted(levels.items())),
-        "by_relation": dict(sorted(relations.items(), key=lambda item: natural_key(item[0]))),
+        "by_level": _count(rows, "level"),
+        "by_relation": _count(rows, "relation"),
+        "by_label": _count(rows, "label"),
     }
+
+
+def _count(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, int]:
+    counts = Counter(str(row[key]) for row in rows if row.get(key) is not None)
+    return dict(sorted(counts.items(), key=lambda item: natural_key(item[0])))
 
 
 def summarise_training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Figures of a study: train level x test level, and accuracy over the size of the training set.
+"""Figures of a study: train level x test level; accuracy over the size of the training set, by level or arm.
 
 In: cells of the study's report.json. Out: SVG elements, as `figures` makes them.
 Invariant: a cell of fewer than `FEW_ITEMS` items is hatched and never coloured; all maps of a page share one
@@ -34,6 +34,8 @@ ROWS = (*map(str, LEVELS), MIXED)
 COLOURS = LinearSegmentedColormap.from_list("levels", ["#f3f7fb", *LEVEL_COLOURS])
 LIGHT_TEXT_FROM = 0.62  # of the scale: dark cells carry white numbers
 CURVE_COLOURS = {**dict(zip(map(str, LEVELS), LEVEL_COLOURS, strict=True)), MIXED: "#D55E00"}
+ARM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito
+ARM_STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (6, 2)))
 CURVE_STYLES = {"0": ":", "1": "--", "2": "-.", "3": (0, (6, 2)), "4": "-", MIXED: "-"}
 
 
@@ -121,25 +123,60 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
                 if cell["level"] == row and cell["splits"].get(split, {}).get("mean_over_levels")
             )
             if points:
-                _draw_curve(axes, row, [n for n, _ in points], [part for _, part in points])
+                label = f"level {row}" if row != MIXED else row
+                style = (CURVE_COLOURS[row], CURVE_STYLES[row])
+                _draw_curve(axes, label, style, [n for n, _ in points], [part for _, part in points])
         if base is not None:
             axes.axhline(base, color=INK, lw=0.9, ls=(0, (1, 2)), label="base")
-        axes.set_xscale("log")
-        sizes = sorted({cell["n"] for cell in cells})
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
-        axes.set_xlabel("training facts")
-        axes.grid(axis="y")
-        axes.tick_params(length=0)
+        _finish_curves(axes, cells, "training facts")
         figure.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=2.4)
         return svg_of(figure, name, f"Accuracy by the number of training facts, split {split}")
 
 
-def _draw_curve(axes: Axes, row: str, sizes: Sequence[int], parts: Sequence[Mapping[str, Any]]) -> None:
-    colour = CURVE_COLOURS[row]
-    label = f"level {row}" if row != MIXED else row
+def arm_curves(
+    cells: Sequence[Mapping[str, Any]], *, references: Sequence[tuple[str, float]], name: str
+) -> str:
+    """Accuracy on pairs by the number of training pairs: a line an arm, a band over its draws.
+
+    Args:
+        cells: of the study's report.json, all of one wording.
+        references: label and share of what needs no training, drawn as lines.
+        name: prefix of the figure's ids, unique on the page.
+    """
+    with page_style():
+        figure = Figure(figsize=(2 * WIDTH_INCHES, 1.15 * HEIGHT_INCHES), layout="constrained")
+        axes = figure.subplots()
+        for number, arm in enumerate(dict.fromkeys(cell["arm"] for cell in cells)):
+            points = sorted((cell["n"], cell["accuracy"]) for cell in cells if cell["arm"] == arm)
+            style = (ARM_COLOURS[number % len(ARM_COLOURS)], ARM_STYLES[number % len(ARM_STYLES)])
+            _draw_curve(axes, arm, style, [n for n, _ in points], [part for _, part in points])
+        for number, (label, share) in enumerate(references):
+            axes.axhline(share, color=INK, lw=0.9, ls=(0, (1, 2 + 2 * number)), label=label)
+        _finish_curves(axes, cells, "training pairs")
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=2.4)
+        return svg_of(figure, name, "Accuracy by the number of training pairs")
+
+
+def _finish_curves(axes: Axes, cells: Sequence[Mapping[str, Any]], items: str) -> None:
+    axes.set_xscale("log")
+    sizes = sorted({cell["n"] for cell in cells})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+    axes.set_xlabel(items)
+    axes.grid(axis="y")
+    axes.tick_params(length=0)
+
+
+def _draw_curve(
+    axes: Axes,
+    label: str,
+    style: tuple[str, Any],
+    sizes: Sequence[int],
+    parts: Sequence[Mapping[str, Any]],
+) -> None:
+    colour, line = style
     means = [part["mean"] for part in parts]
-    axes.plot(sizes, means, marker="o", ms=4, lw=1.8, color=colour, ls=CURVE_STYLES[row], label=label)
+    axes.plot(sizes, means, marker="o", ms=4, lw=1.8, color=colour, ls=line, label=label)
     lows, highs = [part["low"] for part in parts], [part["high"] for part in parts]
     axes.fill_between(sizes, lows, highs, color=colour, alpha=0.22, lw=0)

@@ -1,8 +1,8 @@
 """What a study found, on one page: a folder of runs -> report.html, report.json, lines for the terminal.
 
 In: the run folders in it. Out: report.html (self-contained, no script), report.json (the same numbers).
-Invariant: each number follows from predictions.jsonl, selection.jsonl, levels.jsonl and drift.json of the
-runs; the same folder gives the same bytes.
+Invariant: each number follows from predictions.jsonl, selection.jsonl, metrics.jsonl, levels.jsonl and
+drift.json of the runs; the same folder gives the same bytes.
 Trade-off: every predictions.jsonl is read and counted anew instead of trusting scores.json; of 252 runs of
 1,200 items that is 60 MB of JSON at about 200 bytes a row.
 """
@@ -18,12 +18,14 @@ from markupsafe import Markup
 
 from sftcore.fsio import atomic_file, write_json
 from sftcore.study.figures import FEW_ITEMS, levels_figure
+from sftcore.study.matching_study import is_matching_study, summarise_matching
 from sftcore.study.qa_study import SPLITS, describe_set, summarise_study
 from sftcore.study.report import ReportResult
-from sftcore.study.study_figures import heat_map, size_curves
+from sftcore.study.study_figures import arm_curves, heat_map, size_curves
 from sftcore.study.study_runs import read_study_runs
 from sftcore.study.wording import flatten, format_setting, format_share, format_value, tie_numbers
 
+MAX_LINES = 3  # of references in a figure; the table has them all
 TITLES = {"test": "in domain", "ood": "out of domain"}
 
 
@@ -33,16 +35,41 @@ def write_study_report(folder: Path) -> ReportResult:
     Raises:
         UserInputError: no finished run, or runs that can't be compared.
     """
-    report = summarise_study(read_study_runs(folder))
+    if is_matching_study(folder):
+        report = summarise_matching(folder)
+        page, table = render_matching(report), matching_table(report)
+    else:
+        report = summarise_study(read_study_runs(folder))
+        page, table = render_study(report), study_table(report)
     html_path, json_path = folder / "report.html", folder / "report.json"
     write_json(json_path, report)
     with atomic_file(html_path) as handle:
-        handle.write(render_study(report))
-    return ReportResult(html_path=html_path, json_path=json_path, table=study_table(report))
+        handle.write(page)
+    return ReportResult(html_path=html_path, json_path=json_path, table=table)
 
 
-def render_study(report: Mapping[str, Any]) -> str:
-    """The HTML page: study.html filled with `report`."""
+def render_matching(report: Mapping[str, Any]) -> str:
+    """The HTML page of a study of text matching."""
+    cells = [cell for cell in report["cells"] if not cell["wording"]]
+    references = [(part["name"], part["accuracy"]) for part in report["references"]]
+    curves = arm_curves(cells, references=references[:MAX_LINES], name="arms") if cells else ""
+    return _environment().get_template("matching.html").render(report=report, curves=Markup(curves))
+
+
+def matching_table(report: Mapping[str, Any]) -> str:
+    """The main numbers of a study of text matching as plain text, no trailing newline."""
+    lines = [f"{report['name']} ({report['model']}), {report['num_runs']} runs", *report["verdict"], ""]
+    for cell in report["cells"]:
+        wording = f", wording {cell['wording']}" if cell["wording"] else ""
+        name = f"{cell['arm']}{wording}, {cell['n']:,} pairs"
+        lines.append(f"{name:<64}{format_share(cell['accuracy']['mean'])}")
+    lines += [f"{part['name']:<64}{format_share(part['accuracy'])}" for part in report["references"]]
+    if report["unfinished"]:
+        lines += ["", f"not finished: {', '.join(report['unfinished'])}"]
+    return "\n".join(lines)
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -58,13 +85,22 @@ def render_study(report: Mapping[str, Any]) -> str:
         "flat": flatten,
         "set": describe_set,
     }
-    return environment.get_template("study.html").render(
-        report=report,
-        figures={name: (title, Markup(svg)) for name, (title, svg) in _figures(report).items()},
-        few_items=FEW_ITEMS,
-        splits={
-            split: TITLES[split] for split in SPLITS if any(split in c["splits"] for c in report["cells"])
-        },
+    return environment
+
+
+def render_study(report: Mapping[str, Any]) -> str:
+    """The HTML page of a study of memory levels."""
+    return (
+        _environment()
+        .get_template("study.html")
+        .render(
+            report=report,
+            figures={name: (title, Markup(svg)) for name, (title, svg) in _figures(report).items()},
+            few_items=FEW_ITEMS,
+            splits={
+                split: TITLES[split] for split in SPLITS if any(split in c["splits"] for c in report["cells"])
+            },
+        )
     )
 
 

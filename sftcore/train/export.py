@@ -40,11 +40,11 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
     weights = engine.gathered_weights()
     if dist.rank() == 0:
         with atomic_folder(folder) as temporary:
+            if recipe.classifies:
+                _name_classes(engine, tokenizer, recipe)
             if engine.trains_adapter:
                 write_adapter(engine.loss_model.causal_lm, dict(weights), temporary)
             else:
-                if recipe.classifies:
-                    _name_classes(engine, tokenizer, recipe)
                 _write_model(engine, weights, temporary, recipe.name)
             tokenizer.save_pretrained(temporary)
             write_card(recipe, temporary)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from launching import BIN, launcher, run, weights
+from peft import AutoPeftModelForSequenceClassification
 from tiny import SUBJECTS, write_lines
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -111,6 +112,39 @@ def test_a_classifier_from_recipe_to_scores(recipe):
         match_pairs(folder, Path("mine.tsv"), Path("x"), columns=("left", "middle"))
 
 
+def test_a_classifier_beside_low_rank_updates_is_saved_loaded_and_merged(recipe):
+    """RUN/adapter is peft's own; merged, it is a classifier for plain transformers; all give our scores."""
+    adapter = {"kind": "lora", "r": 4}
+    changes = {"adapter": adapter, "train": {"epochs": 6, "lr": 3e-3}, "evaluate": {"few_shot": 2}}
+    path = save(recipe, matching={"mode": "discriminative"}, **changes)
+    trained = sftcore("train", path)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    steps = read_jsonl(Path("runs/tiny/metrics.jsonl"))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert evaluate(load_recipe(Path(path))).keys() == {"tuned"}, "no few-shot: the base has no classifier"
+    rows = read_jsonl(Path("runs/tiny/eval/tuned/predictions.jsonl"))
+    prompts = [row["prompt"] for row in rows]
+
+    folder = Path("runs/tiny/adapter")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    plain.config.pad_token_id = tokenizer.pad_token_id
+    merged = sftcore("export", "runs/tiny", "--to", "merged", "--merge")
+    assert merged.returncode == 0, merged.stderr[-3000:]
+    assert read_json(Path("merged/config.json"))["architectures"] == ["LlamaForSequenceClassification"]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        beside = plain(**inputs).logits
+    for logits in (beside, classes_alone(Path("merged"), prompts)):
+        margins = (logits[:, 1] - logits[:, 0]).tolist()
+        assert [row["score"] for row in rows] == pytest.approx(margins, abs=1e-3)
+    texts = "".join(f"{r['sentence1']}\t{r['sentence2']}\n" for r in pairs(24, 36))
+    Path("mine.tsv").write_text("sentence1\tsentence2\n" + texts)
+    match_pairs(Path("merged"), Path("mine.tsv"), Path("to.jsonl"), columns=("sentence1", "sentence2"))
+    scores = [row["score"] for row in read_jsonl(Path("to.jsonl"))]
+    assert scores == pytest.approx([row["score"] for row in rows], abs=1e-3)
+
+
 @pytest.mark.slow
 def test_a_classifier_on_two_ranks_equals_one(recipe):
     changes = {"matching": {"mode": "discriminative"}, "deepspeed": "zero3"}
@@ -127,8 +161,8 @@ def test_a_classifier_on_two_ranks_equals_one(recipe):
 
 def test_label_texts_are_compared_or_generated(recipe):
     path = save(recipe, matching={"rationale": "after"}, select={"n": 12, "balance": "label", "draw": 1})
-    trained = sftcore("train", path)
-    assert trained.returncode == 0, trained.stderr[-3000:]
+    done = sftcore("run", path)
+    assert done.returncode == 0, done.stderr[-3000:]
     drawn = read_jsonl(Path("runs/tiny/selection.jsonl"))
     assert sorted(row["label"] for row in drawn) == [0] * 6 + [1] * 6
     assert evaluate(load_recipe(Path(path))).keys() == {"base", "tuned"}
@@ -174,11 +208,25 @@ def test_examples_stand_before_each_prompt(recipe):
     assert row["prompt"] == head + "Text 1: Ann 24\nText 2: Ann 24\nMeaning:"
 
 
+def test_the_base_model_is_scored_behind_solved_training_pairs(recipe):
+    path = save(recipe, evaluate={"few_shot": 2}, matching={"labels": {"en": ["no", "yes"]}})
+    assert evaluate(load_recipe(Path(path))).keys() == {"base", "fewshot"}
+    prompts = [row["prompt"] for row in read_jsonl(Path("runs/tiny/eval/fewshot/predictions.jsonl"))]
+    head, asked = prompts[0].rsplit("\n\n", 1)
+    assert asked == "Text 1: Ann 24\nText 2: Ann 24\nMeaning:"
+    assert sorted(line for line in head.split("\n") if line.startswith("Meaning")) == [
+        "Meaning: no",
+        "Meaning: yes",
+    ]
+    assert all(prompt.startswith(head) for prompt in prompts), "the same examples before each"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"matching": {"mode": "discriminative", "rationale": "after"}}, "so it has no rationale"),
-        ({"matching": {"mode": "discriminative"}, "adapter": {"kind": "lora"}}, "trains all weights"),
+        ({"matching": {"mode": "encoder"}, "adapter": {"kind": "lora"}}, "trains all weights"),
+        ({"matching": {"mode": "discriminative"}, "adapter": {"kind": "qlora"}}, "no 4-bit weights"),
         ({"matching": {"rationale": "before", "predict": "likelihood"}}, "set predict: generate"),
         ({"matching": {"rationale": "after", "prompt": "complex", "wording": 1}}, "set wording: 0"),
         ({"matching": {"teacher": {}}}, "a server needs `model`"),

@@ -24,9 +24,9 @@ def test_every_combination_is_a_run_with_its_own_recipe_name_and_folder(tiny_rec
     settings = read_study(write_study(tiny_recipe, grid=grid, draws=2))
     runs = expand(settings, tmp_path / "out")
     assert [run.name for run in runs[:3]] == [
-        "n-6_levels-2_lr-1e-05_draw-0",
-        "n-6_levels-2_lr-1e-05_draw-1",
-        "n-6_levels-0-1-2-3-4_lr-1e-05_draw-0",
+        "n-6_levels-2_draw-0",
+        "n-6_levels-2_draw-1",
+        "n-6_levels-0-1-2-3-4_draw-0",
     ]
     assert len(runs) == len({run.name for run in runs}) == 8
     for run in runs:

@@ -86,7 +86,7 @@ def test_numbers_by_hand(fake: Any) -> None:
     assert report["ood"]["n"] == 4 and report["ood"]["acc_tuned"] == 0.0
     assert report["level_histogram"]["train"] == {"0": 3, "1": 3, "2": 2, "3": 2, "4": 2}
     assert report["level_histogram"]["test"]["4"] == 1
-    assert report["selection"] == {"n": 2, "by_level": {"2": 2}, "by_relation": {"P17": 1}}
+    assert report["selection"] == {"n": 2, "by_level": {"2": 2}, "by_relation": {"P17": 1}, "by_label": {}}
     training = report["training"]
     assert (training["num_steps"], training["first_loss"], training["last_loss"]) == (5, 3.5, 1.5)
     assert (training["num_tokens"], training["num_trained_tokens"], training["seconds"]) == (50, 10, 5)
