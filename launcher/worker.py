@@ -43,17 +43,16 @@ from sftcore.errors import (
 )
 from sftcore.fsio import write_json
 from sftcore.log import setup_logging
+from sftcore.model.classifier import load_classifier_for_training
 from sftcore.model.cost import measure_recipe
 from sftcore.model.encoder import load_encoder_for_training
 from sftcore.model.load import (
     LossModel,
     checkpoint_activations,
-    load_classifier_for_training,
     load_for_training,
     prove_head_and_packs,
 )
 from sftcore.recipe import deepspeed_file, load_recipe
-from sftcore.settings import NUM_CLASSES
 from sftcore.train.checkpoint import (
     check_resumable,
     for_this_world,
@@ -285,7 +284,7 @@ def _load_model(recipe: Recipe, *, sharded_by: dict[str, Any] | None) -> LossMod
     if recipe.task == "matching" and recipe.matching.mode == "encoder":
         return load_encoder_for_training(recipe)
     if recipe.classifies:
-        return load_classifier_for_training(recipe, num_labels=NUM_CLASSES)
+        return load_classifier_for_training(recipe)
     return load_for_training(recipe, sharded_by=sharded_by)
 
 

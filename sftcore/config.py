@@ -348,6 +348,8 @@ class Recipe(Settings):
             raise ValueError(f"matching.mode {mode} has no 4-bit weights: set adapter.kind: none or lora")
         if self.classifies and mode == "encoder" and self.adapter.kind != "none":
             raise ValueError("matching.mode encoder trains all weights: set adapter.kind: none")
+        if self.adapter.kind != "none" and not self.matching.has_plain_classifier:
+            raise ValueError("matching.pooling: mean and layers: 2 train all weights: set adapter.kind: none")
         balance = "label" if self.task == "matching" else "relation"
         if self.select and self.select.balance not in (balance, "none"):
             raise ValueError(f"select.balance of task {self.task} is {balance} or none")

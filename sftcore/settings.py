@@ -73,6 +73,13 @@ class MatchingSettings(Settings):
         description="predict the label as text; by a linear layer on the last token's state; or with a"
         " BERT-type encoder's classifier",
     )
+    pooling: Literal["last", "mean"] = Field(
+        "last",
+        description="discriminative only: the state of the last token is classified, or the mean state",
+    )
+    layers: Literal[1, 2] = Field(
+        1, description="discriminative only: a linear classifier, or one with a hidden layer before it"
+    )
     prompt: Literal["concise", "complex"] = Field(
         "concise", description="bare pair, or full task description"
     )
@@ -103,11 +110,18 @@ class MatchingSettings(Settings):
             given = {"rationale": self.rationale != "none", "predict": self.predict != "auto"}
             if refused := [key for key, is_given in given.items() if is_given]:
                 raise ValueError(f"mode {self.mode} predicts no text, so it has no {', '.join(refused)}")
+        if self.mode != "discriminative" and not self.has_plain_classifier:
+            raise ValueError("pooling and layers are for mode discriminative")
         if self.rationale == "before" and self.predict == "likelihood":
             raise ValueError("a rationale before the label has to be generated: set predict: generate")
         if self.rationale != "none" and self.prompt == "complex" and self.wording:
             raise ValueError("the complex prompt that asks for a rationale has one wording: set wording: 0")
         return self
+
+    @property
+    def has_plain_classifier(self) -> bool:
+        """Whether a classifier is transformers' own kind: linear, on the last token's state."""
+        return self.pooling == "last" and self.layers == 1
 
     @property
     def compares_likelihoods(self) -> bool:

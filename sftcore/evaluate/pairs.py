@@ -69,7 +69,7 @@ def judge_pairs(
             continue
         chosen = [records[i] for i in numbers]
         scores = (
-            _class_margins(model, chosen, prompter)
+            _class_margins(model, chosen, prompter, pooling=recipe.matching.pooling)
             if recipe.classifies
             else _text_margins(model, chosen, prompter, mean=recipe.matching.normalise == "mean")
         )
@@ -92,9 +92,11 @@ def _encoder_verdicts(
     return [_verdict(score, record, prompter) for score, record in zip(margins, records, strict=True)]
 
 
-def _class_margins(model: PreTrainedModel, records: Sequence[Record], prompter: Prompter) -> list[float]:
+def _class_margins(
+    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, *, pooling: str
+) -> list[float]:
     questions = [Question(prompt=ids) for ids in prompter.prompt_ids_batch(records)]
-    return [same - different for different, same in class_logits(model, questions)]
+    return [same - different for different, same in class_logits(model, questions, pooling=pooling)]
 
 
 def _text_margins(

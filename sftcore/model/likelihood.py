@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from sftcore.config import ModelSettings
 from sftcore.errors import Problem, UserInputError
 from sftcore.log import progress
+from sftcore.model.adapters import CLASSIFIER
 from sftcore.model.attention.needs import needs_of
 from sftcore.model.attention.tree import Fork, Tree, lacks, positions, register_tree_attention
+from sftcore.model.classifier import restore_classifier
 from sftcore.model.load import load_for_decoding
 from sftcore.model.loss import CHUNK_ELEMENTS
 
@@ -123,6 +126,8 @@ def load_for_scoring(
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     attention = register_tree_attention()
     model = load_for_decoding(settings, quantised=quantised, attention=attention, kind=kind)
+    if classifies:
+        restore_classifier(model, Path(settings.path))
     if reasons := lacks(needs_of(model.config, dtype=settings.dtype, device=model.device.type)):
         raise UserInputError(_unfit(settings, ", ".join(reasons)))
     if not classifies and not _logits_agree(model):
@@ -169,15 +174,35 @@ def continuation_scores(
 
 
 def class_logits(
-    model: PreTrainedModel, questions: Sequence[Question], *, capacity: int = PACK_TOKENS
+    model: PreTrainedModel,
+    questions: Sequence[Question],
+    *,
+    capacity: int = PACK_TOKENS,
+    pooling: str = "last",
 ) -> list[list[float]]:
-    """Per question: the classifier's logits at the prompt's last token."""
+    """Per question: the classifier's logits of the prompt's last state, or of its mean state."""
+    pooled = _mean_states if pooling == "mean" else _last_states
 
     def score(pack: ScoringPack, states_TD: torch.Tensor) -> list[list[float]]:
-        last = torch.tensor([question[0][0] for question in pack.asked], device=states_TD.device)
-        return model.get_submodule("score")(states_TD[last]).float().tolist()
+        return model.get_submodule(CLASSIFIER)(pooled(pack, states_TD)).float().tolist()
 
     return _for_all(model, questions, capacity, score)
+
+
+def _last_states(pack: ScoringPack, states_TD: torch.Tensor) -> torch.Tensor:
+    """(N, D) state of each prompt's last token."""
+    return states_TD[torch.tensor([question[0][0] for question in pack.asked], device=states_TD.device)]
+
+
+def _mean_states(pack: ScoringPack, states_TD: torch.Tensor) -> torch.Tensor:
+    """(N, D) mean over each prompt's tokens, the shared prefix among them; summed in float32."""
+    prefix = pack.tree.prefix
+    shared_D = states_TD[:prefix].float().sum(0)
+    means = []
+    for fork, (place,) in zip(pack.tree.forks, pack.asked, strict=True):
+        own_D = states_TD[place[0] + 1 - fork.trunk : place[0] + 1].float().sum(0)
+        means.append((shared_D + own_D) / (prefix + fork.trunk))
+    return torch.stack(means).to(states_TD.dtype)
 
 
 @torch.inference_mode()

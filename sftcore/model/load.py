@@ -19,7 +19,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -85,15 +84,6 @@ def output_head(model: PreTrainedModel) -> nn.Module:
     return dict(model.named_children()).get("score", model) if head is None else head
 
 
-def load_classifier_for_training(recipe: Recipe, *, num_labels: int) -> LossModel:
-    """The model with a linear classifier on one position per document (its last), instead of the vocabulary.
-
-    Samples for it have one label, at their last position: the class. Everything else is as for a causal LM.
-    """
-    torch.manual_seed(recipe.seed)  # of the classifier's first weights, the same on all ranks
-    return _load_trainable(recipe, AutoModelForSequenceClassification, sharded_by=None, num_labels=num_labels)
-
-
 def load_for_training(recipe: Recipe, *, sharded_by: dict[str, Any] | None = None) -> LossModel:
     """The model with per-document attention and the trained-token head, proven on packs, and its adapter.
 
@@ -104,12 +94,18 @@ def load_for_training(recipe: Recipe, *, sharded_by: dict[str, Any] | None = Non
     Raises:
         UserInputError: no model there, or one that can't be trained in packs; wrong adapter targets.
     """
-    return _load_trainable(recipe, AutoModelForCausalLM, sharded_by=sharded_by)
+    return load_trainable(recipe, AutoModelForCausalLM, sharded_by=sharded_by)
 
 
-def _load_trainable(
+def load_trainable(
     recipe: Recipe, kind: Any, *, sharded_by: dict[str, Any] | None, **options: Any
 ) -> LossModel:
+    """As `load_for_training`, of any Auto class that has a vocabulary or a classifier at its end.
+
+    Args:
+        kind: the Auto class to load with.
+        options: for its `from_pretrained`.
+    """
     settings = recipe.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = choose_attention(

@@ -209,7 +209,7 @@ def _copy_the_rest(base: Path, adapter: Path, folder: Path, merge: Merge) -> Non
 def _classifier_keys(base: Path, adapter: Path) -> dict[str, Any]:
     """What makes a base's config.json a classifier's; rows are padded with the tokenizer's pad token."""
     config = AutoConfig.from_pretrained(base)
-    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     words = read_json(adapter / "matching.json")["matching"]["labels"]["en"]
     pad = AutoTokenizer.from_pretrained(adapter).pad_token_id
     return {

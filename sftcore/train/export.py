@@ -21,6 +21,7 @@ from sftcore import dist
 from sftcore.config import Recipe
 from sftcore.fsio import atomic_folder, write_json
 from sftcore.model.adapters import write_adapter
+from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
 from sftcore.train.engine import Engine
 from sftcore.train.model_card import write_card
 
@@ -45,7 +46,7 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
             if engine.trains_adapter:
                 write_adapter(engine.loss_model.causal_lm, dict(weights), temporary)
             else:
-                _write_model(engine, weights, temporary, recipe.name)
+                _write_model(engine, weights, temporary, recipe)
             tokenizer.save_pretrained(temporary)
             write_card(recipe, temporary)
             if recipe.task == "matching":
@@ -82,18 +83,22 @@ def _name_classes(engine: Engine, tokenizer: Any, recipe: Recipe) -> None:
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def _write_model(engine: Engine, weights: Iterable[Named], folder: Path, name: str) -> None:
+def _write_model(engine: Engine, weights: Iterable[Named], folder: Path, recipe: Recipe) -> None:
     model = engine.loss_model.causal_lm
+    is_whole = recipe.matching.has_plain_classifier
+    classifier: dict[str, torch.Tensor] = {}
     model.config.use_cache = True
     model.config.dtype = engine.save_dtype
     model.config._attn_implementation = "sdpa"
-    model.config._name_or_path = name
-    model.config.architectures = [type(model).__name__]
+    model.config._name_or_path = recipe.name
+    model.config.architectures = [type(model if is_whole else model.get_decoder()).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    shards = shards_of(weights, SHARD_BYTES)
+    shards = shards_of(weights if is_whole else take_classifier(weights, classifier), SHARD_BYTES)
     write_shards((revert_weight_conversion(model, shard) for shard in shards), folder)
+    if classifier:
+        save_file(classifier, folder / CLASSIFIER_FILE, metadata={"format": "pt"})
 
 
 def shards_of(weights: Iterable[Named], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -10,8 +10,10 @@ import torch
 import yaml
 from launching import BIN, launcher, run, weights
 from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
 from tiny import SUBJECTS, write_lines
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tiny_bert import write_bert
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from launcher.evaluating import evaluate
 from launcher.inspection import inspect_recipe
@@ -112,6 +114,37 @@ def test_a_classifier_from_recipe_to_scores(recipe):
         match_pairs(folder, Path("mine.tsv"), Path("x"), columns=("left", "middle"))
 
 
+def test_a_classifier_of_two_layers_on_the_mean_state_is_saved_apart(recipe):
+    """Plain transformers gets the decoder, and warns rather than judge with another classifier."""
+    path = save(recipe, matching={"mode": "discriminative", "pooling": "mean", "layers": 2})
+    done = sftcore("run", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = Path("runs/tiny/model")
+    classifier = load_file(folder / "classifier.safetensors")
+    assert {name: tuple(t.shape) for name, t in classifier.items()} == {
+        "score.dense.weight": (32, 32),
+        "score.dense.bias": (32,),
+        "score.out.weight": (2, 32),
+    }
+    assert read_json(folder / "config.json")["architectures"] == ["LlamaModel"]
+    decoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = read_jsonl(Path("runs/tiny/eval/tuned/predictions.jsonl"))
+    for row in rows:
+        with torch.no_grad():
+            states = decoder(**tokenizer(row["prompt"], return_tensors="pt")).last_hidden_state[0]
+        hidden = torch.tanh(
+            states.mean(0) @ classifier["score.dense.weight"].T + classifier["score.dense.bias"]
+        )
+        different, same = (classifier["score.out.weight"] @ hidden).tolist()
+        assert row["score"] == pytest.approx(same - different, abs=1e-4)
+    texts = "".join(f"{r['sentence1']}\t{r['sentence2']}\n" for r in pairs(24, 36))
+    Path("mine.tsv").write_text("sentence1\tsentence2\n" + texts)
+    match_pairs(folder, Path("mine.tsv"), Path("to.jsonl"), columns=("sentence1", "sentence2"))
+    scores = [row["score"] for row in read_jsonl(Path("to.jsonl"))]
+    assert scores == pytest.approx([row["score"] for row in rows], abs=1e-5)
+
+
 def test_a_classifier_beside_low_rank_updates_is_saved_loaded_and_merged(recipe):
     """RUN/adapter is peft's own; merged, it is a classifier for plain transformers; all give our scores."""
     adapter = {"kind": "lora", "r": 4}
@@ -157,6 +190,49 @@ def test_a_classifier_on_two_ranks_equals_one(recipe):
     assert one["score.weight"].shape == (2, 32)
     for name, tensor in one.items():
         assert torch.allclose(tensor, two[name], atol=1e-4), name
+
+
+def letters(start: int, stop: int) -> list[dict]:
+    """Label 1 where both sides hold the same letters."""
+    rows = []
+    for i in range(start, stop):
+        a, b = "abcdefgh"[i % 8], "abcdefgh"[(i + i % 3) % 8]
+        texts = {"sentence1": f"{a} {a} c {'d ' * (i % 5)}", "sentence2": f"{b} c {'e ' * (i % 7)}"}
+        rows.append({"id": f"p{i}", **texts, "label": int(a == b)})
+    return rows
+
+
+def test_an_encoder_from_recipe_to_scores(recipe):
+    """Through the same trainer and schedule; the folder is transformers' own and gives our scores."""
+    Path("bert").mkdir()
+    write_bert(Path("bert"))
+    write_lines(Path("pairs.jsonl"), letters(0, 48))
+    write_lines(Path("held.jsonl"), letters(48, 60))
+    data = recipe["data"] | {"max_length": 32}
+    model = {"path": "bert", "dtype": "float32"}
+    path = save(recipe, model=model, data=data, matching={"mode": "encoder"}, train={"epochs": 8, "lr": 1e-2})
+    done = sftcore("run", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = read_jsonl(Path("runs/tiny/metrics.jsonl"))
+    first, last = (sum(step["loss"] for step in part) for part in (steps[:6], steps[-6:]))
+    assert last < first
+    folder = Path("runs/tiny/model")
+    assert read_json(folder / "config.json")["architectures"] == ["BertForSequenceClassification"]
+    assert AutoConfig.from_pretrained(folder).id2label == {0: "different", 1: "same"}
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = read_jsonl(Path("runs/tiny/eval/tuned/predictions.jsonl"))
+    for row, pair in zip(rows, letters(48, 60), strict=True):
+        inputs = tokenizer(pair["sentence1"].strip(), pair["sentence2"].strip(), return_tensors="pt")
+        with torch.no_grad():
+            ((different, same),) = theirs(**inputs).logits.tolist()
+        assert row["score"] == pytest.approx(same - different, abs=1e-4)
+    texts = "".join(f"{r['sentence1']}\t{r['sentence2']}\n" for r in letters(48, 60))
+    Path("mine.tsv").write_text("sentence1\tsentence2\n" + texts)
+    matched = sftcore("match", str(folder), "--pairs", "mine.tsv")
+    assert matched.returncode == 0, matched.stderr[-3000:]
+    scores = [row["score"] for row in read_jsonl(Path("scores.jsonl"))]
+    assert scores == pytest.approx([row["score"] for row in rows], abs=1e-5)
 
 
 def test_label_texts_are_compared_or_generated(recipe):
@@ -227,6 +303,11 @@ def test_the_base_model_is_scored_behind_solved_training_pairs(recipe):
         ({"matching": {"mode": "discriminative", "rationale": "after"}}, "so it has no rationale"),
         ({"matching": {"mode": "encoder"}, "adapter": {"kind": "lora"}}, "trains all weights"),
         ({"matching": {"mode": "discriminative"}, "adapter": {"kind": "qlora"}}, "no 4-bit weights"),
+        ({"matching": {"pooling": "mean"}}, "pooling and layers are for mode discriminative"),
+        (
+            {"matching": {"mode": "discriminative", "layers": 2}, "adapter": {"kind": "lora"}},
+            "layers: 2 train all weights",
+        ),
         ({"matching": {"rationale": "before", "predict": "likelihood"}}, "set predict: generate"),
         ({"matching": {"rationale": "after", "prompt": "complex", "wording": 1}}, "set wording: 0"),
         ({"matching": {"teacher": {}}}, "a server needs `model`"),

@@ -7,13 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForMaskedLM,
-    PreTrainedTokenizerFast,
-)
+from tiny_bert import bert_tokenizer, write_bert
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.config import Recipe
@@ -23,36 +18,12 @@ from sftcore.data.records import Record
 from sftcore.errors import UserInputError
 from sftcore.model.encoder import encoder_logits, is_encoder, load_encoder_for_training
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 PAIRS = [("a b c", "c b", 0), ("d", "d", 1), ("a b c d e f", "f e d", 1), ("g h", "a a a a a", 0)]
-
-
-def bert_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    BertForMaskedLM(config).save_pretrained(tmp_path)
-    bert_tokenizer().save_pretrained(tmp_path)
+    write_bert(tmp_path)
     return tmp_path
 
 
