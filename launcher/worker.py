@@ -193,7 +193,7 @@ def train_recipe(
 
 def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, watch: Watch) -> None:
     ds_config = read_ds_config(deepspeed_file(recipe))
-    check_engine(ds_config)
+    check_engine(ds_config, recipe.train.optimizer)
     check_tracker(recipe)
     with _stoppable_at_once():
         start = _checkpoint_to_resume(run, request.resume)
@@ -272,7 +272,7 @@ def overfit_recipe(recipe: Recipe) -> str:
     """
     check_overfit(recipe)
     ds_config = read_ds_config(deepspeed_file(recipe))
-    check_engine(ds_config)
+    check_engine(ds_config, recipe.train.optimizer)
     _, store = prepare(recipe)
     schedule = make_schedule(recipe, store, world=1, cost=measure_recipe(recipe).coefficients)
     init_process_group()

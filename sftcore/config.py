@@ -225,8 +225,10 @@ class TrainSettings(Settings):
     decay_ratio: Fraction = Field(0.2, description="wsd only: share of the steps with a falling rate")
     weight_decay: NonNegative = Field(0.0, description="not applied to norms and biases")
     max_grad_norm: NonNegative = Field(1.0, description="gradient norm is clipped to this; 0 does not clip")
-    optimizer: Literal["adamw", "adamw-8bit"] = Field(
-        "adamw", description="betas 0.9, 0.999; eps 1e-8; 8-bit: moments in 2 bytes a parameter instead of 8"
+    optimizer: Literal["adamw", "adamw-8bit", "muon"] = Field(
+        "adamw",
+        description="betas 0.9, 0.999; eps 1e-8; 8-bit: moments in 2 bytes a parameter instead of 8; muon:"
+        " for the layers' matrices, AdamW for the rest; deepspeed: zero0 only",
     )
     normalise: Literal["token", "sample"] = Field(
         "token", description="mean over trained tokens, or over samples"
@@ -348,6 +350,8 @@ class Recipe(Settings):
             raise ValueError(f"matching.mode {mode} has no 4-bit weights: set adapter.kind: none or lora")
         if self.classifies and mode == "encoder" and self.adapter.kind != "none":
             raise ValueError("matching.mode encoder trains all weights: set adapter.kind: none")
+        if self.train.optimizer == "muon" and self.task == "matching" and mode == "encoder":
+            raise ValueError("train.optimizer: muon is for decoders: set adamw")
         if self.adapter.kind != "none" and not self.matching.has_plain_classifier:
             raise ValueError("matching.pooling: mean and layers: 2 train all weights: set adapter.kind: none")
         balance = "label" if self.task == "matching" else "relation"

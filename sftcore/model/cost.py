@@ -121,10 +121,13 @@ class ModelCost:
         if quantised:
             weights -= self.num_body_parameters * (weight_bytes - FOUR_BIT_BYTES)
         weights += 0 if self.trains_all else n * weight_bytes
+        state = n * (master + moments)
+        if optimizer == "muon":  # one moment of the layers' matrices
+            state -= (self.num_body_parameters if self.trains_all else n) * MOMENT_BYTES // 2
         return {
             "weights": int(weights) // (world if stage >= 3 else 1),
             "gradients": n * 4 // (world if stage >= 2 else 1),
-            "optimizer": n * (master + moments) // (world if stage >= 1 else 1),
+            "optimizer": state // (world if stage >= 1 else 1),
         }
 
     def activation_bytes(self, num_tokens: int, *, is_recomputed: bool) -> int:

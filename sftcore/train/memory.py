@@ -22,6 +22,9 @@ from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
 
 NUM_REMEDIES = 3
+# Of a rank on CPUs: 0.5 GB of libraries, kernels' scratch space, what the C library keeps of freed memory. Fitted
+# on two cases of benchmarks/memory.py, full fine-tuning at 512 tokens and LoRA at 2,048; six others check it.
+PROCESS_BYTES = 1_200_000_000
 Bytes = dict[str, int]
 
 
@@ -29,7 +32,7 @@ def predict_bytes(recipe: Recipe, *, world: int, num_tokens: int) -> Bytes:
     """Bytes on each rank by component, while a pack of `num_tokens` is trained.
 
     Components: weights, gradients, optimizer (states by ZeRO stage), activations (kept for backward), head
-    (a chunk of logits and the projection's gradient).
+    (a chunk of logits and the projection's gradient), process (on CPUs: everything else).
     """
     ds_config = read_ds_config(deepspeed_file(recipe))
     cost = measure_recipe(recipe)
@@ -49,6 +52,7 @@ def predict_bytes(recipe: Recipe, *, world: int, num_tokens: int) -> Bytes:
             num_tokens, is_recomputed=recipe.train.activation_checkpointing == "full"
         ),
         "head": cost.head_bytes(num_tokens),
+        "process": 0 if torch.cuda.is_available() else PROCESS_BYTES,
     }
 
 

@@ -32,7 +32,8 @@ def sharding_everything(name: str) -> str:
 
 
 def cell_changes(kind: str, name: str, checkpointing: str) -> dict:
-    train = {"epochs": 1, "lr": 2e-3, "max_grad_norm": 0.3, "activation_checkpointing": checkpointing}
+    train = {"epochs": 1, "lr": 2e-3, "max_grad_norm": 0.3, "weight_decay": 5.0}
+    train["activation_checkpointing"] = checkpointing
     return {
         "adapter": {"kind": kind, **ADAPTER},
         "deepspeed": sharding_everything(name),

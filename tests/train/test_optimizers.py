@@ -9,9 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ROOT, run, run_cells, steps, weights, weights_hash, write_recipe
+from transformers import AutoModelForCausalLM
 
 from sftcore.config import TrainSettings
 from sftcore.train.loop import learning_rate
+from sftcore.train.optimizers import make_optimizer, set_learning_rate
+
+
+class SimpleModel(torch.nn.Module):
+    """A causal LM where a loss model has it."""
+
+    def __init__(self, causal_lm: torch.nn.Module) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
 
 EIGHT_BIT = {"optimizer": "adamw-8bit", "weight_decay": 0.1, "epochs": 2}
 
@@ -36,6 +47,44 @@ def test_eight_bit_adam_learns_as_adam_does_and_resumes_to_the_bit(tiny_recipe):
     assert weights_hash("cut") == weights_hash("eight")
     exact = weights("plain")
     assert not all(torch.equal(tensor, exact[name]) for name, tensor in weights("eight").items())
+
+
+@pytest.mark.slow
+def test_muon_learns_the_same_on_two_ranks_and_resumes_to_the_bit(tiny_recipe):
+    train = {"optimizer": "muon", "lr": 2e-3, "weight_decay": 0.1, "epochs": 2}
+    save = {"checkpoint": {"save_every_steps": 3}, "deepspeed": "zero0"}
+    one, two, cut = (write_recipe(tiny_recipe, name, train=train, **save) for name in ("one", "two", "cut"))
+    run_cells([one, cut], ranks=1)
+    run_cells([two], ranks=2)
+    assert steps("one")[-1]["loss"] < steps("one")[0]["loss"]
+    for a, b in zip(steps("one"), steps("two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+    shutil.rmtree("runs/cut/model")
+    shutil.rmtree("runs/cut/checkpoints/step-000008")
+    run_cells([cut], ranks=1)
+    assert weights_hash("cut") == weights_hash("one")
+    refused = write_recipe(tiny_recipe, "sharded", train=train, deepspeed="zero2")
+    done = run(str(ROOT / ".venv/bin/sftcore"), "train", str(refused))
+    assert done.returncode == 2 and "set deepspeed: zero0" in done.stderr
+
+
+def test_a_muon_step_is_as_large_as_adams(tiny_model_folder):
+    """0.2 lr in root mean square for every matrix of the layers; embeddings and norms are AdamW's."""
+    model = SimpleModel(AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, TrainSettings(optimizer="muon", lr=0.5, weight_decay=0.1))
+    set_learning_rate(optimizer.param_groups, 0.01)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    with torch.compiler.set_stance("force_eager"):  # DeepSpeed compiles it, a minute here
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        decay = 0.1 if parameter.ndim > 1 else 0.0
+        change = (parameter.detach() - before[name] * (1 - 0.01 * decay)).square().mean().sqrt()
+        is_hidden = parameter.ndim > 1 and "embed" not in name
+        expected = 0.2 * 0.01 if is_hidden else 0.01
+        assert change.item() == pytest.approx(expected, rel=0.25 if is_hidden else 1e-3), name
 
 
 @pytest.mark.slow

@@ -1,0 +1,110 @@
+"""Optimizers: a model's trainable parameters -> groups with their decay and learning rate, and their updates.
+
+In: a loss model (under ZeRO-3 perhaps already sharded), the recipe's train section. Out: a torch optimizer.
+Invariant: weight decay falls on matrices and never on vectors (norms, biases), however they are sharded; one
+`train.lr` means the same size of update for AdamW and Muon.
+Trade-off: Muon keeps 4 bytes of momentum a weight instead of AdamW's 8, and pays for it with about ten
+products of each matrix with itself in every update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sftcore.config import TrainSettings
+from sftcore.model.quantise import require_bitsandbytes
+
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+MUON_MOMENTUM = 0.95
+LR_SCALE = "lr_scale"  # key of a parameter group: its learning rate is the step's times this
+Group = dict[str, Any]
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW (torch, fused), bitsandbytes' with 8-bit moments, or DeepSpeed's Muon.
+
+    Raises:
+        MissingEnvironmentError: bitsandbytes is not installed.
+    """
+    if settings.optimizer == "muon":
+        return _make_muon(model, settings)
+    groups = _decay_groups((p for p in model.parameters() if p.requires_grad), settings)
+    options: Group = {"lr": settings.lr, "betas": ADAM_BETAS, "eps": ADAM_EPS}
+    if settings.optimizer == "adamw-8bit":
+        bitsandbytes = require_bitsandbytes("train.optimizer: adamw-8bit")
+        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **options)
+        return eight_bit
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Its shape before ZeRO-3 cut it up (a sharded parameter is an empty vector)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def set_learning_rate(groups: Iterable[Group], lr: float) -> None:
+    """Give every group the step's learning rate, in its own scale."""
+    for group in groups:
+        group["lr"] = lr * group.get(LR_SCALE, 1.0)
+
+
+def _decay_groups(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> list[Group]:
+    """Matrices with weight decay, vectors without."""
+    parameters = list(parameters)
+    return [
+        {
+            "params": [p for p in parameters if len(whole_shape(p)) > 1],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [p for p in parameters if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _make_muon(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Muon for the weights of the layers' linear maps, AdamW for embeddings, output layer, norms and biases.
+
+    Muon's update of a (out, in) matrix is orthogonal, times sqrt(max(1, out / in)). It gets the learning rate
+    0.2 sqrt(in) lr, with which its entries are as large as AdamW's (arXiv 2502.16982, section 2.2): hence
+    a group for each number of inputs.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    matrices = _hidden_matrices(model)
+    chosen = {id(p) for p in matrices}
+    for parameter in model.parameters():
+        parameter.use_muon = id(parameter) in chosen  # type: ignore[attr-defined]  # DeepSpeed looks there
+    groups: list[Group] = []
+    for num_inputs in sorted({whole_shape(p)[1] for p in matrices}):
+        scale = 0.2 * num_inputs**0.5
+        groups.append(
+            {
+                "params": [p for p in matrices if whole_shape(p)[1] == num_inputs],
+                "weight_decay": settings.weight_decay / scale,  # of the step's own rate, as AdamW's
+                "momentum": MUON_MOMENTUM,
+                "lr": settings.lr * scale,
+                LR_SCALE: scale,
+                "use_muon": True,
+            }
+        )
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    for group in _decay_groups(others, settings):
+        adam = {"lr": settings.lr, "betas": ADAM_BETAS, "eps": ADAM_EPS, "use_muon": False}
+        groups += [group | adam] if group["params"] else []
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
+    return optimizer
+
+
+def _hidden_matrices(model: nn.Module) -> list[Any]:
+    """Trainable weights of linear layers between embedding and output layer."""
+    causal_lm: Any = model.get_submodule("causal_lm")
+    decoder = causal_lm.get_decoder()
+    embedding = decoder.get_input_embeddings().weight
+    return [
+        module.weight
+        for module in decoder.modules()
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and module.weight is not embedding
+    ]
