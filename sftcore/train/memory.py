@@ -22,8 +22,8 @@ from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
 
 NUM_REMEDIES = 3
-# Of a rank on CPUs: 0.5 GB of libraries, kernels' scratch space, what the C library keeps of freed memory. Fitted
-# on two cases of benchmarks/memory.py, full fine-tuning at 512 tokens and LoRA at 2,048; six others check it.
+# Of a rank on CPUs: 0.5 GB of libraries, kernels' scratch space, what the C library keeps of freed memory.
+# Fitted on two cases of benchmarks/memory.py (full, 512 tokens; LoRA, 2,048); six others check it.
 PROCESS_BYTES = 1_200_000_000
 Bytes = dict[str, int]
 

@@ -43,14 +43,27 @@ class TensorBoard:
         self._events.close()
 
 
+REMEDIES = {"wandb": "log in (wandb login), or set WANDB_MODE=offline", "trackio": "see what it says"}
+
+
 class RunTracker:
-    """trackio or wandb, which share `init`, `log` and `finish`; a run is named as the recipe's."""
+    """trackio or wandb, which share `init`, `log` and `finish`; a run is named as the recipe's.
+
+    Raises:
+        MissingEnvironmentError: it can't be started; wandb without a key, for one.
+    """
 
     def __init__(self, module: str, recipe: Recipe) -> None:
         self._module: Any = importlib.import_module(module)
-        self._module.init(
-            project=recipe.tracking.project, name=recipe.name, config=recipe.model_dump(mode="json")
-        )
+        own_files = {"dir": str(recipe.run_folder)} if module == "wandb" else {}
+        options = {"project": recipe.tracking.project, "name": recipe.name, **own_files}
+        try:
+            self._module.init(config=recipe.model_dump(mode="json"), **options)
+        except Exception as error:  # each has its own kinds
+            what = f"{module} can't be started: {error}"
+            raise MissingEnvironmentError(
+                Problem(what=what, where="tracking.to", remedy=REMEDIES[module])
+            ) from error
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Take the numbers of a step."""

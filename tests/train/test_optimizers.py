@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import ROOT, run, run_cells, steps, weights, weights_hash, write_recipe
 from transformers import AutoModelForCausalLM
 
-from sftcore.config import TrainSettings
+from sftcore.config import Recipe, TrainSettings
+from sftcore.errors import MissingEnvironmentError
 from sftcore.train.loop import learning_rate
 from sftcore.train.optimizers import make_optimizer, set_learning_rate
+from sftcore.train.tracking import RunTracker
 
 
 class SimpleModel(torch.nn.Module):
@@ -111,3 +115,15 @@ def test_a_tracker_that_is_not_installed_is_refused_before_training(tiny_recipe)
     done = run(str(ROOT / ".venv/bin/sftcore"), "train", str(path))
     assert done.returncode == 3 and "pip install trackio" in done.stderr
     assert not Path("runs/tracked/metrics.jsonl").exists()
+
+
+def test_a_tracker_that_can_not_be_started_is_one_message(tiny_recipe, monkeypatch):
+    """As wandb without a key: it raises an error of its own kind."""
+
+    def refuse(**options: object) -> None:
+        raise ValueError(f"No API key configured for {options['name']}")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    recipe = Recipe.model_validate(tiny_recipe | {"tracking": {"to": "wandb"}})
+    with pytest.raises(MissingEnvironmentError, match="No API key configured for tiny\n.*WANDB_MODE=offline"):
+        RunTracker("wandb", recipe)

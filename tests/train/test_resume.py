@@ -95,3 +95,24 @@ def test_a_full_disk_is_explained_and_the_earlier_checkpoint_is_intact(tiny_reci
         assert resumed.returncode == 0 and "resuming after step 2" in resumed.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_ranks_with_its_message(tiny_recipe, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)]).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        path = write_recipe(tiny_recipe, "full", checkpoint={"save_every_steps": 2, "keep": 1})
+        node = ["--on", "node", "--ranks-per-node", "2"]
+        done = run(str(BIN / "sftcore"), "train", str(path), "--run", str(disk / "run"), *node)
+        assert done.returncode == 3, (done.returncode, (done.stdout + done.stderr)[-3000:])
+        assert "earlier checkpoint is intact" in done.stderr + done.stdout
+        left = sorted(f.name for f in (disk / "run/checkpoints").iterdir())
+        assert [name for name in left if name.endswith(".tmp")] == [], left
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        again = run(str(BIN / "sftcore"), "train", str(path), "--run", str(disk / "run"), *node)
+        assert again.returncode == 0, (again.stdout + again.stderr)[-3000:]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
