@@ -49,8 +49,18 @@ def recipe_for(folder, **matching) -> Recipe:
     )
 
 
+def with_random_output(recipe: Recipe):
+    """The loss model; its output layer begins at zero, which would hide every gradient behind it."""
+    model = load_classifier_for_training(recipe)
+    output = model.causal_lm.score
+    output = output.out if recipe.matching.layers == 2 else output
+    assert not output.weight.any()
+    torch.nn.init.normal_(output.weight, std=0.02, generator=torch.Generator().manual_seed(1))
+    return model
+
+
 def test_packed_classes_equal_documents_alone_forward_and_backward(folder):
-    ours = load_classifier_for_training(recipe_for(folder))
+    ours = with_random_output(recipe_for(folder))
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
     theirs.load_state_dict(ours.causal_lm.state_dict())
     loss = ours(collate(documents(), **STEP))
@@ -81,8 +91,8 @@ def test_one_position_per_document_is_classified(folder):
 def test_pooled_classes_equal_documents_alone(folder, pooling, layers):
     """Loss and gradients of a pack are those of each document's own last or mean state."""
     recipe = recipe_for(folder, pooling=pooling, layers=layers)
-    ours = load_classifier_for_training(recipe)
-    theirs = load_classifier_for_training(recipe).causal_lm
+    ours = with_random_output(recipe)
+    theirs = with_random_output(recipe).causal_lm
     loss = ours(collate(documents(), **STEP))
     loss.backward()
     losses = []
