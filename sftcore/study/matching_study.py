@@ -293,13 +293,13 @@ def _references(
 ) -> list[dict[str, Any]]:
     """What needs no training: the larger class, the base model, the base model behind solved examples."""
     found = [{"name": "larger class of the test set", "accuracy": majority, "unparsable": 0.0}]
-    words = {BASE: "base model: {}", FEW_SHOT: "base model behind {examples} solved examples: {}"}
+    words = {BASE: "base model ({})", FEW_SHOT: "base model, {examples} solved examples ({})"}
     seen = set()
     for run in runs:
         for name, scores in run.others.items():
             examples = run.recipe.get("evaluate.few_shot", 0)
-            text = words[name].format(arms[run.name], examples=examples)
-            text += f", wording {run.wording}" if run.wording else ""
+            arm = arms[run.name] + (f", wording {run.wording}" if run.wording else "")
+            text = words[name].format(arm, examples=examples)
             if text in seen:
                 continue
             seen.add(text)

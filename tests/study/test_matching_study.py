@@ -89,8 +89,8 @@ def test_cells_have_accuracy_and_cost(study):
     names = {part["name"]: part["accuracy"] for part in report["references"]}
     assert names == {
         "larger class of the test set": 0.5,
-        "base model: generative, concise prompt": 0.45,
-        "base model behind 2 solved examples: generative, concise prompt": 0.55,
+        "base model (generative, concise prompt)": 0.45,
+        "base model, 2 solved examples (generative, concise prompt)": 0.55,
     }
 
 
