@@ -29,7 +29,9 @@ from launcher.job_commands import (
     RunFolder,
     Sbatch,
     Time,
+    evaluate,
     load,
+    probe,
     sbatch_options,
     study,
     submit,
@@ -109,11 +111,13 @@ def prepare(
 ) -> None:
     """Records -> samples -> token store, cached by content."""
     loaded = load(recipe, set_, run)
+    from launcher.shares import share_of
     from launcher.stages import prepare as prepare_stage
     from launcher.stages import prepare_share, write_check
 
     if shard is not None:
-        print(prepare_share(loaded, shard, num_workers=workers, is_alone=not (merge or check)))
+        share = share_of(shard, is_alone=not (merge or check))
+        print(prepare_share(loaded, share, num_workers=workers))
         return
     _, store = prepare_stage(loaded, num_workers=workers, merge_only=merge)
     print(f"store {store.folder}")
@@ -121,29 +125,6 @@ def prepare(
         print(f"  {key}: {len(value) if key == 'parts' else json.dumps(value, ensure_ascii=False)}")
     if check:
         print(write_check(loaded, store))
-
-
-@app.command()
-def probe(
-    recipe: RecipePath,
-    shard: Annotated[
-        str | None, typer.Option(metavar="i/N", help="measure share i (0 to N-1) of the batches; see --merge")
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="only put the shards together; all have to be done")
-    ] = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
-) -> None:
-    """Facts -> recall -> memory levels of the base model."""
-    loaded = load(recipe, set_, run)
-    from launcher.stages import describe_levels, probe_share
-    from launcher.stages import probe as probe_stage
-
-    if shard is not None:
-        print(probe_share(loaded, shard, is_alone=not merge))
-        return
-    print(describe_levels(probe_stage(loaded, merge_only=merge)))
 
 
 @app.command()
@@ -237,21 +218,6 @@ def train(
         if max_steps is None:
             raise
         print(stopped)
-
-
-@app.command()
-def evaluate(
-    recipe: RecipePath,
-    model: Annotated[Path | None, typer.Option(help="evaluate this folder instead of base and tuned")] = None,
-    set_: Overrides = None,
-    run: RunFolder = None,
-) -> None:
-    """Greedy answers of the base and the trained model to the held-out items, scored."""
-    loaded = load(recipe, set_, run)
-    from launcher.evaluating import evaluate as evaluate_stage
-
-    for name, scores in evaluate_stage(loaded, model=model).items():
-        print(f"{name}: {scores['correct']} of {scores['n']} right, {scores['accuracy']:.1%}")
 
 
 @app.command()
@@ -376,8 +342,8 @@ def _refuse(on: str, **options: bool | int | None) -> None:
         raise UserInputError(*(Problem(what=f"not with --on {on}", where=name) for name in given))
 
 
-app.command()(study)
-app.command()(submit)
+for command in (probe, evaluate, study, submit):
+    app.command()(command)
 
 
 def main() -> None:

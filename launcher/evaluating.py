@@ -2,13 +2,15 @@
 
 In: a resolved recipe, and what training left. Out: RUN/eval/NAME/{predictions.jsonl, scores.json,
 manifest.json}, RUN/eval/drift.json.
-Invariant: scores are found again, not made again, while model, items, prompts and settings are the same.
+Invariant: scores are found again, not made again, while model, items, prompts and settings are the same;
+shards take whole batches, so their number changes nothing.
 Trade-off: one model is in memory at a time, so that an 8B base and its tuned copy need 16 GB, not 32.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ from sftcore.data.prepare import load_records
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
 from sftcore.data.tokens import Tokenizer
+from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_logits, summarise_drift
 from sftcore.evaluate.few_shot import choose_examples, with_examples
@@ -33,7 +36,9 @@ from sftcore.evaluate.pairs import judge_pairs, pair_rows, pair_scores
 from sftcore.evaluate.score import score
 from sftcore.fsio import (
     fingerprint_of,
+    folder_lock,
     read_json,
+    read_jsonl,
     write_json,
     write_jsonl,
 )
@@ -48,26 +53,50 @@ from sftcore.model.adapters import is_adapter
 from sftcore.model.load import load_for_decoding
 
 log = logging.getLogger("sftcore.evaluating")
+SHARDS, ROWS, MANIFEST = "shards", "predictions.jsonl", "manifest.json"
 
 
-def evaluate(recipe: Recipe, *, model: Path | None = None) -> dict[str, dict[str, Any]]:
+def evaluate(
+    recipe: Recipe, *, model: Path | None = None, merge_only: bool = False
+) -> dict[str, dict[str, Any]]:
     """Score the base and the trained model (or `model` alone) on the held-out items; RUN/eval/NAME.
+
+    Args:
+        merge_only: everything has been predicted by `evaluate_share`.
 
     Returns:
         scores by name: base, tuned, fewshot (with evaluate.few_shot), or the folder name of `model`.
 
     Raises:
-        UserInputError: the recipe has no held-out data, or there is no such model.
+        UserInputError: the recipe has no held-out data, there is no such model, or shards are missing.
     """
     with open_run(recipe, purpose="evaluation") as run:
-        folders = _models_to_evaluate(recipe, model)
         items = _items(recipe, run)
-        scores = {name: _evaluate_one(items, name, folder) for name, folder in folders.items()}
-        if model is None and recipe.evaluate.few_shot:
-            scores |= _evaluate_few_shot(items)
-        if recipe.evaluate.drift and "tuned" in folders:
-            _measure_drift(items, folders)
+        tasks = _tasks(items, model)
+        scores = {task.name: _evaluate_one(task, merge_only=merge_only) for task in tasks}
+        if recipe.evaluate.drift and "tuned" in scores:
+            _measure_drift(items, {task.name: task.folder for task in tasks})
         return scores
+
+
+def evaluate_share(recipe: Recipe, share: Share, *, model: Path | None = None) -> str:
+    """Predict the items of one job's batches; says what was done.
+
+    Raises:
+        UserInputError: as `evaluate`.
+    """
+    with open_run(recipe, purpose="evaluating a shard", shared=True) as run:
+        found = []
+        for task in _tasks(_items(recipe, run), model):
+            folder = task.target / SHARDS / f"{share.job}-of-{share.num_jobs}"
+            with folder_lock(folder, purpose="evaluating this shard"):
+                if not _is_made(folder, task.manifest()):
+                    rows = _predict(task, share)
+                    write_jsonl(folder / ROWS, rows)
+                    write_json(folder / MANIFEST, task.manifest())
+                found.append(f"{task.name} {len(read_jsonl(folder / ROWS))}")
+    of = f"{share.job}/{share.num_jobs}"
+    return f"shard {of}: {', '.join(found)} items; then: sftcore evaluate RECIPE --merge"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +126,56 @@ def _items(recipe: Recipe, run: Path) -> _Items:
     return _Items(recipe=recipe, run=run, tokenizer=tokenizer, records=records, levels=levels)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """One model to evaluate.
+
+    Args:
+        name: of RUN/eval/NAME.
+        folder: of the model, or a hub name.
+        examples: solved before each prompt.
+    """
+
+    name: str
+    items: _Items
+    folder: str
+    examples: Sequence[Record] = ()
+
+    @property
+    def target(self) -> Path:
+        """RUN/eval/NAME."""
+        return self.items.run / "eval" / self.name
+
+    @property
+    def prompter(self) -> Prompter:
+        """Of the recipe."""
+        return Prompter(PromptOptions.of(self.items.recipe), self.items.tokenizer)
+
+    def manifest(self) -> dict[str, Any]:
+        """What the predictions depend on."""
+        recipe, records = self.items.recipe, self.items.records
+        prompts = self.prompter.prompt_ids_batch(records)
+        manifest = {
+            "model_fingerprint": fingerprint_model(self.folder),
+            "prompts_fingerprint": fingerprint_of(
+                [[r.id, r.split, ids] for r, ids in zip(records, prompts, strict=True)]
+            ),
+            "levels_fingerprint": fingerprint_of(self.items.levels),
+            "settings": recipe.evaluate.model_dump(),
+            "examples": [example.id for example in self.examples],
+        }
+        if recipe.task == "matching":
+            manifest["matching"] = recipe.matching.model_dump(mode="json")
+        return manifest
+
+
+def _tasks(items: _Items, model: Path | None) -> list[_Task]:
+    """Base and tuned, and the base model behind examples if asked for; or `model` alone."""
+    folders = _models_to_evaluate(items.recipe, model)
+    tasks = [_Task(name=name, items=items, folder=folder) for name, folder in folders.items()]
+    return tasks if model is not None else [*tasks, *_few_shot_tasks(items)]
+
+
 def _models_to_evaluate(recipe: Recipe, model: Path | None) -> dict[str, str]:
     if model is not None:
         if not (model / "config.json").is_file() and not is_adapter(model):
@@ -117,70 +196,90 @@ def _known_levels(recipe: Recipe, run: Path) -> dict[str, int]:
     return {level.id: level.level for level in levels}
 
 
-def _evaluate_few_shot(items: _Items) -> dict[str, dict[str, Any]]:
-    """Scores of the base model behind solved training examples, by the name "fewshot"."""
+def _few_shot_tasks(items: _Items) -> list[_Task]:
+    """The base model behind solved training examples, if the recipe asks for it and the model can do it."""
     recipe = items.recipe
+    if not recipe.evaluate.few_shot:
+        return []
     if recipe.classifies:
         log.info("few-shot: left out, as the base model has no classifier yet")
-        return {}
+        return []
     found = load_records(recipe, "train", Ledger())
     examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed)
-    if recipe.task == "matching":
-        shown = replace(items, recipe=with_examples(recipe, examples))
-        return {"fewshot": _evaluate_one(shown, "fewshot", recipe.model.path)}
-    return {"fewshot": _evaluate_one(items, "fewshot", recipe.model.path, examples)}
+    if recipe.task == "matching":  # whose prompts know of examples themselves
+        items, examples = replace(items, recipe=with_examples(recipe, examples)), []
+    return [_Task(name="fewshot", items=items, folder=recipe.model.path, examples=examples)]
 
 
-def _evaluate_one(items: _Items, name: str, folder: str, examples: Sequence[Record] = ()) -> dict[str, Any]:
+def _evaluate_one(task: _Task, *, merge_only: bool) -> dict[str, Any]:
     """Predictions and scores of one model; found again if model, items, prompts and settings are the same."""
-    recipe, records = items.recipe, items.records
-    prompter = Prompter(PromptOptions.of(recipe), items.tokenizer)
-    target = items.run / "eval" / name
-    manifest = {
-        "model_fingerprint": fingerprint_model(folder),
-        "prompts_fingerprint": fingerprint_of(
-            [[r.id, r.split, ids] for r, ids in zip(records, prompter.prompt_ids_batch(records), strict=True)]
-        ),
-        "levels_fingerprint": fingerprint_of(items.levels),
-        "settings": recipe.evaluate.model_dump(),
-        "examples": [example.id for example in examples],
-    }
-    if recipe.task == "matching":
-        manifest["matching"] = recipe.matching.model_dump(mode="json")
-    if (target / "manifest.json").is_file() and read_json(target / "manifest.json") == manifest:
-        log.info("%s: already evaluated in %s", name, target)
+    target, manifest, run = task.target, task.manifest(), task.items.run
+    if _is_made(target, manifest):
+        log.info("%s: already evaluated in %s", task.name, target)
         return dict(read_json(target / "scores.json"))
-    log.info("evaluating %s (%s) on %d items", name, folder, len(records))
     started = time.perf_counter()
-    rows, scores = _predict_and_score(items, folder, prompter, examples)
-    (target / "manifest.json").unlink(missing_ok=True)
-    write_jsonl(target / "predictions.jsonl", rows)
+    rows = _merged_rows(task, manifest)
+    if rows is None:
+        if merge_only:
+            raise UserInputError(_not_all_shards(target))
+        rows = _predict(task, WHOLE)
+    scores = score(rows)
+    if task.items.recipe.task == "matching":
+        scores |= {"pairs": pair_scores(task.items.records, rows)}
+    (target / MANIFEST).unlink(missing_ok=True)
+    write_jsonl(target / ROWS, rows)
     write_json(target / "scores.json", scores)
-    write_json(target / "manifest.json", manifest)
-    record_seconds(items.run, f"evaluate_{name}", time.perf_counter() - started)
+    write_json(target / MANIFEST, manifest)
+    shutil.rmtree(target / SHARDS, ignore_errors=True)
+    record_seconds(run, f"evaluate_{task.name}", time.perf_counter() - started)
     return scores
 
 
-def _predict_and_score(
-    items: _Items, folder: str, prompter: Prompter, examples: Sequence[Record]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The content of predictions.jsonl and of scores.json."""
-    recipe, records = items.recipe, items.records
+def _is_made(folder: Path, manifest: dict[str, Any]) -> bool:
+    return (folder / MANIFEST).is_file() and read_json(folder / MANIFEST) == manifest
+
+
+def _merged_rows(task: _Task, manifest: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of all shards in the items' order; None unless a whole set was made from the same inputs."""
+    groups: dict[int, list[Path]] = {}
+    for folder in task.target.glob(f"{SHARDS}/*-of-*"):
+        if _is_made(folder, manifest):
+            groups.setdefault(int(folder.name.rpartition("-")[2]), []).append(folder)
+    whole = [folders for num_jobs, folders in groups.items() if len(folders) == num_jobs]
+    if not whole:
+        return None
+    rows = {(row["split"], row["id"]): row for folder in whole[0] for row in read_jsonl(folder / ROWS)}
+    return [rows[record.split, record.id] for record in task.items.records]
+
+
+def _not_all_shards(target: Path) -> Problem:
+    found = sorted(folder.name for folder in target.glob(f"{SHARDS}/*-of-*"))
+    return Problem(
+        what="not all shards of this evaluation are there",
+        where=str(target / SHARDS),
+        got=", ".join(found) or "none",
+        remedy="sftcore evaluate RECIPE --shard i/N for every i from 0 to N-1, with the same recipe",
+    )
+
+
+def _predict(task: _Task, share: Share) -> list[dict[str, Any]]:
+    """Rows of predictions.jsonl of a job's share of the items."""
+    items, recipe, records = task.items, task.items.recipe, task.items.records
+    log.info("evaluating %s (%s) on %d items", task.name, task.folder, len(records))
     if recipe.task == "matching":
-        quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(folder))
-        verdicts = judge_pairs(recipe, folder, records, prompter, quantised=quantised)
-        rows = pair_rows(records, verdicts, prompter)
-        return rows, score(rows) | {"pairs": pair_scores(records, verdicts)}
-    rows = predict(
+        quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(task.folder))
+        verdicts = judge_pairs(recipe, task.folder, records, task.prompter, quantised=quantised, share=share)
+        return pair_rows(records, verdicts, task.prompter)
+    return predict(
         records,
-        _load_evaluated(recipe, folder),
+        _load_evaluated(recipe, task.folder),
         items.tokenizer,
-        prompter,
+        task.prompter,
         recipe.evaluate,
         levels=items.levels,
-        examples=examples,
+        examples=task.examples,
+        share=share,
     )
-    return rows, score(rows)
 
 
 def _load_evaluated(recipe: Recipe, folder: str) -> PreTrainedModel:

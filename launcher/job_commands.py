@@ -1,6 +1,6 @@
 """Commands that make jobs, and the options that several commands share.
 
-In: arguments. Out: `submit` and `study`; the option types of cli.py.
+In: arguments. Out: `probe`, `evaluate`, `submit` and `study`; the option types of cli.py.
 Invariant: an option has one name, one meaning and one help text in all commands.
 Trade-off: apart from cli.py only so that each file can be read at a sitting; cli.py lists all commands.
 """
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
 from sftcore.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from launcher.ways_in import Machines
 
 RecipePath = Annotated[Path, typer.Argument(help="recipe (YAML); see recipes/", metavar="RECIPE")]
 Overrides = Annotated[
@@ -31,9 +34,79 @@ RanksPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine
 Sbatch = Annotated[
     list[str] | None, typer.Option("--sbatch", metavar="key=value", help="slurm: any option of sbatch")
 ]
+Shard = Annotated[
+    str | None, typer.Option(metavar="i/N", help="do share i (0 to N-1) of the batches only; see --merge")
+]
+Merge = Annotated[bool, typer.Option("--merge", help="only put the shards together; all have to be done")]
 Partition = Annotated[str | None, typer.Option(help="slurm: partition")]
 Time = Annotated[str | None, typer.Option(help="slurm: time limit; the run goes on behind it")]
 Account = Annotated[str | None, typer.Option(help="slurm: account")]
+
+
+def probe(
+    recipe: RecipePath,
+    on: On = "debug",
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    sbatch: Sbatch = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the lines or scripts, and stop")] = False,
+    shard: Shard = None,
+    merge: Merge = False,
+    set_: Overrides = None,
+    run: RunFolder = None,
+) -> None:
+    """Facts -> recall -> memory levels of the base model; over several processes with --on."""
+    loaded = load(recipe, set_, run)
+    machines = machines_of(
+        on, nodes, gpus_per_node, ranks_per_node, sbatch_options(sbatch, partition, time, account)
+    )
+    from launcher.shares import run_shares, share_of
+    from launcher.stages import describe_levels, probe_share
+    from launcher.stages import probe as probe_stage
+
+    if shard is not None:
+        print(probe_share(loaded, share_of(shard, is_alone=not merge)))
+    elif on == "debug" or run_shares("probe", loaded, machines, dry_run=dry_run):
+        print(describe_levels(probe_stage(loaded, merge_only=merge or on != "debug")))
+
+
+def evaluate(
+    recipe: RecipePath,
+    model: Annotated[Path | None, typer.Option(help="evaluate this folder instead of base and tuned")] = None,
+    on: On = "debug",
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    sbatch: Sbatch = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the lines or scripts, and stop")] = False,
+    shard: Shard = None,
+    merge: Merge = False,
+    set_: Overrides = None,
+    run: RunFolder = None,
+) -> None:
+    """Answers of the base and the trained model to the held-out items, scored; --on: by several processes."""
+    loaded = load(recipe, set_, run)
+    machines = machines_of(
+        on, nodes, gpus_per_node, ranks_per_node, sbatch_options(sbatch, partition, time, account)
+    )
+    from launcher.evaluating import evaluate as evaluate_stage
+    from launcher.evaluating import evaluate_share
+    from launcher.shares import run_shares, share_of
+
+    more = [] if model is None else ["--model", str(model.resolve())]
+    if shard is not None:
+        print(evaluate_share(loaded, share_of(shard, is_alone=not merge), model=model))
+    elif on == "debug" or run_shares("evaluate", loaded, machines, more=more, dry_run=dry_run):
+        found = evaluate_stage(loaded, model=model, merge_only=merge or on != "debug")
+        for name, scores in found.items():
+            print(f"{name}: {scores['correct']} of {scores['n']} right, {scores['accuracy']:.1%}")
 
 
 def submit(
@@ -109,6 +182,27 @@ def sbatch_options(
     named = {"partition": partition, "time": time, "account": account}
     pairs = [option.partition("=")[::2] for option in options or []]
     return {key: value for key, value in named.items() if value} | dict(pairs)
+
+
+def machines_of(
+    on: str, nodes: int, gpus_per_node: int | None, ranks_per_node: int | None, options: dict[str, str]
+) -> Machines:
+    """Where a command's shares go.
+
+    Raises:
+        UserInputError: options that the way in can't honour, by name.
+    """
+    from launcher.ways_in import Machines, check_way_in
+
+    machines = Machines(
+        on=on,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        options=options,
+    )
+    check_way_in(machines)
+    return machines
 
 
 def load(path: Path, overrides: list[str] | None, run: str | None) -> Recipe:

@@ -76,9 +76,9 @@ def recipe_of(folder: Path) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _rows(records: list[Record], verdicts: list[Verdict]) -> Iterator[dict[str, Any]]:
+def _rows(records: list[Record], verdicts: list[Verdict | None]) -> Iterator[dict[str, Any]]:
     for record, verdict in zip(records, verdicts, strict=True):
-        assert isinstance(record.content, Pair)
+        assert isinstance(record.content, Pair) and verdict is not None
         texts = {"row": record.row, "sentence1": record.content.a, "sentence2": record.content.b}
         yield {**texts, "label": verdict.label, "score": verdict.score, "text": verdict.text}
 

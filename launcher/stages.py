@@ -9,7 +9,6 @@ reading them again costs under a second.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from sftcore.data.records import Record
 from sftcore.data.splits import with_valid_as_train
 from sftcore.data.store import TokenStore
 from sftcore.data.tokens import Tokenizer, load_tokenizer
-from sftcore.errors import Problem, UserInputError
+from sftcore.dist import Share
 from sftcore.fsio import (
     atomic_file,
     folder_lock,
@@ -74,40 +73,18 @@ def prepare_valid(recipe: Recipe, tokenizer: Tokenizer) -> TokenStore:
     return prepare_store(with_valid_as_train(recipe), tokenizer)
 
 
-def prepare_share(recipe: Recipe, shard: str, *, num_workers: int | None, is_alone: bool) -> str:
-    """Make the parts of one job of an array; says what was done.
-
-    Args:
-        shard: "i/N", i from 0.
-        is_alone: no other option was given that needs the whole store.
-
-    Raises:
-        UserInputError: not of that form, or not alone.
-    """
-    job, num_jobs = _share(shard)
-    if not is_alone:
-        raise UserInputError(Problem(what="--merge and --check need all shards", where="--shard", got=shard))
+def prepare_share(recipe: Recipe, share: Share, *, num_workers: int | None) -> str:
+    """Make the parts of one job of an array; says what was done."""
     mine, total = prepare_shard(
         recipe,
         recipe_tokenizer(recipe),
-        job=job,
-        num_jobs=num_jobs,
+        job=share.job,
+        num_jobs=share.num_jobs,
         only_ids=_chosen(recipe),
         num_workers=num_workers,
     )
-    return f"shard {shard}: {mine} of {total} parts are done; then: sftcore prepare RECIPE --merge"
-
-
-def _share(shard: str) -> tuple[int, int]:
-    """i and N of "i/N"."""
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise UserInputError(
-            Problem(
-                what="a share is i/N with i from 0 to N-1", where="--shard", got=shard, allowed="0/4 to 3/4"
-            )
-        )
-    return int(match[1]), int(match[2])
+    of = f"{share.job}/{share.num_jobs}"
+    return f"shard {of}: {mine} of {total} parts are done; then: sftcore prepare RECIPE --merge"
 
 
 def write_check(recipe: Recipe, store: TokenStore) -> str:
@@ -182,30 +159,20 @@ def probe(recipe: Recipe, *, merge_only: bool = False) -> list[FactLevel]:
         return levels
 
 
-def probe_share(recipe: Recipe, shard: str, *, is_alone: bool) -> str:
-    """Measure the batches of one job of an array; says what was done.
-
-    Args:
-        shard: "i/N", i from 0.
-        is_alone: `--merge` was not given.
-
-    Raises:
-        UserInputError: not of that form, or not alone.
-    """
-    job, num_jobs = _share(shard)
-    if not is_alone:
-        raise UserInputError(Problem(what="--merge needs all shards", where="--shard", got=shard))
+def probe_share(recipe: Recipe, share: Share) -> str:
+    """Measure the batches of one job of an array; says what was done."""
     with open_run(recipe, purpose="probing a shard", shared=True) as run:
-        folder = run / SHARDS / f"{job}-of-{num_jobs}"
+        folder = run / SHARDS / f"{share.job}-of-{share.num_jobs}"
         with folder_lock(folder, purpose="probing this shard"):
             mine, total = probe_shard(
                 _probe(recipe, run),
                 lambda: load_for_decoding(recipe.model),
                 folder=folder,
-                job=job,
-                num_jobs=num_jobs,
+                job=share.job,
+                num_jobs=share.num_jobs,
             )
-    return f"shard {shard}: {mine} of {total} batches are done; then: sftcore probe RECIPE --merge"
+    of = f"{share.job}/{share.num_jobs}"
+    return f"shard {of}: {mine} of {total} batches are done; then: sftcore probe RECIPE --merge"
 
 
 def _probe(recipe: Recipe, run: Path) -> Probe:

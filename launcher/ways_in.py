@@ -48,6 +48,17 @@ class Machines:
         said = self.gpus_per_node or self.ranks_per_node
         return said if said else num_gpus() if self.on == "node" else 1
 
+    def require_ranks(self) -> int:
+        """Ranks per machine.
+
+        Raises:
+            UserInputError: nothing was said, and this machine has no GPU.
+        """
+        if self.num_ranks_per_node == 0:
+            remedy = "--ranks-per-node N for ranks on CPUs"
+            raise UserInputError(Problem(what="this machine has no GPU", where="--on node", remedy=remedy))
+        return self.num_ranks_per_node
+
     def resources(self) -> Resources:
         """What a job asks Slurm for."""
         return Resources(
@@ -124,10 +135,7 @@ def _is_done(recipe: Recipe) -> bool:
 def _count_ranks(machines: Machines) -> tuple[int, int]:
     """(ranks per machine, ranks over all machines)."""
     if machines.hostfile is None:
-        count = machines.num_ranks_per_node
-        if count == 0:
-            remedy = "--ranks-per-node N for ranks on CPUs"
-            raise UserInputError(Problem(what="this machine has no GPU", where="--on node", remedy=remedy))
+        count = machines.require_ranks()
         return count, count
     hosts = read_hostfile(machines.hostfile)
     said = machines.gpus_per_node or machines.ranks_per_node or min(hosts.values())
@@ -136,7 +144,7 @@ def _count_ranks(machines: Machines) -> tuple[int, int]:
 
 def _train_on_slurm(recipe: Recipe, machines: Machines, more: Sequence[str], *, dry_run: bool) -> int:
     job = train_job(recipe, machines.resources(), more)
-    print(_scripts([job]) if dry_run else submit_recipe(recipe, [job]))
+    print(scripts_of([job]) if dry_run else submit_recipe(recipe, [job]))
     return EXIT_DONE
 
 
@@ -144,8 +152,9 @@ def submit_whole(recipe: Recipe, machines: Machines, *, num_shards: int, dry_run
     """Submit every stage of a recipe, each behind the one before; says what was submitted."""
     recipe = recipe.model_copy(update={"run": str(recipe.run_folder.resolve())})
     jobs = recipe_jobs(recipe, machines.resources(), num_shards=num_shards)
-    return _scripts(jobs) if dry_run else submit_recipe(recipe, jobs)
+    return scripts_of(jobs) if dry_run else submit_recipe(recipe, jobs)
 
 
-def _scripts(jobs: Sequence[Job]) -> str:
+def scripts_of(jobs: Sequence[Job]) -> str:
+    """The batch scripts of jobs, one after another."""
     return "\n".join(f"# {job.name}.sbatch\n{job.script()}" for job in jobs)

@@ -17,6 +17,7 @@ from sftcore.config import EvaluateSettings
 from sftcore.data.contents import Completion, Fact, Pair
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
+from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.few_shot import few_shot_prompts, first_paragraph
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
@@ -33,8 +34,9 @@ def predict(
     *,
     levels: Mapping[str, int],
     examples: Sequence[Record] = (),
+    share: Share = WHOLE,
 ) -> list[dict[str, Any]]:
-    """Rows of predictions.jsonl, in the records' order.
+    """Rows of predictions.jsonl, in the records' order (of a share: of the records in its batches).
 
     Args:
         levels: memory level by record id; items without one get no `level`.
@@ -47,9 +49,10 @@ def predict(
         prompts = few_shot_prompts(records, examples, prompter)
     else:
         prompts = prompter.prompt_ids_batch(records)
-    texts = [""] * len(records)
-    with progress("evaluating", len(records)) as advance:
-        for batch in batches_by_length(prompts, prompts_per_batch=settings.batch_size):
+    texts: dict[int, str] = {}
+    batches = share.of(batches_by_length(prompts, prompts_per_batch=settings.batch_size))
+    with progress("evaluating", sum(map(len, batches))) as advance:
+        for batch in batches:
             completions = decode_batch(
                 model,
                 [prompts[i] for i in batch],
@@ -62,8 +65,8 @@ def predict(
             advance(len(batch))
     aliases = AliasTable.load()
     return [
-        _row(record, tokenizer.decode(prompt), text, prompter, levels, aliases)
-        for record, prompt, text in zip(records, prompts, texts, strict=True)
+        _row(records[i], tokenizer.decode(prompts[i]), texts[i], prompter, levels, aliases)
+        for i in sorted(texts)
     ]
 
 

@@ -11,7 +11,7 @@ number is reported (a base model: often all), as a lenient reading would hide an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from sftcore.data.prompts import Prompter
 from sftcore.data.rationales import parse_answer
 from sftcore.data.records import Record
 from sftcore.data.wording import LANGUAGES, language_of
+from sftcore.dist import WHOLE, Share
 from sftcore.log import progress
 from sftcore.model.encoder import encoder_logits
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
@@ -49,33 +50,53 @@ class Verdict:
 
 
 def judge_pairs(
-    recipe: Recipe, folder: str, records: Sequence[Record], prompter: Prompter, *, quantised: bool = False
-) -> list[Verdict]:
-    """What the model in `folder` says of each pair, in the records' order.
+    recipe: Recipe,
+    folder: str,
+    records: Sequence[Record],
+    prompter: Prompter,
+    *,
+    quantised: bool = False,
+    share: Share = WHOLE,
+) -> list[Verdict | None]:
+    """What the model in `folder` says of each pair, in the records' order; None in another job's share.
 
     Raises:
         UserInputError: no such model, or one that can't be scored.
     """
-    if recipe.matching.mode == "encoder":
-        return _encoder_verdicts(recipe, folder, records, prompter)
     settings = recipe.model.model_copy(update={"path": folder})
     if not recipe.classifies and not recipe.matching.compares_likelihoods:
-        return _generated(recipe, load_for_decoding(settings, quantised=quantised), records, prompter)
-    model = load_for_scoring(settings, classifies=recipe.classifies, quantised=quantised)
-    verdicts: dict[int, Verdict] = {}
-    for language in LANGUAGES:  # prompts of a language begin alike, which is then computed once a pack
+        model = load_for_decoding(settings, quantised=quantised)
+        return _generated(recipe, model, records, prompter, share)
+    if recipe.matching.mode == "encoder":
+        logits = encoder_logits(recipe, folder, prompter.prompt_ids_batch(records), share=share)
+        scores = [None if row is None else row[1] - row[0] for row in logits]
+    else:
+        model = load_for_scoring(settings, classifies=recipe.classifies, quantised=quantised)
+        scores = _scores_by_language(recipe, model, records, prompter, share)
+    return [
+        None if score is None else _verdict(score, record, prompter)
+        for score, record in zip(scores, records, strict=True)
+    ]
+
+
+def _scores_by_language(
+    recipe: Recipe, model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, share: Share
+) -> list[float | None]:
+    """By how much label 1 is preferred; prompts of a language begin alike, which is computed once a pack."""
+    scores: list[float | None] = [None] * len(records)
+    for language in LANGUAGES:
         numbers = [i for i, record in enumerate(records) if _language(record, prompter) == language]
         if not numbers:
             continue
         chosen = [records[i] for i in numbers]
-        scores = (
-            _class_margins(model, chosen, prompter, pooling=recipe.matching.pooling)
+        found = (
+            _class_margins(model, chosen, prompter, recipe.matching.pooling, share)
             if recipe.classifies
-            else _text_margins(model, chosen, prompter, mean=recipe.matching.normalise == "mean")
+            else _text_margins(model, chosen, prompter, recipe.matching.normalise == "mean", share)
         )
-        for i, score in zip(numbers, scores, strict=True):
-            verdicts[i] = _verdict(score, records[i], prompter)
-    return [verdicts[i] for i in range(len(records))]
+        for i, score in zip(numbers, found, strict=True):
+            scores[i] = score
+    return scores
 
 
 def _verdict(score: float, record: Record, prompter: Prompter) -> Verdict:
@@ -84,30 +105,25 @@ def _verdict(score: float, record: Record, prompter: Prompter) -> Verdict:
     return Verdict(label=label, text=text, score=score)
 
 
-def _encoder_verdicts(
-    recipe: Recipe, folder: str, records: Sequence[Record], prompter: Prompter
-) -> list[Verdict]:
-    logits = encoder_logits(recipe, folder, prompter.prompt_ids_batch(records))
-    margins = [same - different for different, same in logits]
-    return [_verdict(score, record, prompter) for score, record in zip(margins, records, strict=True)]
-
-
 def _class_margins(
-    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, *, pooling: str
-) -> list[float]:
+    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, pooling: str, share: Share
+) -> list[float | None]:
     questions = [Question(prompt=ids) for ids in prompter.prompt_ids_batch(records)]
-    return [same - different for different, same in class_logits(model, questions, pooling=pooling)]
+    logits = class_logits(model, questions, pooling=pooling, share=share)
+    return [None if row is None else row[1] - row[0] for row in logits]
 
 
 def _text_margins(
-    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, *, mean: bool
-) -> list[float]:
+    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, mean: bool, share: Share
+) -> list[float | None]:
     prompts, answers = prompter.prompt_ids_batch(records), prompter.label_ids_batch(records)
     questions = [
         Question(prompt=prompt, continuations=both) for prompt, both in zip(prompts, answers, strict=True)
     ]
-    scored = continuation_scores(model, questions)
-    return [_normalised(same, mean) - _normalised(different, mean) for different, same in scored]
+    scored = continuation_scores(model, questions, share=share)
+    return [
+        None if pair is None else _normalised(pair[1], mean) - _normalised(pair[0], mean) for pair in scored
+    ]
 
 
 def _normalised(token_scores: Sequence[float], mean: bool) -> float:
@@ -116,12 +132,13 @@ def _normalised(token_scores: Sequence[float], mean: bool) -> float:
 
 
 def _generated(
-    recipe: Recipe, model: PreTrainedModel, records: Sequence[Record], prompter: Prompter
-) -> list[Verdict]:
+    recipe: Recipe, model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, share: Share
+) -> list[Verdict | None]:
     prompts, tokenizer = prompter.prompt_ids_batch(records), prompter.codec.tokenizer
-    verdicts: dict[int, Verdict] = {}
-    with progress("evaluating", len(records)) as advance:
-        for batch in batches_by_length(prompts, prompts_per_batch=recipe.evaluate.batch_size):
+    verdicts: list[Verdict | None] = [None] * len(records)
+    batches = share.of(batches_by_length(prompts, prompts_per_batch=recipe.evaluate.batch_size))
+    with progress("evaluating", sum(map(len, batches))) as advance:
+        for batch in batches:
             completions = decode_batch(
                 model,
                 [prompts[i] for i in batch],
@@ -132,7 +149,7 @@ def _generated(
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
                 verdicts[i] = Verdict(label=_read(text, records[i], prompter), text=text, score=None)
             advance(len(batch))
-    return [verdicts[i] for i in range(len(records))]
+    return verdicts
 
 
 def _read(text: str, record: Record, prompter: Prompter) -> int | None:
@@ -147,10 +164,15 @@ def _language(record: Record, prompter: Prompter) -> str:
 
 
 def pair_rows(
-    records: Sequence[Record], verdicts: Sequence[Verdict], prompter: Prompter
+    records: Sequence[Record], verdicts: Sequence[Verdict | None], prompter: Prompter
 ) -> list[dict[str, Any]]:
-    """Rows of predictions.jsonl; `label` is the gold label's word, `score` prefers label 1 where positive."""
-    return [_row(record, verdict, prompter) for record, verdict in zip(records, verdicts, strict=True)]
+    """Rows of predictions.jsonl of the pairs that were judged.
+
+    `label` is the gold label's word; `score` prefers label 1 where positive.
+    """
+    return [
+        _row(record, verdict, prompter) for record, verdict in zip(records, verdicts, strict=True) if verdict
+    ]
 
 
 def _row(record: Record, verdict: Verdict, prompter: Prompter) -> dict[str, Any]:
@@ -167,21 +189,25 @@ def _row(record: Record, verdict: Verdict, prompter: Prompter) -> dict[str, Any]
     }
 
 
-def pair_scores(records: Sequence[Record], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def pair_scores(records: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What scores.json says of each split's pairs beyond accuracy.
+
+    Args:
+        rows: of predictions.jsonl, one for each record.
 
     Returns:
         `{split: {n, unparsable, majority_accuracy, predicted_same, gold_same}}`, counts and shares of n.
     """
     found = {}
     for split in dict.fromkeys(record.split for record in records):
-        here = [(r.content, v) for r, v in zip(records, verdicts, strict=True) if r.split == split]
+        here = [(r.content, row) for r, row in zip(records, rows, strict=True) if r.split == split]
         gold = Counter(content.label for content, _ in here if isinstance(content, Pair))
+        same = [row["correct"] == (c.label == 1) for c, row in here if isinstance(c, Pair) and row["parsed"]]
         found[split] = {
             "n": len(here),
-            "unparsable": sum(verdict.label is None for _, verdict in here),
+            "unparsable": sum(not row["parsed"] for _, row in here),
             "majority_accuracy": max(gold.values()) / len(here),
-            "predicted_same": sum(verdict.label == 1 for _, verdict in here) / len(here),
+            "predicted_same": sum(same) / len(here),
             "gold_same": gold[1] / len(here),
         }
     return found

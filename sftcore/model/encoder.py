@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
+from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length
@@ -111,14 +112,17 @@ def separator_of(path: str) -> int:
 
 
 @torch.inference_mode()
-def encoder_logits(recipe: Recipe, folder: str, rows: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Per row of token ids: the logits of the classifier in `folder`."""
+def encoder_logits(
+    recipe: Recipe, folder: str, rows: Sequence[Sequence[int]], *, share: Share = WHOLE
+) -> list[list[float] | None]:
+    """Per row of token ids: the logits of the classifier in `folder`; None in another job's share."""
     settings = recipe.model.model_copy(update={"path": folder})
     model = load_for_decoding(settings, attention="sdpa", kind=AutoModelForSequenceClassification)
     separator = separator_of(folder)
-    results: list[list[float]] = [[]] * len(rows)
-    with progress("scoring", len(rows)) as advance:
-        for batch in batches_by_length(rows, prompts_per_batch=ROWS_PER_BATCH):
+    results: list[list[float] | None] = [None] * len(rows)
+    batches = share.of(batches_by_length(rows, prompts_per_batch=ROWS_PER_BATCH))
+    with progress("scoring", sum(map(len, batches))) as advance:
+        for batch in batches:
             documents = [torch.tensor(rows[i], device=model.device) for i in batch]
             logits = padded_logits(model, documents, separator).float().tolist()
             for i, row in zip(batch, logits, strict=True):

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from sftcore.config import ModelSettings
+from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.log import progress
 from sftcore.model.adapters import CLASSIFIER
@@ -160,9 +161,16 @@ def _vocabulary_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Te
 
 
 def continuation_scores(
-    model: PreTrainedModel, questions: Sequence[Question], *, capacity: int = PACK_TOKENS
-) -> list[list[list[float]]]:
-    """Per question and continuation: the log-likelihood of each of its tokens, in nats."""
+    model: PreTrainedModel,
+    questions: Sequence[Question],
+    *,
+    capacity: int = PACK_TOKENS,
+    share: Share = WHOLE,
+) -> list[Any]:
+    """Per question and continuation: the log-likelihood of each of its tokens, in nats.
+
+    A question in another job's share gets None.
+    """
 
     def score(pack: ScoringPack, states_TD: torch.Tensor) -> list[list[list[float]]]:
         places = [place for question in pack.asked for place in question]
@@ -170,7 +178,7 @@ def continuation_scores(
         flat = iter(_log_likelihoods(model, states_TD, [p for place in places for p in place], targets))
         return [[[next(flat) for _ in place] for place in question] for question in pack.asked]
 
-    return _for_all(model, questions, capacity, score)
+    return _for_all(model, questions, capacity, score, share)
 
 
 def class_logits(
@@ -179,14 +187,15 @@ def class_logits(
     *,
     capacity: int = PACK_TOKENS,
     pooling: str = "last",
-) -> list[list[float]]:
-    """Per question: the classifier's logits of the prompt's last state, or of its mean state."""
+    share: Share = WHOLE,
+) -> list[Any]:
+    """Per question: the classifier's logits of the prompt's last state, or of its mean state; or None."""
     pooled = _mean_states if pooling == "mean" else _last_states
 
     def score(pack: ScoringPack, states_TD: torch.Tensor) -> list[list[float]]:
         return model.get_submodule(CLASSIFIER)(pooled(pack, states_TD)).float().tolist()
 
-    return _for_all(model, questions, capacity, score)
+    return _for_all(model, questions, capacity, score, share)
 
 
 def _last_states(pack: ScoringPack, states_TD: torch.Tensor) -> torch.Tensor:
@@ -211,11 +220,13 @@ def _for_all(
     questions: Sequence[Question],
     capacity: int,
     score: Callable[[ScoringPack, torch.Tensor], list[Any]],
+    share: Share,
 ) -> list[Any]:
-    """Run every pack; results in the questions' order."""
+    """Run every pack of the share; results in the questions' order, None for others."""
     results: list[Any] = [None] * len(questions)
-    with progress("scoring", len(questions)) as advance:
-        for pack in pack_questions(questions, capacity=capacity):
+    packs = share.of(list(pack_questions(questions, capacity=capacity)))
+    with progress("scoring", sum(len(pack.numbers) for pack in packs)) as advance:
+        for pack in packs:
             states = model.get_decoder()(
                 input_ids=torch.tensor([pack.input_ids], device=model.device),
                 position_ids=torch.tensor([pack.position_ids], device=model.device),

@@ -1,0 +1,143 @@
+"""`probe` and `evaluate` by several processes: `--on node` on this machine, `--on slurm` as an array of jobs.
+
+In: a command, a recipe, the machines. Out: the files that one process would write.
+Invariant: shares are whole batches that the items alone decide, so the number of processes changes no byte;
+what was done before a stop is found again.
+Trade-off: each process loads the model by itself (seconds for 8B from a warm disk) instead of sharing it, so
+that processes need no word with each other and a lost one costs only its share.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from launcher.run_folder import open_run
+from launcher.slurm import Job, stage_job, submit_recipe
+from launcher.ways_in import Machines, scripts_of
+from sftcore.config import Recipe
+from sftcore.dist import Share
+from sftcore.errors import EXIT_STOPPED, Problem, TrainingFailed, UserInputError
+
+log = logging.getLogger("sftcore.shares")
+POLL_SECONDS = 0.2
+TAIL_LINES = 6
+
+
+def share_of(shard: str, *, is_alone: bool = True) -> Share:
+    """The share that "i/N" names.
+
+    Args:
+        is_alone: no other option was given that needs all shards.
+
+    Raises:
+        UserInputError: not of that form, or not alone.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or int(match[1]) >= int(match[2]):
+        what, allowed = "a share is i/N with i from 0 to N-1", "0/4 to 3/4"
+        raise UserInputError(Problem(what=what, where="--shard", got=shard, allowed=allowed))
+    if not is_alone:
+        raise UserInputError(Problem(what="--merge and --check need all shards", where="--shard", got=shard))
+    return Share(int(match[1]), int(match[2]))
+
+
+def run_shares(
+    command: str, recipe: Recipe, machines: Machines, *, more: Sequence[str] = (), dry_run: bool = False
+) -> bool:
+    """Run a command's shares; returns whether they are done, so that they can be merged here.
+
+    Args:
+        more: further arguments of the command.
+        dry_run: only print the lines or scripts.
+
+    Raises:
+        TrainingFailed: a process failed; the others were stopped.
+    """
+    recipe = recipe.model_copy(update={"run": str(recipe.run_folder.resolve())})
+    run = recipe.run_folder
+    arguments = [command, str(run / "recipe.yaml"), "--run", str(run), *more]
+    if machines.on == "slurm":
+        jobs = _array(command, recipe, machines, arguments)
+        print(scripts_of(jobs) if dry_run else submit_recipe(recipe, jobs))
+        return False
+    count = machines.require_ranks()
+    lines = [[*arguments, "--shard", f"{number}/{count}"] for number in range(count)]
+    if dry_run:
+        print("\n".join(" ".join(["sftcore", *line]) for line in lines))
+        return False
+    with open_run(recipe, purpose=command):
+        pass  # writes RUN/recipe.yaml, or refuses another one's folder
+    _run_processes(command, lines, run / "logs", has_gpus=machines.ranks_per_node is None)
+    return True
+
+
+def _array(command: str, recipe: Recipe, machines: Machines, arguments: Sequence[str]) -> list[Job]:
+    """An array of jobs with one process each, and one job behind it that merges."""
+    count = machines.nodes * machines.require_ranks()
+    resources, run = machines.resources(), recipe.run_folder
+    shares = stage_job(run, command, resources, arguments, array=f"0-{count - 1}")
+    return [shares, stage_job(run, f"{command}-merge", resources, [*arguments, "--merge"])]
+
+
+def _run_processes(command: str, lines: Sequence[Sequence[str]], logs: Path, *, has_gpus: bool) -> None:
+    """Run all lines at once and wait; process i sees GPU i, or a share of the cores."""
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // len(lines)))
+    processes, files = [], [logs / f"{command}-{number}.log" for number in range(len(lines))]
+    with _stop_raises():
+        try:
+            for number, line in enumerate(lines):
+                environment = {"OMP_NUM_THREADS": threads, **os.environ}
+                if has_gpus:
+                    environment["CUDA_VISIBLE_DEVICES"] = _gpu(number)
+                start = [sys.executable, "-m", "launcher.cli", *line]
+                with open(files[number], "ab") as output:
+                    processes.append(subprocess.Popen(start, stdout=output, stderr=output, env=environment))
+            log.info("%s in %d processes; their output: %s", command, len(lines), logs)
+            while any(process.poll() is None for process in processes):
+                if any(process.poll() for process in processes):
+                    break
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in processes:
+                process.terminate()
+            codes = [process.wait() for process in processes]
+    failed = [number for number, code in enumerate(codes) if code > 0]
+    if failed or any(codes):
+        number = failed[0] if failed else next(i for i, code in enumerate(codes) if code)
+        said = files[number].read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        raise TrainingFailed(
+            f"process {number} of {len(lines)} ended with exit code {codes[number]}; start again to go on\n"
+            + "\n".join(said)
+        )
+
+
+def _gpu(number: int) -> str:
+    """The number-th of the GPUs that this process may see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible.split(",")[number] if visible else str(number)
+
+
+@contextmanager
+def _stop_raises() -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGUSR1 end it by SystemExit(75), through its `finally`."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_STOPPED)
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
