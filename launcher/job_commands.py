@@ -114,7 +114,7 @@ def submit(
     nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,
     ranks_per_node: RanksPerNode = None,
-    shards: Annotated[int, typer.Option(min=1, help="jobs that prepare the data")] = 1,
+    shards: Annotated[int, typer.Option(min=1, help="jobs that share probe, data and evaluation")] = 1,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,

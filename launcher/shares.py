@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from launcher.run_folder import open_run
-from launcher.slurm import Job, stage_job, submit_recipe
+from launcher.slurm import shared_stage, submit_recipe
 from launcher.ways_in import Machines, scripts_of
 from sftcore.config import Recipe
 from sftcore.dist import Share
@@ -67,7 +67,8 @@ def run_shares(
     run = recipe.run_folder
     arguments = [command, str(run / "recipe.yaml"), "--run", str(run), *more]
     if machines.on == "slurm":
-        jobs = _array(command, recipe, machines, arguments)
+        count = machines.nodes * machines.require_ranks()
+        jobs = shared_stage(run, command, machines.resources(), arguments, num_shards=count)
         print(scripts_of(jobs) if dry_run else submit_recipe(recipe, jobs))
         return False
     count = machines.require_ranks()
@@ -79,14 +80,6 @@ def run_shares(
         pass  # writes RUN/recipe.yaml, or refuses another one's folder
     _run_processes(command, lines, run / "logs", has_gpus=machines.ranks_per_node is None)
     return True
-
-
-def _array(command: str, recipe: Recipe, machines: Machines, arguments: Sequence[str]) -> list[Job]:
-    """An array of jobs with one process each, and one job behind it that merges."""
-    count = machines.nodes * machines.require_ranks()
-    resources, run = machines.resources(), recipe.run_folder
-    shares = stage_job(run, command, resources, arguments, array=f"0-{count - 1}")
-    return [shares, stage_job(run, f"{command}-merge", resources, [*arguments, "--merge"])]
 
 
 def _run_processes(command: str, lines: Sequence[Sequence[str]], logs: Path, *, has_gpus: bool) -> None:

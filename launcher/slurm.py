@@ -147,23 +147,32 @@ def stage_job(
 
 
 def recipe_jobs(recipe: Recipe, resources: Resources, *, num_shards: int) -> list[Job]:
-    """prepare (in shards) -> train -> evaluate -> report, with the probe in front if facts are selected."""
+    """prepare -> train -> evaluate -> report, with the probe in front if facts are selected.
+
+    Args:
+        num_shards: jobs of each array that probes, prepares or evaluates; a job behind it merges.
+    """
     run = recipe.run_folder
     of_recipe = [str(run / "recipe.yaml"), "--run", str(run)]
 
-    def stage(name: str, *arguments: str, array: str = "") -> Job:
-        return stage_job(run, name, resources, arguments, array=array)
+    def stage(name: str) -> list[Job]:
+        if num_shards == 1:
+            return [stage_job(run, name, resources, [name, *of_recipe])]
+        return shared_stage(run, name, resources, [name, *of_recipe], num_shards=num_shards)
 
-    jobs = [stage("probe", "probe", *of_recipe)] if recipe.selects_by_level else []
-    if num_shards > 1:
-        jobs.append(stage("prepare", "prepare", *of_recipe, array=f"0-{num_shards - 1}"))
-        jobs.append(stage("merge", "prepare", *of_recipe, "--merge"))
-    else:
-        jobs.append(stage("prepare", "prepare", *of_recipe))
-    jobs.append(train_job(recipe, resources, []))
+    jobs = stage("probe") if recipe.selects_by_level else []
+    jobs += [*stage("prepare"), train_job(recipe, resources, [])]
     if recipe.data.test or recipe.data.ood:
-        jobs.append(stage("evaluate", "evaluate", *of_recipe))
-    return [*jobs, stage("report", "report", str(run))]
+        jobs += stage("evaluate")
+    return [*jobs, stage_job(run, "report", resources, ["report", str(run)])]
+
+
+def shared_stage(
+    folder: Path, name: str, resources: Resources, arguments: Sequence[str], *, num_shards: int
+) -> list[Job]:
+    """An array of jobs that share a command's work, and one job behind it that merges."""
+    shares = stage_job(folder, name, resources, arguments, array=f"0-{num_shards - 1}")
+    return [shares, stage_job(folder, f"{name}-merge", resources, [*arguments, "--merge"])]
 
 
 def submit_chain(folder: Path, jobs: Sequence[Job]) -> list[str]:

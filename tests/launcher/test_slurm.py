@@ -219,14 +219,16 @@ def test_a_study_of_six_runs_with_one_that_fails_as_an_array(tiny_recipe, cluste
 
 @pytest.mark.slurm
 def test_a_whole_recipe_is_submitted_as_a_chain(tiny_recipe, cluster):
-    path = write_recipe(tiny_recipe, "chain")
+    """Probe, prepare and evaluate by two jobs each, and one that merges."""
+    path = write_recipe(tiny_recipe, "chain", select={"levels": [0, 1, 2, 3, 4], "n": 8})
     done = cluster.shell(f"sftcore submit {path} --shards 2 --ranks-per-node 2")
     assert done.returncode == 0, done.stderr
     jobs = [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job")]
-    assert len(jobs) == 5
+    assert len(jobs) == 8
     assert "COMPLETED" in cluster.wait(jobs[-1]), logs()[-3000:]
     report = json.loads(Path("runs/chain/report.json").read_text())
-    assert report["n"] == 8 and report["acc_tuned"] is not None and len(steps("chain")) == 8
+    assert report["n"] == 8 and report["acc_tuned"] is not None and len(steps("chain")) == 4
+    assert len(read_jsonl(Path("runs/chain/levels.jsonl"))) == 24
 
 
 @pytest.mark.slurm
@@ -272,7 +274,7 @@ def test_a_script_is_filled_in_strictly(tiny_recipe, tmp_path):
     with pytest.raises(UserInputError, match="the template has no line #@time@"):
         fill_in("#@sbatch@\n", {"sbatch": "", "time": "1"})
     names = [job.name for job in recipe_jobs(recipe, resources, num_shards=4)]
-    assert names == ["prepare", "merge", "train", "evaluate", "report"]
+    assert names == ["prepare", "prepare-merge", "train", "evaluate", "evaluate-merge", "report"]
 
 
 def test_attempts_without_progress_are_limited(tmp_path):
