@@ -4,7 +4,7 @@
 
 In: a causal LM's folder. Out: a JSON line: pairs a minute by the clock, processor seconds, tokens a pair, how
 much longer it takes to compute the prompt anew for each label text.
-Invariant: both ways give the same log-likelihoods, which is asserted.
+Invariant: both ways give the same log-likelihoods but for bfloat16's rounding, which is asserted.
 Trade-off: pairs are questions about shipped facts (English, alike in length), so that any tokenizer has about
 40 tokens a pair.
 """
@@ -28,6 +28,8 @@ from sftcore.fsio import read_jsonl
 from sftcore.knowledge.templates import question_of
 from sftcore.model.likelihood import Question, continuation_scores, load_for_scoring
 from sftcore.recipe import ASSETS
+
+HERE = Path(__file__).parent
 
 
 def pairs(n: int) -> list[Record]:
@@ -72,12 +74,13 @@ def main() -> None:
     timed(model, shared[:100])
     scores, seconds, processor_seconds = timed(model, shared)
     apart, apart_seconds, apart_processor_seconds = timed(model, alone)
-    largest = max(
+    differences = [
         abs(sum(a) - sum(b))
         for pair, i in zip(scores, range(0, len(apart), 2), strict=True)
         for a, b in zip(pair, (apart[i][0], apart[i + 1][0]), strict=True)
-    )
-    assert largest < 0.5, largest  # nats, bfloat16
+    ]
+    mean = sum(differences) / len(differences)
+    assert mean < 0.1, mean  # nats, bfloat16; in float32 they are equal (tests/model/test_likelihood.py)
     result = {
         "model": options.model.name,
         "pairs": len(records),
@@ -87,8 +90,10 @@ def main() -> None:
         "processor_seconds": processor_seconds,
         "unshared_seconds_ratio": apart_seconds / seconds,
         "unshared_processor_ratio": apart_processor_seconds / processor_seconds,
-        "largest_difference_nats": largest,
+        "mean_difference_nats": mean,
+        "largest_difference_nats": max(differences),
     }
+    (HERE / "results" / "match.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: round(v, 3) if isinstance(v, float) else v for key, v in result.items()}))
 
 

@@ -10,6 +10,7 @@ learning rate) are kept apart by a suffix with those keys rather than averaged, 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def summarise_matching(folder: Path) -> dict[str, Any]:
     cells = [_cell(*key, group, majority) for key, group in sorted(grouped.items())]
     comparisons = compare_arms(grouped)
     sensitivity = prompt_sensitivity(cells)
-    references = _references(runs, arms, majority)
+    references = _references(runs, majority)
     return {
         "name": folder.resolve().name,
         "model": ", ".join(sorted({_model_name(run.recipe) for run in runs})),
@@ -242,7 +243,8 @@ def compare_arms(grouped: Mapping[tuple[str, int, int], Sequence[MatchingRun]]) 
     A pair's difference is the share of the first arm's draws that were right, minus the second's.
 
     Returns:
-        `{n, first, second, difference, low, high}`, shares; normal 95 % interval over the test pairs.
+        `{n, first, second, difference, low, high, draws_overlap}`, shares; normal 95 % interval over the
+        test pairs, which says nothing of the luck of the draws.
     """
     found = []
     sizes = sorted({n for _, n, wording in grouped if wording == 0})
@@ -253,6 +255,7 @@ def compare_arms(grouped: Mapping[tuple[str, int, int], Sequence[MatchingRun]]) 
             differences = [one[item] - two[item] for item in one]
             middle = fmean(differences)
             half = Z * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+            draws = [[run.accuracy for run in grouped[arm, n, 0]] for arm in (first, second)]
             found.append(
                 {
                     "n": n,
@@ -261,6 +264,7 @@ def compare_arms(grouped: Mapping[tuple[str, int, int], Sequence[MatchingRun]]) 
                     "difference": middle,
                     "low": middle - half,
                     "high": middle + half,
+                    "draws_overlap": min(draws[0]) <= max(draws[1]) and min(draws[1]) <= max(draws[0]),
                 }
             )
     return found
@@ -288,17 +292,20 @@ def prompt_sensitivity(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     ]
 
 
-def _references(
-    runs: Sequence[MatchingRun], arms: Mapping[str, str], majority: float
-) -> list[dict[str, Any]]:
-    """What needs no training: the larger class, the base model, the base model behind solved examples."""
+def _references(runs: Sequence[MatchingRun], majority: float) -> list[dict[str, Any]]:
+    """What needs no training: the larger class, the base model, the base model behind solved examples.
+
+    Prompts that most runs have come first.
+    """
     found = [{"name": "larger class of the test set", "accuracy": majority, "unparsable": 0.0}]
     words = {BASE: "base model ({})", FEW_SHOT: "base model, {examples} solved examples ({})"}
     seen = set()
-    for run in runs:
+    count = Counter((describe_arm(run.recipe), run.wording) for run in runs)
+    for run in sorted(runs, key=lambda r: (-count[describe_arm(r.recipe), r.wording], r.name)):
         for name, scores in run.others.items():
             examples = run.recipe.get("evaluate.few_shot", 0)
-            arm = arms[run.name] + (f", wording {run.wording}" if run.wording else "")
+            arm = describe_arm({**run.recipe, "adapter.kind": "none"})  # which is not there yet
+            arm += f", wording {run.wording}" if run.wording else ""
             text = words[name].format(arm, examples=examples)
             if text in seen:
                 continue
@@ -329,14 +336,20 @@ def _verdict(
             f"{len(beating)} of {len(cells)} cells beat the larger class beyond chance (95 % interval over "
             "the test pairs)."
         )
-    for part in comparisons:
-        if part["low"] > 0 or part["high"] < 0:
-            ahead, behind = ("first", "second") if part["low"] > 0 else ("second", "first")
-            sentences.append(
-                f"With {part['n']:,} pairs, {part[ahead]} is ahead of {part[behind]} by "
-                f"{100 * abs(part['difference']):.1f} points."
-            )
-    if comparisons and len(sentences) < 3:
+    beyond = [part for part in comparisons if part["low"] > 0 or part["high"] < 0]
+    clear = [part for part in beyond if not part["draws_overlap"]]
+    for part in clear:
+        ahead, behind = ("first", "second") if part["low"] > 0 else ("second", "first")
+        sentences.append(
+            f"With {part['n']:,} pairs, {part[ahead]} is ahead of {part[behind]} by "
+            f"{100 * abs(part['difference']):.1f} points."
+        )
+    if len(beyond) > len(clear):
+        sentences.append(
+            f"{len(beyond) - len(clear)} of {len(comparisons)} comparisons of two arms leave out 0 over the "
+            "test pairs, but their draws overlap: more draws would have to show whether they hold."
+        )
+    if comparisons and not beyond:
         sentences.append("No two arms of one size are told apart by these test pairs.")
     if sensitivity:
         widest = max(sensitivity, key=lambda part: part["range"])

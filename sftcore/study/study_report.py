@@ -62,8 +62,8 @@ def matching_table(report: Mapping[str, Any]) -> str:
     for cell in report["cells"]:
         wording = f", wording {cell['wording']}" if cell["wording"] else ""
         name = f"{cell['arm']}{wording}, {cell['n']:,} pairs"
-        lines.append(f"{name:<64}{format_share(cell['accuracy']['mean'])}")
-    lines += [f"{part['name']:<64}{format_share(part['accuracy'])}" for part in report["references"]]
+        lines.append(f"{name:<72}{format_share(cell['accuracy']['mean'])}")
+    lines += [f"{part['name']:<72}{format_share(part['accuracy'])}" for part in report["references"]]
     if report["unfinished"]:
         lines += ["", f"not finished: {', '.join(report['unfinished'])}"]
     return "\n".join(lines)
