@@ -71,7 +71,7 @@ class Merge:
     @property
     def classifies(self) -> bool:
         """Whether a classifier takes the place of the vocabulary."""
-        return bool(self.config["task_type"] == CLASSIFIES)
+        return bool(self.config.get("task_type") == CLASSIFIES)
 
     @property
     def classifier(self) -> dict[str, torch.Tensor]:
