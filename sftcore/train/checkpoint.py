@@ -102,11 +102,15 @@ def _removed_on_failure(temporary: Path) -> Iterator[None]:
 
 @contextmanager
 def _torch_write_errors_explained(run: Path) -> Iterator[None]:
-    """torch reports a write that failed (disk full, quota) as a RuntimeError of its zip writer."""
+    """torch reports a write that failed (disk full, quota) as a RuntimeError of its zip writer.
+
+    Or the folder is gone: another rank failed to write its part, and took it away.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
+    except (RuntimeError, FileNotFoundError) as error:
+        words = ("PytorchStreamWriter", "inline_container", "Parent directory", "No such file")
+        if not any(word in str(error) for word in words):
             raise
         raise MissingEnvironmentError(
             Problem(

@@ -28,7 +28,7 @@ def rows_of(path: str) -> list[dict]:
 def test_shards_of_a_probe_give_the_same_levels(tiny_recipe):
     path = save(tiny_recipe, probe=tiny_recipe["probe"] | {"batch_rows": 12})
     assert sftcore("probe", path, "--run", "runs/whole").returncode == 0
-    for wrong, message in ((["--shard=2/2"], "0 to N-1"), (["--shard=0/2", "--merge"], "needs all shards")):
+    for wrong, message in ((["--shard=2/2"], "0 to N-1"), (["--shard=0/2", "--merge"], "need all shards")):
         refused = sftcore("probe", path, *wrong)
         assert refused.returncode == 2 and message in refused.stderr
     first = sftcore("probe", path, "--shard", "0/2")

@@ -108,7 +108,7 @@ def test_a_full_disk_ends_all_ranks_with_its_message(tiny_recipe, tmp_path):
         node = ["--on", "node", "--ranks-per-node", "2"]
         done = run(str(BIN / "sftcore"), "train", str(path), "--run", str(disk / "run"), *node)
         assert done.returncode == 3, (done.returncode, (done.stdout + done.stderr)[-3000:])
-        assert "earlier checkpoint is intact" in done.stderr + done.stdout
+        assert "earlier checkpoint is intact" in done.stderr + done.stdout, done.stderr[-2500:]
         left = sorted(f.name for f in (disk / "run/checkpoints").iterdir())
         assert [name for name in left if name.endswith(".tmp")] == [], left
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
