@@ -89,11 +89,11 @@ def evaluate_share(recipe: Recipe, share: Share, *, model: Path | None = None) -
         found = []
         for task in _tasks(_items(recipe, run), model):
             folder = task.target / SHARDS / f"{share.job}-of-{share.num_jobs}"
+            manifest = task.manifest()
             with folder_lock(folder, purpose="evaluating this shard"):
-                if not _is_made(folder, task.manifest()):
-                    rows = _predict(task, share)
-                    write_jsonl(folder / ROWS, rows)
-                    write_json(folder / MANIFEST, task.manifest())
+                if not _is_made(folder, manifest):
+                    write_jsonl(folder / ROWS, _predict(task, share))
+                    write_json(folder / MANIFEST, manifest)
                 found.append(f"{task.name} {len(read_jsonl(folder / ROWS))}")
     of = f"{share.job}/{share.num_jobs}"
     return f"shard {of}: {', '.join(found)} items; then: sftcore evaluate RECIPE --merge"

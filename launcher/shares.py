@@ -1,8 +1,8 @@
 """`probe` and `evaluate` by several processes: `--on node` on this machine, `--on slurm` as an array of jobs.
 
 In: a command, a recipe, the machines. Out: the files that one process would write.
-Invariant: shares are whole batches that the items alone decide, so the number of processes changes no byte;
-what was done before a stop is found again.
+Invariant: shares are whole batches that the items alone decide, so the number of processes changes no byte
+(at the same OMP_NUM_THREADS on CPUs); what was done before a stop is found again.
 Trade-off: each process loads the model by itself (seconds for 8B from a warm disk) instead of sharing it, so
 that processes need no word with each other and a lost one costs only its share.
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from sftcore.errors import Problem, UserInputError
@@ -19,11 +20,12 @@ from sftcore.errors import Problem, UserInputError
 Row = Mapping[str, Any]
 LEVELS = range(5)  # METHODS.md M1: level 0 is recall 0, level i is recall in ((i-1)/4, i/4]
 MAIN_SPLIT = "test"
+Z = 1.96  # standard deviations to either side of a 95 % interval
 FIELD_TYPES = {"id": (str, int), "prompt": (str,), "prediction": (str,), "correct": (bool,), "split": (str,)}
 MAX_PROBLEMS_SHOWN = 5
 
 
-def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float] | None:
+def wilson_interval(correct: int, n: int, z: float = Z) -> tuple[float, float] | None:
     """Wilson's score interval of the share `correct / n`; None where n is 0.
 
     Formula: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), from E. B. Wilson, "Probable
@@ -44,6 +46,17 @@ def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float
     low = 0.0 if correct == 0 else (centre - spread) / scale  # exact at both ends, where rounding
     high = 1.0 if correct == n else (centre + spread) / scale  # would leave 1e-17 on either side
     return low, high
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of values (such as paired differences), and the normal 95 % interval around it.
+
+    >>> mean_interval([1.0, 1.0]), mean_interval([0.5])
+    ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5))
+    """
+    middle = fmean(values)
+    half = Z * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return middle, middle - half, middle + half
 
 
 def score(rows: Sequence[Row], *, where: str = "predictions.jsonl") -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 In: a folder whose subfolders are run folders of task `matching`. Out: the content of the study's report.json.
 Invariant: all runs were evaluated on the same pairs; two arms are compared at the same size and pair by pair,
-and one is called better only where the 95 % interval of the difference leaves out 0.
+and one is called better only where the 95 % interval of the difference leaves out 0 and no draws overlap.
 Trade-off: an arm is its mode, prompt, reasons and adapter; runs of one arm that differ elsewhere (in a
 learning rate) are kept apart by a suffix with those keys rather than averaged, at the price of longer names.
 """
@@ -14,20 +14,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from sftcore.errors import Problem, UserInputError
-from sftcore.evaluate.score import MAIN_SPLIT, score, wilson_interval
+from sftcore.evaluate.score import MAIN_SPLIT, mean_interval, score, wilson_interval
 from sftcore.fsio import read_json, read_jsonl
 from sftcore.study.run_folder import PREDICTIONS, RECIPE, SCORES, summarise_training
 from sftcore.study.wording import flatten, format_setting, format_share
 
 METRICS = "metrics.jsonl"
 TUNED, BASE, FEW_SHOT = "tuned", "base", "fewshot"
-Z = 1.96  # 95 %
 NOT_ARMS = ("name", "run", "select.n", "select.draw", "matching.wording", "evaluate.few_shot")
 MIN_REASONED_PAIRS = 100  # METHODS.md M2: below, an arm with reasons is not run
 REASONS = {"before": "reason before the label", "after": "label before the reason"}
@@ -253,8 +252,7 @@ def compare_arms(grouped: Mapping[tuple[str, int, int], Sequence[MatchingRun]]) 
         for first, second in itertools.combinations(arms, 2):
             one, two = (_right_shares(grouped[arm, n, 0]) for arm in (first, second))
             differences = [one[item] - two[item] for item in one]
-            middle = fmean(differences)
-            half = Z * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+            middle, low, high = mean_interval(differences)
             draws = [[run.accuracy for run in grouped[arm, n, 0]] for arm in (first, second)]
             found.append(
                 {
@@ -262,8 +260,8 @@ def compare_arms(grouped: Mapping[tuple[str, int, int], Sequence[MatchingRun]]) 
                     "first": first,
                     "second": second,
                     "difference": middle,
-                    "low": middle - half,
-                    "high": middle + half,
+                    "low": low,
+                    "high": high,
                     "draws_overlap": min(draws[0]) <= max(draws[1]) and min(draws[1]) <= max(draws[0]),
                 }
             )

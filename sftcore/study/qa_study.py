@@ -10,17 +10,16 @@ their spread says little, and the page says so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from sftcore.evaluate.score import LEVELS
+from sftcore.evaluate.score import LEVELS, mean_interval
 from sftcore.study.figures import FEW_ITEMS
 from sftcore.study.run_folder import count_levels
 from sftcore.study.study_runs import MIXED, StudyFiles, StudyRun
 from sftcore.study.wording import format_share
 
 SPLITS = ("test", "ood")
-Z = 1.96  # 95 %
 
 
 def summarise_study(files: StudyFiles) -> dict[str, Any]:
@@ -144,15 +143,14 @@ def _paired(own: Sequence[StudyRun], others: Sequence[StudyRun], level: int) -> 
         return None
     first, second = (_right_shares(runs) for runs in (own, others))
     differences = [first[item] - second[item] for item in items]
-    half = Z * stdev(differences) / len(items) ** 0.5
-    middle = fmean(differences)
+    middle, low, high = mean_interval(differences)
     return {
         "num_items": len(items),
         "own": fmean(first[item] for item in items),
         "others": fmean(second[item] for item in items),
         "difference": middle,
-        "low": middle - half,
-        "high": middle + half,
+        "low": low,
+        "high": high,
     }
 
 
