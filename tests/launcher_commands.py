@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm
 import yaml
 
 BIN = Path(sys.executable).parent
@@ -14,9 +15,7 @@ BIN = Path(sys.executable).parent
 
 def sftcore(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command; whatever it does, it must not show a traceback."""
-    done = subprocess.run(
-        [str(BIN / "sftcore"), *arguments], capture_output=True, text=True, timeout=300, env=os.environ
-    )
+    done = warm.run([str(BIN / "sftcore"), *arguments], env=dict(os.environ), timeout=300)
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done
 

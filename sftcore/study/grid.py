@@ -1,9 +1,9 @@
 """A study: one recipe and a grid of values -> runs, each with a name, a recipe and a folder.
 
-In: STUDY.yaml (`base`, `grid`, `draws`). Out: `StudyRun`s in a fixed order: the grids in turn, a grid's keys
-from the last to the first, draws fastest.
-Invariant: names are unique and say what differs, and only that; a study that expands has only valid recipes;
-every mistake in any of them is told at once.
+In: STUDY.yaml (`base`, `set`, `grid`, `draws`). Out: `StudyRun`s in a fixed order: the grids in turn, a
+grid's keys from the last to the first, draws fastest.
+Invariant: names are unique and hold the grid's keys, all of them, so that a value more on an axis renames no
+run; a study that expands has only valid recipes; every mistake in any of them is told at once.
 Trade-off: each run's recipe is read and checked by itself (10 ms), so nothing is found out at run 200.
 """
 
@@ -13,7 +13,6 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +41,7 @@ class StudySettings(Settings):
 
     name: str = Field("study", pattern=r"^[\w.-]+$", description="the study's name; its folder is runs/NAME")
     base: str = Field(description="recipe; relative to the study, then to here")
+    set: dict[str, Any] = Field({}, description="dotted recipe key -> its value in all runs; not in names")
     grid: Annotated[list[Grid], Field(min_length=1), BeforeValidator(_as_list)] = Field(
         [{}], description="dotted recipe key -> values; every combination is a run. A list: of each, in turn"
     )
@@ -109,15 +109,17 @@ def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:
         UserInputError: every mistake of any run's recipe, each once.
     """
     runs, problems = [], []
-    unnamed = _constant_keys(settings.grid)
-    cells = [named for grid in settings.grid for named in expand_cells(grid, settings.draws, unnamed=unnamed)]
+    cells = [named for grid in settings.grid for named in expand_cells(grid, settings.draws)]
+    both = sorted({key for grid in settings.grid for key in grid} & set(settings.set))
+    if both:
+        raise UserInputError(Problem(what="keys of both set and grid", where="set", got=", ".join(both)))
     twice = sorted(name for name, count in Counter(name for name, _ in cells).items() if count > 1)
     if twice:
         raise UserInputError(
             Problem(what="runs of the same name", where="grid", got=", ".join(twice), remedy=ONCE_EACH)
         )
     for name, cell in cells:
-        overrides = [f"{key}={json.dumps(value)}" for key, value in cell.items()]
+        overrides = [f"{key}={json.dumps(value)}" for key, value in (settings.set | cell).items()]
         overrides += [f"name={json.dumps(name)}", f"run={json.dumps(str(folder / name))}"]
         try:
             runs.append(StudyRun(name=name, cell=cell, recipe=load_recipe(Path(settings.base), overrides)))
@@ -128,33 +130,19 @@ def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:
     return runs
 
 
-def _constant_keys(grids: list[Grid]) -> set[str]:
-    """Keys that have one and the same value in all runs."""
-    keys = {key for grid in grids for key in grid}
-    return {
-        key for key in keys if len({json.dumps(v) for grid in grids for v in grid.get(key, ["absent"])}) == 1
-    }
-
-
-def expand_cells(
-    grid: Grid, draws: int, *, unnamed: Collection[str] = ()
-) -> list[tuple[str, dict[str, Any]]]:
+def expand_cells(grid: Grid, draws: int) -> list[tuple[str, dict[str, Any]]]:
     """(name, {dotted key: value}) of every combination.
-
-    Args:
-        unnamed: keys that are left out of names.
 
     >>> [name for name, cell in expand_cells({"select.n": [60, 240], "select.levels": [[2]]}, 1)]
     ['n-60_levels-2', 'n-240_levels-2']
     """
     axes = {**grid, **({DRAW: list(range(draws))} if draws > 1 else {})}
     labels = {key: value_labels(values) for key, values in axes.items()}
-    keys = _short_keys([key for key in axes if key not in unnamed])
+    keys = _short_keys(list(axes))
     combinations = itertools.product(*(range(len(values)) for values in axes.values()))
     return [
         (
-            "_".join(f"{keys[k]}-{labels[k][i]}" for k, i in zip(axes, positions, strict=True) if k in keys)
-            or "run",
+            "_".join(f"{keys[k]}-{labels[k][i]}" for k, i in zip(axes, positions, strict=True)) or "run",
             {k: axes[k][i] for k, i in zip(axes, positions, strict=True)},
         )
         for positions in combinations

@@ -25,6 +25,7 @@ import logging
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,10 +128,21 @@ def keep_freed_memory() -> None:
 def init_process_group() -> None:
     """Join the other ranks; a process without a launcher becomes rank 0 of 1."""
     dist.fill_environment()
+    _put_own_programs_first()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=dist.RENDEZVOUS_TIMEOUT, verbose=False)
     dist.barrier()
     _unlink_reduce_buffer()
+
+
+def _put_own_programs_first() -> None:
+    """Let DeepSpeed build with this environment's ninja whether the environment is activated or not.
+
+    Another version of ninja throws the kept build away: a minute a start where two versions take turns.
+    """
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != own:
+        os.environ["PATH"] = own + os.pathsep + path
 
 
 def _unlink_reduce_buffer() -> None:

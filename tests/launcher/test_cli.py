@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from launcher_commands import save, sftcore
 
 BIN = Path(sys.executable).parent
 RECALL = {"probe": {"templates": 2, "samples": 3, "max_new_tokens": 4}}
-
-
-def sftcore(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(BIN / "sftcore"), *arguments], capture_output=True, text=True, timeout=300, env=os.environ
-    )
-    assert "Traceback" not in done.stderr, done.stderr[-3000:]
-    return done
-
-
-def save(recipe: dict, **changes) -> str:
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | changes), encoding="utf-8")
-    return "recipe.yaml"
 
 
 def test_the_whole_path_from_facts_to_the_report(tiny_recipe):

@@ -20,8 +20,8 @@ def write_study(recipe: dict, **keys) -> Path:
 
 
 def test_every_combination_is_a_run_with_its_own_recipe_name_and_folder(tiny_recipe, tmp_path):
-    grid = {"select.n": [6, 12], "select.levels": [[2], [0, 1, 2, 3, 4]], "train.lr": [1e-5]}
-    settings = read_study(write_study(tiny_recipe, grid=grid, draws=2))
+    grid = {"select.n": [6, 12], "select.levels": [[2], [0, 1, 2, 3, 4]]}
+    settings = read_study(write_study(tiny_recipe, set={"train.lr": 3e-4}, grid=grid, draws=2))
     runs = expand(settings, tmp_path / "out")
     assert [run.name for run in runs[:3]] == [
         "n-6_levels-2_draw-0",
@@ -32,7 +32,8 @@ def test_every_combination_is_a_run_with_its_own_recipe_name_and_folder(tiny_rec
     for run in runs:
         assert run.recipe.run_folder == tmp_path / "out" / run.name and run.recipe.name == run.name
         select = run.recipe.select
-        assert [select.n, select.levels, run.recipe.train.lr, select.draw] == list(run.cell.values())
+        assert [select.n, select.levels, select.draw] == list(run.cell.values())
+        assert run.recipe.train.lr == 3e-4, "of all runs, so in no name"
 
 
 def test_grids_of_a_list_are_run_in_turn(tiny_recipe, tmp_path):
@@ -52,8 +53,9 @@ def test_names_stay_apart_where_values_or_keys_look_alike():
     ("keys", "message"),
     [
         ({"base": "absent.yaml"}, "no such recipe"),
-        ({"gird": {}}, r"(?s)sizes.yaml: gird.*allowed: name, base, grid, draws"),
+        ({"gird": {}}, r"(?s)sizes.yaml: gird.*allowed: name, base, set, grid, draws"),
         ({"grid": {"train.lr": []}}, r"grid.0.train.lr: List should have at least 1 item"),
+        ({"set": {"train.lr": 1}, "grid": {"train.lr": [1, 2]}}, "keys of both set and grid"),
         ({"draws": 0}, "greater than 0"),
         ({"grid": []}, r"grid: List should have at least 1 item"),
         ({"grid": [{"train.lr": [1]}, {"train.lr": [1, 2]}]}, r"(?s)runs of the same name.*got: lr-1"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import warm
 import yaml
 from safetensors.torch import load_file
 
@@ -30,24 +33,52 @@ def write_recipe(recipe: dict, name: str, **changes) -> Path:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    return warm.run(list(command), env=ENVIRONMENT)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def launcher(ranks: int) -> list[str]:
     """The deepspeed launcher on a free port, so that two test runs on one machine don't meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port)]
+    return [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", free_port()]
 
 
-def run_cells(paths: list[Path], *, ranks: int) -> subprocess.CompletedProcess[str]:
-    """Train the recipes one after another in one launch; fails with the end of its log."""
-    start = [sys.executable] if ranks == 1 else launcher(ranks)
-    done = run(*start, CELL_RUNNER, *map(str, paths))
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{start[-1]}_*")), "shared memory is left behind"
-    return done
+def start_ranks(count: int, script: str, *arguments: str) -> list[warm.Process]:
+    """Start the ranks of a job as Slurm does: each with its number and where to meet in its environment."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        warm.Process(
+            [sys.executable, script, *arguments],
+            ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+
+
+def run_cells(paths: list[Path], *, ranks: int) -> str:
+    """Train the recipes one after another in one start of all ranks; their logs. Fails with their ends."""
+    processes = start_ranks(ranks, CELL_RUNNER, *map(str, paths))
+    codes = wait_for_all(processes)
+    said = ["".join(process.output()) for process in processes]
+    assert not any(codes), (codes, [text[-3000:] for text in said])
+    return "".join(said)
+
+
+def wait_for_all(processes: list[warm.Process], seconds: float = 500) -> list[int | None]:
+    """Their exit codes; when one has failed the others have 30 s more."""
+    deadline = time.monotonic() + seconds
+    while None in (codes := [process.poll() for process in processes]):
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + 30)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+        time.sleep(0.02)
+    return codes
 
 
 def result_file(name: str) -> Path:

@@ -96,8 +96,7 @@ def test_checkpoints_of_adapters_leave_frozen_weights_out_and_resume_to_the_bit(
         assert saved < 4 * trained + 200_000, (name, saved)
         _delete(folder / "adapter")
         _delete(folder / "checkpoints/step-000008")
-    done = run_cells(paths, ranks=2)
-    assert done.stderr.count("resuming after step 4") + done.stdout.count("resuming after step 4") == 4
+    assert run_cells(paths, ranks=2).count("resuming after step 4") == 4
     assert [weights_hash(n) for n in names] == hashes
     assert [[s["loss"] for s in steps(n)] for n in names] == losses
 

@@ -9,12 +9,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from launching import BIN, ENVIRONMENT, run, steps, weights_hash, write_recipe
+from warm import Process
 
 ROUNDS = int(os.environ.get("SFTCORE_KILL_ROUNDS", "5"))
 LONGEST_LIFE_SECONDS = 2.0  # after the first step of a start; most of it is spent saving
@@ -22,9 +22,7 @@ LONGEST_LIFE_SECONDS = 2.0  # after the first step of a start; most of it is spe
 
 def live_and_die(recipe: Path, random_: random.Random) -> int | None:
     """Start, wait for a step of this start, kill after a random while; the exit code if it finished first."""
-    process = subprocess.Popen(
-        [str(BIN / "sftcore"), "train", str(recipe)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
+    process = Process([str(BIN / "sftcore"), "train", str(recipe)], ENVIRONMENT)
     metrics = Path("runs") / recipe.stem / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > before):

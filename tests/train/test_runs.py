@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from launching import (
     write_recipe,
 )
 from safetensors.torch import load_file
+from warm import Process
 
 from sftcore.fsio import read_json
 from sftcore.train.checkpoint import newest_usable, why_not_usable
@@ -76,9 +76,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tiny_recipe):
     whole, cut = (write_recipe(tiny_recipe, name, **changes) for name in ("whole", "cut"))
     done = run(str(BIN / "sftcore"), "train", str(whole))
     assert done.returncode == 0, done.stderr[-3000:]
-    process = subprocess.Popen(
-        [str(BIN / "sftcore"), "train", str(cut)], env=ENVIRONMENT, stderr=subprocess.PIPE
-    )
+    process = Process([str(BIN / "sftcore"), "train", str(cut)], ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not (Path("runs/cut/checkpoints/step-000008/COMMITTED")).exists():
         assert process.poll() is None and time.monotonic() < deadline

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, ROOT, launcher, run, run_cells, steps, weights_hash, write_recipe
+from launching import ROOT, run_cells, start_ranks, steps, wait_for_all, weights_hash, write_recipe
 
 STAGES = ((0, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16"))
 LONG = {"train": {"epochs": 10}, "checkpoint": {"save_every_steps": 1000}}
@@ -22,19 +20,7 @@ def test_a_signal_to_one_worker_stops_all_ranks_behind_a_checkpoint(tiny_recipe)
     """Only rank 1 is told; both exit with 75 after the same step, and what follows equals a whole run."""
     whole, cut = (write_recipe(tiny_recipe, name, **LONG) for name in ("whole", "cut"))
     run_cells([whole], ranks=2)
-    worker = str(ROOT / "launcher" / "worker.py")
-    port = "29571"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, worker, str(cut)],
-            env=ENVIRONMENT
-            | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-            | {"MASTER_PORT": port},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in (0, 1)
-    ]
+    ranks = start_ranks(2, str(ROOT / "launcher" / "worker.py"), str(cut))
     metrics = Path("runs/cut/metrics.jsonl")
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
@@ -47,7 +33,7 @@ def test_a_signal_to_one_worker_stops_all_ranks_behind_a_checkpoint(tiny_recipe)
     assert 3 <= done < 40 and all(f"after step {done}" in text for text in said)
     assert [f.name for f in Path("runs/cut/checkpoints").iterdir()] == [f"step-{done:06d}"]
     resumed = run_cells([cut], ranks=2)
-    assert f"resuming after step {done}" in resumed.stdout + resumed.stderr
+    assert f"resuming after step {done}" in resumed
     assert weights_hash("cut") == weights_hash("whole")
 
 
@@ -87,11 +73,12 @@ def test_a_loss_that_is_not_finite_names_step_pack_and_samples(tiny_recipe):
         str(write_recipe(tiny_recipe, f"s{s}-{d}", deepspeed=f"zero{s}", model={"dtype": d}, **changes))
         for s, d in STAGES
     ]
-    ENVIRONMENT["PYTHONPATH"] = str(ROOT)
     for kind, expected in (("loss", "the loss is nan"), ("gradient", "the gradient norm is not finite")):
-        done = run(*launcher(2), "broken.py", kind, *paths)
-        lines = re.findall(r"FAILED \d.*?checkpoint is good", done.stdout)
-        assert len(lines) == 2 * len(paths), (done.stdout + done.stderr)[-3000:]
+        ranks = start_ranks(2, "broken.py", kind, *paths)
+        assert wait_for_all(ranks) == [0, 0]
+        said = "".join(text for rank in ranks for text in rank.output())
+        lines = re.findall(r"FAILED \d.*?checkpoint is good", said)
+        assert len(lines) == 2 * len(paths), said[-3000:]
         for line in lines:
             assert f"{expected}" in line and "in step 4; the weights were not updated" in line, line
             assert ("packs 0, 1 of 2" if kind == "gradient" else " of 2, samples f") in line, line

@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, ROOT, write_recipe
+from launching import ENVIRONMENT, ROOT, start_ranks, write_recipe
+from warm import Process
 
 from sftcore.train import watchdog as module
 from sftcore.train.watchdog import Watchdog
 
+WORKER = str(ROOT / "launcher" / "worker.py")
 LONG = {"train": {"epochs": 200}, "checkpoint": {"save_every_steps": 100_000}}
 
 
-def start_ranks(path: Path, count: int) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "launcher" / "worker.py"), str(path)],
-            env=ENVIRONMENT | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(count)
-    ]
-
-
-def wait_for_steps(name: str, count: int, ranks: list[subprocess.Popen]) -> None:
+def wait_for_steps(name: str, count: int, ranks: list[Process]) -> None:
     metrics = Path("runs") / name / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < count:
@@ -47,7 +32,7 @@ def wait_for_steps(name: str, count: int, ranks: list[subprocess.Popen]) -> None
 @pytest.mark.parametrize(("how", "victim"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
 def test_a_rank_that_is_gone_ends_the_others(tiny_recipe, how, victim):
     path = write_recipe(tiny_recipe, "gone", **LONG)
-    ranks = start_ranks(path, 2)
+    ranks = start_ranks(2, WORKER, str(path))
     wait_for_steps("gone", 3, ranks)
     ranks[victim].send_signal(how)
     gone_at = time.monotonic()
