@@ -16,9 +16,9 @@ part needs no other part: any process, on any node, in any order, can write it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ from sftcore.data.ledger import Change, Ledger, Reason, Rejection, printable_pat
 from sftcore.data.prompts import Refusal
 from sftcore.data.records import Record
 from sftcore.data.rows import has_surrogates
-from sftcore.data.seam import Encoded
+from sftcore.data.seam import Encoded, flat_ids, flat_labels
 from sftcore.fsio import atomic_folder, sha256_of_file, write_json
 
 BATCH_RECORDS = 1024  # encoded and written together; EntityQuestions: 0.3 MB of text
@@ -110,16 +110,13 @@ def _write_columns(folder: Path, records: Iterator[Record], encode: Encode) -> d
         while batch := list(islice(records, BATCH_RECORDS)):
             results = encode(batch)
             samples = [result for result in results if isinstance(result, Encoded)]
-            _write_flat(ids, [sample.ids for sample in samples])
-            _write_flat(labels, [sample.labels for sample in samples])
+            flat = flat_ids(samples)
+            ids.write(flat.astype(INT32, copy=False).tobytes())
+            labels.write(flat_labels(samples, flat).astype(INT32, copy=False).tobytes())
             writer.write_batch(_row_batch(batch, results))
             totals["num_records"] += len(batch)
-            totals["num_tokens"] += sum(len(sample.ids) for sample in samples)
+            totals["num_tokens"] += len(flat)
     return totals
-
-
-def _write_flat(handle: IO[bytes], lists: list[list[int]]) -> None:
-    handle.write(np.fromiter(chain.from_iterable(lists), INT32, sum(map(len, lists))).tobytes())
 
 
 def _row_batch(records: list[Record], results: Sequence[Encoded | Refusal | None]) -> pa.RecordBatch:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from sftcore.data.ledger import Alteration, Change, Reason, Rejection, printable, printable_path
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import open_binary
@@ -140,9 +142,20 @@ def json_line_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Itera
         if not line.strip():
             continue
         try:
-            yield RawRow(number=number, value=json.loads(line))
+            yield RawRow(number=number, value=_parsed(line))
         except (ValueError, RecursionError) as error:
             yield _unparsed(path, number, line, str(error))
+
+
+def _parsed(line: str) -> Any:
+    """The line's JSON value; by orjson (a quarter of the time) where it is as strict as its standard.
+
+    Whole numbers of more than 64 bits come as floats, which no field takes.
+    """
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:  # NaN, half a surrogate pair, ..., or not JSON at all
+        return json.loads(line)
 
 
 def _unparsed(path: Path, number: int, line: str, detail: str) -> Rejection:

@@ -1,6 +1,6 @@
 """From pieces of text, untrained and trained in turn, to ids and shifted labels.
 
-In: `Draft`s. Out: `Encoded`: ids, and for each position the id to predict there, or -100.
+In: `Draft`s. Out: `Encoded`: ids, and which of them are trained.
 Invariant: the ids before each trained piece are those that inference feeds at that place; the last label is
 -100; each trained piece has a token before it and at least one of its own.
 Trade-off: the text up to each border is encoded by itself to see that the border falls between tokens. Where
@@ -16,13 +16,17 @@ One sample, prompt "Q: why? A:" and answer " so" (· marks -100):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sftcore.data.ledger import Change
 from sftcore.data.tokens import Codec
 
+Ids = NDArray[np.int32]
 IGNORED = -100  # torch's cross-entropy skips this target by default
 
 
@@ -48,18 +52,52 @@ class Encoded:
 
     Args:
         ids: T ids.
-        labels: T targets after the shift: `labels[i]` is to be predicted at position i; -100 where untrained;
-            at the last position a class, if that is predicted instead of text.
-        num_prompt: ids before the first trained one: what inference feeds.
-        num_trained: targets that are not -100; at least 1.
+        trained: (start, end) of each trained stretch of ids, in turn; the first starts after place 0.
+        label: the class to be predicted at the last position, where that is trained instead.
         changes: what was done on the way, for the ledger.
     """
 
     ids: list[int]
-    labels: list[int]
-    num_prompt: int
-    num_trained: int
-    changes: tuple[Change, ...]
+    trained: tuple[tuple[int, int], ...] = ()
+    label: int | None = None
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def num_prompt(self) -> int:
+        """Ids before the first trained one: what inference feeds."""
+        return self.trained[0][0] if self.trained else len(self.ids)
+
+    @property
+    def num_trained(self) -> int:
+        """Positions with a target; at least 1."""
+        return sum(end - start for start, end in self.trained) if self.label is None else 1
+
+    @property
+    def labels(self) -> list[int]:
+        """T targets, as in `flat_labels`."""
+        return flat_labels([self], flat_ids([self])).tolist()
+
+
+def flat_ids(samples: Sequence[Encoded]) -> Ids:
+    """All ids, end to end."""
+    count = sum(len(sample.ids) for sample in samples)
+    return np.fromiter(chain.from_iterable(sample.ids for sample in samples), np.int32, count)
+
+
+def flat_labels(samples: Sequence[Encoded], ids: Ids) -> Ids:
+    """The targets that go with `flat_ids`: what is to be predicted at each position, -100 where nothing is.
+
+    They are shifted: the last target of a sample is -100, or the class.
+    """
+    labels = np.full(len(ids), IGNORED, np.int32)
+    before = 0
+    for sample in samples:
+        for start, end in sample.trained:
+            labels[before + start - 1 : before + end - 1] = ids[before + start : before + end]
+        before += len(sample.ids)
+        if sample.label is not None:
+            labels[before - 1] = sample.label
+    return labels
 
 
 def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]:
@@ -70,13 +108,13 @@ def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]
     """
     stretches = [_stretches(codec, draft.pieces) for draft in drafts]
     encoded = iter(codec.encode([text for group in stretches for pair in group for text in pair]))
-    results = [_cut(_prefix_ids([(next(encoded), next(encoded)) for _ in group])) for group in stretches]
-    torn = [i for i, pieces in enumerate(results) if pieces is None]
-    encoded = iter(codec.encode([piece for i in torn for piece in drafts[i].pieces]))
-    for i in torn:
-        results[i] = [next(encoded) for _ in drafts[i].pieces]
-    apart = frozenset(torn)
-    return [_finish(codec, drafts[i], pieces or [], i in apart) for i, pieces in enumerate(results)]
+    whole = [_join([(next(encoded), next(encoded)) for _ in group]) for group in stretches]
+    torn = [i for i, found in enumerate(whole) if found is None]
+    apart = iter(codec.encode([piece for i in torn for piece in drafts[i].pieces]))
+    return [
+        _finish(codec, draft, *(found or _chained(next(apart) for _ in draft.pieces)), is_apart=found is None)
+        for draft, found in zip(drafts, whole, strict=True)
+    ]
 
 
 def encode_classified(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]:
@@ -87,7 +125,7 @@ def encode_classified(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | N
     """
     prompts = codec.encode([draft.pieces[0] for draft in drafts])
     return [
-        _classified(codec.with_prefix(ids), draft.label) if ids else None
+        Encoded(ids=codec.with_prefix(ids), label=draft.label) if ids else None
         for ids, draft in zip(prompts, drafts, strict=True)
     ]
 
@@ -95,13 +133,7 @@ def encode_classified(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | N
 def encode_joined(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]:
     """Encode both pieces of each draft as the tokenizer joins two texts; the last position has the class."""
     joined = codec.encode_joined([(draft.pieces[0], draft.pieces[1]) for draft in drafts])
-    return [_classified(ids, draft.label) for ids, draft in zip(joined, drafts, strict=True)]
-
-
-def _classified(ids: list[int], label: int | None) -> Encoded:
-    assert label is not None
-    labels = [*[IGNORED] * (len(ids) - 1), label]
-    return Encoded(ids=ids, labels=labels, num_prompt=len(ids), num_trained=1, changes=())
+    return [Encoded(ids=ids, label=draft.label) for ids, draft in zip(joined, drafts, strict=True)]
 
 
 def _stretches(codec: Codec, pieces: Sequence[str]) -> list[tuple[str, str]]:
@@ -119,62 +151,53 @@ def _stretches(codec: Codec, pieces: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _prefix_ids(stretches: list[tuple[list[int], list[int]]]) -> list[list[int]]:
-    """Ids of the text up to each border.
+def _join(stretches: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]] | None:
+    """Ids of the whole and the place of each border in them; None where one does not fall between tokens.
 
-    >>> _prefix_ids([([1, 2], [3]), ([], [3, 4])])
-    [[1, 2, 3], [1, 2, 3, 4]]
-    """
-    prefixes: list[list[int]] = []
-    before: list[int] = []
-    for new, rest in stretches:
-        before = before + new
-        prefixes.append(before + rest)
-    return prefixes
-
-
-def _cut(prefixes: list[list[int]]) -> list[list[int]] | None:
-    """The whole's ids cut at each border, or None where a border does not fall between tokens.
-
-    >>> _cut([[1, 2], [1, 2, 3], [1, 2, 3, 4]])
-    [[1, 2], [3], [4]]
-    >>> _cut([[1, 9], [1, 2, 3]]) is None
+    >>> _join([([1, 2], [3]), ([], [3, 4])])
+    ([1, 2, 3, 4], [3, 4])
+    >>> _join([([], [1, 9]), ([], [1, 2, 3])]) is None
     True
     """
-    whole = prefixes[-1]
-    if any(whole[: len(ids)] != ids for ids in prefixes):
+    ids: list[int] = []
+    ends: list[tuple[int, list[int]]] = []
+    for new, rest in stretches:
+        ids += new
+        ends.append((len(ids), rest))
+    ids += ends[-1][1]
+    if any(ids[start : start + len(rest)] != rest for start, rest in ends):
         return None
-    borders = [0, *(len(ids) for ids in prefixes)]
-    return [whole[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    return ids, [start + len(rest) for start, rest in ends]
 
 
-def _finish(codec: Codec, draft: Draft, pieces: list[list[int]], is_apart: bool) -> Encoded | None:
+def _chained(pieces: Iterable[list[int]]) -> tuple[list[int], list[int]]:
+    """The pieces' ids end to end, and the place after each."""
+    ids, borders = [], []
+    for piece in pieces:
+        ids += piece
+        borders.append(len(ids))
+    return ids, borders
+
+
+def _finish(
+    codec: Codec, draft: Draft, ids: list[int], borders: list[int], *, is_apart: bool
+) -> Encoded | None:
+    """Add the tokenizer's own tokens, once each; None where a trained piece is empty or nothing before it."""
     changes = [Change.SEAM_APART] if is_apart else []
-    if not all(pieces[1::2]):
+    trained = list(zip(borders[::2], borders[1::2], strict=True))
+    if any(start == end for start, end in trained):
         return None
     if draft.is_bare:
-        changes += list(_add_own_tokens(codec, pieces))
-    if not pieces[0]:
+        if codec.starts_with_prefix(ids[: borders[0]]):
+            changes += [Change.BOS_IN_TEXT] if codec.prefix else []
+        else:
+            ids = [*codec.prefix, *ids]
+            trained = [(start + len(codec.prefix), end + len(codec.prefix)) for start, end in trained]
+        if ids[-1] == codec.stop_id:
+            changes.append(Change.STOP_IN_TEXT)
+        else:
+            ids.append(codec.stop_id)
+            trained[-1] = (trained[-1][0], len(ids))
+    if trained[0][0] == 0:
         return None
-    ids = [i for piece in pieces for i in piece]
-    targets: list[int] = []
-    for number, piece in enumerate(pieces):
-        targets += piece if number % 2 else [IGNORED] * len(piece)
-    return Encoded(
-        ids=ids,
-        labels=[*targets[1:], IGNORED],
-        num_prompt=len(pieces[0]),
-        num_trained=sum(map(len, pieces[1::2])),
-        changes=tuple(changes),
-    )
-
-
-def _add_own_tokens(codec: Codec, pieces: list[list[int]]) -> Iterator[Change]:
-    """Put the prefix before the first piece and the stop token after the last, in place, once each."""
-    if codec.prefix and codec.starts_with_prefix(pieces[0]):
-        yield Change.BOS_IN_TEXT
-    pieces[0] = codec.with_prefix(pieces[0])
-    if pieces[-1][-1] == codec.stop_id:
-        yield Change.STOP_IN_TEXT
-    else:
-        pieces[-1] = [*pieces[-1], codec.stop_id]
+    return Encoded(ids=ids, trained=tuple(trained), changes=tuple(changes))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerFast; its import takes 2 s, so it is named nowhere here
-WORD_SPACE_WORD = re.compile(r"[A-Za-z](?= [A-Za-z])")
+LETTERS = frozenset(string.ascii_letters)
 CUT_CHARACTERS = 200  # how far before a border a cut is looked for
 LOCAL_SPLITS = frozenset(  # patterns that always split before a space between two letters, read for that
     {
@@ -80,10 +81,11 @@ class Codec:
         """
         if not self.is_local:
             return start
-        cut = start
-        for found in WORD_SPACE_WORD.finditer(text, max(start, end - CUT_CHARACTERS), end):
-            cut = found.end()
-        return cut
+        first = max(start, end - CUT_CHARACTERS) + 1
+        cut = text.rfind(" ", first, end - 1)
+        while cut >= 0 and not (text[cut - 1] in LETTERS and text[cut + 1] in LETTERS):
+            cut = text.rfind(" ", first, cut)
+        return start if cut < 0 else cut
 
     def with_prefix(self, ids: list[int]) -> list[int]:
         """`ids` after the tokenizer's own prefix, unless the text already spelt it out."""

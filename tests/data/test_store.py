@@ -36,10 +36,7 @@ def record(id="s", row=1) -> Record:
 
 
 def encoded(ids, *, num_trained=1) -> Encoded:
-    labels = [-100] * len(ids)
-    labels[-1 - num_trained : -1] = ids[-num_trained:]
-    num_prompt = len(ids) - num_trained
-    return Encoded(ids=ids, labels=labels, num_prompt=num_prompt, num_trained=num_trained, changes=())
+    return Encoded(ids=ids, trained=((len(ids) - num_trained, len(ids)),))
 
 
 def write_store(folder: Path, samples, *, ledger=None, per_part=100) -> None:

@@ -1,6 +1,6 @@
 """SIGKILL at random moments, saves included: whatever was cut, the resumed run ends with the same bytes.
 
-SFTCORE_KILL_ROUNDS sets the number of kills (5 by default; 200 for acceptance).
+SFTCORE_KILL_ROUNDS sets the number of kills (20 by default; 200 for acceptance).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from launching import BIN, ENVIRONMENT, run, steps, weights_hash, write_recipe
 from warm import Process
 
-ROUNDS = int(os.environ.get("SFTCORE_KILL_ROUNDS", "5"))
+ROUNDS = int(os.environ.get("SFTCORE_KILL_ROUNDS", "20"))
 LONGEST_LIFE_SECONDS = 2.0  # after the first step of a start; most of it is spent saving
 
 
