@@ -2,8 +2,9 @@
 
 In: a recipe; perhaps a folder that runs share. Out: a finished run folder with its report, and
 RUN/finished.json.
-Invariant: finished.json is written last; its fingerprint is of the recipe and of the bytes of model and data,
-so a run is skipped only if it would be the same run.
+Invariant: finished.json is written last; it holds the recipe and a fingerprint of the bytes of model and
+data, so a run is skipped only if it would be the same run. Keys that recipes did not have then count as their
+defaults, so that a newer version does not undo a study.
 Trade-off: what runs share (memory levels, the base model's answers) is copied into each run folder, some
 kilobytes to megabytes, so that each folder still explains itself.
 """
@@ -15,6 +16,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from launcher.run_folder import FREE_KEYS
 from sftcore.config import Recipe
@@ -66,22 +69,30 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
     result = write_report(run)
     if not is_finished(recipe):
         seconds = round(time.perf_counter() - started, 1)
-        write_json(run / FINISHED, {"fingerprint": run_fingerprint(recipe), "seconds": seconds})
+        identity = {"recipe": recipe.model_dump(mode="json"), "files": fingerprint_of(_digests(recipe))}
+        write_json(run / FINISHED, {**identity, "seconds": seconds})
     return result.table
-
-
-def run_fingerprint(recipe: Recipe) -> str:
-    """Identity of a run: its recipe, but for keys that change no number, and the files it reads."""
-    values = recipe.model_dump(mode="json")
-    for key in FREE_KEYS:
-        _remove(values, key.split("."))
-    return fingerprint_of([values, _digests(recipe)])
 
 
 def is_finished(recipe: Recipe) -> bool:
     """Whether the run folder holds this very run, with all stages done."""
     path = recipe.run_folder / FINISHED
-    return path.is_file() and read_json(path)["fingerprint"] == run_fingerprint(recipe)
+    if not path.is_file():
+        return False
+    kept = read_json(path)
+    try:
+        then = Recipe.model_validate(kept["recipe"])
+    except (KeyError, ValidationError):  # of a version whose recipes had other keys
+        return False
+    return _numbers_of(then) == _numbers_of(recipe) and kept["files"] == fingerprint_of(_digests(recipe))
+
+
+def _numbers_of(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without the keys that change no number."""
+    values = recipe.model_dump(mode="json")
+    for key in FREE_KEYS:
+        _remove(values, key.split("."))
+    return values
 
 
 def _check_not_stale(run: Path) -> None:

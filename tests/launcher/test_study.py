@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import BIN, ENVIRONMENT, run
+from warm import Process
 
 ALL_LEVELS = [0, 1, 2, 3, 4]
 
@@ -60,6 +61,10 @@ def test_a_failed_run_costs_only_itself_and_a_second_call_does_what_is_missing(t
 def test_a_finished_run_of_other_data_is_neither_skipped_nor_overwritten(tiny_recipe):
     path = write_study(tiny_recipe, grid={"train.epochs": [1]})
     assert study(path).returncode == 0
+    finished = Path("runs/sizes/epochs-1/finished.json")
+    kept = json.loads(finished.read_text())
+    del kept["recipe"]["matching"]["pooling"]  # as if written before there was such a key
+    finished.write_text(json.dumps(kept))
     assert "1 runs, 0 to do" in study(path).stderr
     lines = Path("test.jsonl").read_text().splitlines()
     Path("test.jsonl").write_text("\n".join(lines[:-1]) + "\n")
@@ -73,9 +78,7 @@ def test_a_finished_run_of_other_data_is_neither_skipped_nor_overwritten(tiny_re
 def test_a_stop_signal_to_a_study_reaches_its_run_which_goes_on_later(tiny_recipe):
     long = tiny_recipe | {"checkpoint": {"save_every_steps": 1000}}
     path = write_study(long, grid={"train.epochs": [20]})
-    process = subprocess.Popen(
-        [str(BIN / "sftcore"), "study", path], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    process = Process([str(BIN / "sftcore"), "study", path], ENVIRONMENT)
     metrics = Path("runs/sizes/epochs-20/metrics.jsonl")
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
