@@ -32,7 +32,7 @@ from sftcore.data.ledger import (
 )
 from sftcore.data.parts import CHANGES, NO_REFUSAL, REASONS, describe_file, part_name
 from sftcore.data.records import unusable_file
-from sftcore.data.store import FORMAT_VERSION, KEPT, STORE_FILES, open_rows
+from sftcore.data.store import FORMAT_VERSION, KEPT, STORE_FILES, numbers, open_rows
 from sftcore.data.units import Unit
 from sftcore.errors import Problem
 from sftcore.fsio import atomic_file, read_json, read_jsonl, write_json
@@ -56,7 +56,7 @@ class Part:
 
     def column(self, name: str) -> NDArray[Any]:
         """A numeric column of its records."""
-        return self.rows()[name].to_numpy()
+        return numbers(self.rows(), name)
 
 
 def read_parts(folder: Path, units: Sequence[Unit]) -> list[Part]:
@@ -149,7 +149,7 @@ def account(parts: Sequence[Part], outcomes: Outcomes, copies: NDArray[np.bool_]
         for rejection in _rejections(rows, about["file"], here):
             ledger.reject(rejection)
         _note(ledger, rows, about["file"], copies[start : start + len(rows)], Change.DUPLICATE_KEPT)
-        changes = rows["changes"].to_numpy()
+        changes = numbers(rows, "changes")
         for bit, change in enumerate(CHANGES):
             _note(ledger, rows, about["file"], (changes >> bit & 1).astype(bool) & (here == KEPT), change)
         start += len(rows)
@@ -227,7 +227,7 @@ def _source_totals(parts: Sequence[Part], outcomes: Outcomes, names: Sequence[st
         rows, total = part.rows(), totals[part.about["source"]]
         kept = outcomes[start : start + len(rows)] == KEPT
         total["num_samples"] += int(np.count_nonzero(kept))
-        total["num_tokens"] += int(rows["num_tokens"].to_numpy()[kept].sum(dtype=np.int64))
-        total["num_trained_tokens"] += int(rows["num_trained"].to_numpy()[kept].sum(dtype=np.int64))
+        total["num_tokens"] += int(numbers(rows, "num_tokens")[kept].sum(dtype=np.int64))
+        total["num_trained_tokens"] += int(numbers(rows, "num_trained")[kept].sum(dtype=np.int64))
         start += len(rows)
     return totals

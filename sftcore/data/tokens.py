@@ -10,13 +10,15 @@ EntityQuestions, SmolLM2, 2026-11) and can write out their whole state; models w
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
+from tokenizers.models import BPE
 
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
@@ -130,18 +132,23 @@ def _is_local(tokenizer: Tokenizer) -> bool:
     character before a match, and BPE merges within words only. An added token with a space in it, or one that
     starts or ends with a letter, could reach across.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    steps = backend["pre_tokenizer"] or {}
+    backend = tokenizer.backend_tokenizer
+    steps = _state(backend.pre_tokenizer)
     steps = steps.get("pretokenizers", [steps])
-    tokens = [token["content"] for token in backend["added_tokens"]]
+    tokens = [token.content for token in backend.get_added_tokens_decoder().values()]
     return (
-        backend["model"]["type"] == "BPE"
-        and not backend["model"].get("dropout")
-        and (backend["normalizer"] or {"type": "NFC"})["type"] == "NFC"
+        isinstance(backend.model, BPE)
+        and not backend.model.dropout
+        and _state(backend.normalizer).get("type", "NFC") == "NFC"
         and all(_splits_words(step) for step in steps)
         and any(step.get("use_regex") or step.get("type") == "Split" for step in steps)
         and not any(re.search(r"\s|^[^\W\d_]|[^\W\d_]$", token) for token in tokens)
     )
+
+
+def _state(component: Any) -> dict[str, Any]:
+    """What tokenizer.json would say of a normalizer or pre-tokenizer; nothing of one that is not there."""
+    return {} if component is None else dict(orjson.loads(component.__getstate__()))
 
 
 def _splits_words(step: dict[str, Any]) -> bool:

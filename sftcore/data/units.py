@@ -26,7 +26,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.settings import LabelWords
 
-PART_BYTES = 4 * 2**20  # about 1 s of work, so that workers end together
+PART_BYTES = 2**20  # about 0.25 s of work, so that workers end together
 MAX_PARTS = 512  # each is three memory maps when the store is open
 COUNTED_BYTES = 2**20
 LINE_FORMATS = (".jsonl", ".tsv", ".txt", ".json")
