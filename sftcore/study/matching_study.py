@@ -344,8 +344,8 @@ def _verdict(
         )
     if len(beyond) > len(clear):
         sentences.append(
-            f"{len(beyond) - len(clear)} of {len(comparisons)} comparisons of two arms leave out 0 over the "
-            "test pairs, but their draws overlap: more draws would have to show whether they hold."
+            f"Of {len(comparisons)} comparisons of two arms {len(beyond) - len(clear)} would count over the "
+            "test pairs alone, but their draws overlap: more draws would have to show whether they hold."
         )
     if comparisons and not beyond:
         sentences.append("No two arms of one size are told apart by these test pairs.")

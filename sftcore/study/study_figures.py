@@ -32,6 +32,8 @@ from sftcore.study.study_runs import MIXED
 
 ROWS = (*map(str, LEVELS), MIXED)
 COLOURS = LinearSegmentedColormap.from_list("levels", ["#f3f7fb", *LEVEL_COLOURS])
+BESIDE = 1.04  # from one lone point's size to the next one's, so that their bars can be told apart
+HALF_WIDTH_LETTERS = 60  # of a legend's line beside another
 LIGHT_TEXT_FROM = 0.62  # of the scale: dark cells carry white numbers
 CURVE_COLOURS = {**dict(zip(map(str, LEVELS), LEVEL_COLOURS, strict=True)), MIXED: "#D55E00"}
 ARM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito
@@ -116,7 +118,7 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
     with page_style():
         figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
         axes = figure.subplots()
-        for row in ROWS:
+        for place, row in enumerate(ROWS):
             points = sorted(
                 (cell["n"], cell["splits"][split]["mean_over_levels"])
                 for cell in cells
@@ -125,7 +127,7 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
             if points:
                 label = f"level {row}" if row != MIXED else row
                 style = (CURVE_COLOURS[row], CURVE_STYLES[row])
-                _draw_curve(axes, label, style, [n for n, _ in points], [part for _, part in points])
+                _draw_curve(axes, label, style, points, place=place)
         if base is not None:
             axes.axhline(base, color=INK, lw=0.9, ls=(0, (1, 2)), label="base")
         _finish_curves(axes, cells, "training facts")
@@ -149,11 +151,13 @@ def arm_curves(
         for number, arm in enumerate(dict.fromkeys(cell["arm"] for cell in cells)):
             points = sorted((cell["n"], cell["accuracy"]) for cell in cells if cell["arm"] == arm)
             style = (ARM_COLOURS[number % len(ARM_COLOURS)], ARM_STYLES[number % len(ARM_STYLES)])
-            _draw_curve(axes, arm, style, [n for n, _ in points], [part for _, part in points])
+            _draw_curve(axes, arm, style, points, place=number)
         for number, (label, share) in enumerate(references):
             axes.axhline(share, color=INK, lw=0.9, ls=(0, (1, 2 + 2 * number)), label=label)
         _finish_curves(axes, cells, "training pairs")
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=2.4)
+        longest = max(len(str(label)) for label in axes.get_legend_handles_labels()[1])
+        columns = 2 if longest <= HALF_WIDTH_LETTERS else 1
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=2.4)
         return svg_of(figure, name, "Accuracy by the number of training pairs")
 
 
@@ -161,6 +165,8 @@ def _finish_curves(axes: Axes, cells: Sequence[Mapping[str, Any]], items: str) -
     axes.set_xscale("log")
     sizes = sorted({cell["n"] for cell in cells})
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    if len(sizes) == 1:
+        axes.set_xlim(sizes[0] / 1.5, 1.5 * sizes[0])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
     axes.set_xlabel(items)
@@ -172,11 +178,17 @@ def _draw_curve(
     axes: Axes,
     label: str,
     style: tuple[str, Any],
-    sizes: Sequence[int],
-    parts: Sequence[Mapping[str, Any]],
+    points: Sequence[tuple[int, Mapping[str, Any]]],
+    *,
+    place: int,
 ) -> None:
+    """A line through the (size, accuracy) points, with a band; a lone point has a bar, beside the others'."""
     colour, line = style
+    shift = BESIDE**place if len(points) == 1 else 1
+    sizes, parts = [shift * size for size, _ in points], [part for _, part in points]
+    lows, highs = [part["low"] for part in parts], [part["high"] for part in parts]
     means = [part["mean"] for part in parts]
     axes.plot(sizes, means, marker="o", ms=4, lw=1.8, color=colour, ls=line, label=label)
-    lows, highs = [part["low"] for part in parts], [part["high"] for part in parts]
+    if len(points) == 1:
+        axes.vlines(sizes, lows, highs, color=colour, alpha=0.5, lw=3)
     axes.fill_between(sizes, lows, highs, color=colour, alpha=0.22, lw=0)
