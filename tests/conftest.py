@@ -62,7 +62,7 @@ def _no_rank_left(monkeypatch) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Skip what this machine can't run, and say so; keep the tests on the one Slurm cluster in one process."""
+    """Skip what this machine can't run, and say so; keep tests on the Slurm cluster in one process."""
     import torch
 
     for item in items:
