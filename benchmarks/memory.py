@@ -48,6 +48,7 @@ def main() -> None:
 def cases(model: Path, other: Path) -> list[tuple[str, dict, int]]:
     """(name, recipe changes, ranks)."""
     full = {"model": {"path": str(model)}, "deepspeed": "zero1"}
+    gemma = {"model": {"path": str(other)}}
     recomputed = {"train": {"activation_checkpointing": "full"}}
     return [
         ("full, 512 tokens", full | tokens(512), 1),
@@ -57,7 +58,9 @@ def cases(model: Path, other: Path) -> list[tuple[str, dict, int]]:
         ("qlora, 1,024 tokens", full | tokens(1024) | {"adapter": {"kind": "qlora"}}, 1),
         ("full, ZeRO-2, 1,024 tokens", full | tokens(1024) | {"deepspeed": "zero2"}, 2),
         ("full, ZeRO-3, 1,024 tokens", full | tokens(1024) | {"deepspeed": "zero3"}, 2),
-        ("other model, 512 tokens", full | tokens(512) | {"model": {"path": str(other)}}, 1),
+        ("full, ZeRO-1, two ranks, 512 tokens", full | tokens(512), 2),
+        ("other model, LoRA, 1,024 tokens", full | tokens(1024) | gemma | {"adapter": {"kind": "lora"}}, 1),
+        ("other model, 512 tokens", full | tokens(512) | gemma, 1),
     ]
 
 

@@ -5,7 +5,7 @@ Invariant: which process writes a part, and when, changes nothing in it; a kille
 along, so that no orphan holds the lock.
 Trade-off: workers are forked, so they start with the tokenizer loaded (a fresh interpreter imports
 transformers for 2 s); each encodes with one thread, so that reading and checking rows use all cores too. End
-to end this reached 0.54 of the speed of raw `tokenizers` (benchmarks/LOG.md, 2026-11-21).
+to end this reached 0.7 of the speed of raw `tokenizers` (benchmarks/LOG.md, 2026-11-21).
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from sftcore.settings import NUM_CLASSES
 
 FLOPS_PER_WEIGHT = 6  # 2 forward, 4 backward
 FLOPS_PER_FROZEN_WEIGHT = 4  # 2 forward, 2 backward: only the gradient of its input
+TRAINING_BYTES = 2  # bfloat16
 MASTER_BYTES, MOMENT_BYTES, EIGHT_BIT_MOMENT_BYTES = 4, 8, 2  # a float32 weight; both moments of Adam
 FOUR_BIT_BYTES = 0.516  # nf4 in blocks of 64 with 8-bit scales of 32-bit scales (QLoRA, arXiv 2305.14314)
 COUNTED_TOKENS = 64
@@ -92,6 +93,11 @@ class ModelCost:
         )
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the output layer is the input embedding."""
+        return self.num_parameters - self.num_body_parameters == self.vocabulary * self.hidden_size
+
+    @property
     def trains_all(self) -> bool:
         """Whether no weight is frozen."""
         return self.num_trained_parameters == self.num_parameters
@@ -136,11 +142,16 @@ class ModelCost:
         return num_tokens * (saved.inputs + saved.dearest_layer if is_recomputed else saved.all_layers)
 
     def head_bytes(self, num_tokens: int) -> int:
-        """A chunk of float32 logits and its gradient; the float32 sum of a trained projection's gradients."""
+        """A chunk of float32 logits and its gradient; the float32 sum of a trained projection's gradients.
+
+        A projection tied to the embedding has two gradients in the training dtype, the first of which waits
+        through all of backward for the second.
+        """
         rows = rows_per_chunk(self.vocabulary, self.hidden_size, is_trained=self.trains_all)
         chunk = 2 * 4 * min(rows, num_tokens) * self.vocabulary
         has_sum = self.trains_all and num_tokens > rows
-        return chunk + (4 * self.vocabulary * self.hidden_size if has_sum else 0)
+        tied = 2 * TRAINING_BYTES if self.trains_all and self.is_tied else 0
+        return chunk + (tied + (4 if has_sum else 0)) * self.vocabulary * self.hidden_size
 
 
 def measure_model(

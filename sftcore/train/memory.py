@@ -22,9 +22,12 @@ from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
 
 NUM_REMEDIES = 3
-# Of a rank on CPUs: 0.5 GB of libraries, kernels' scratch space, what the C library keeps of freed memory.
-# Fitted on two cases of benchmarks/memory.py (full, 512 tokens; LoRA, 2,048); six others check it.
-PROCESS_BYTES = 1_200_000_000
+# Of a rank on CPUs: 0.5 GB of libraries, kernels' scratch space, freed memory that nothing fits into, and the
+# tokenizer. Fitted on two cases of benchmarks/memory.py (full, 512 tokens; LoRA); eight others check it.
+PROCESS_BYTES, PROCESS_BYTES_PER_WORD = 1_100_000_000, 1_450
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default
+LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at stage 3; likewise
+BUCKET_BYTES = 6  # of a gradient on its way: float32 until it is reduced, and a copy in the bucket's type
 Bytes = dict[str, int]
 
 
@@ -32,13 +35,16 @@ def predict_bytes(recipe: Recipe, *, world: int, num_tokens: int) -> Bytes:
     """Bytes on each rank by component, while a pack of `num_tokens` is trained.
 
     Components: weights, gradients, optimizer (states by ZeRO stage), activations (kept for backward), head
-    (a chunk of logits and the projection's gradient), process (on CPUs: everything else).
+    (a chunk of logits and the projection's gradient), buckets (gradients that wait to be reduced), gathered
+    (weights of other ranks, at stage 3), update (the gradients' flat copy, beyond what backward has freed by
+    then), process (on CPUs: everything else).
     """
     ds_config = read_ds_config(deepspeed_file(recipe))
+    zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
     cost = measure_recipe(recipe)
     weight_bytes = 4 if autocasts(ds_config, recipe) else DTYPES[recipe.model.dtype].itemsize
     states = cost.state_bytes_per_rank(
-        stage=zero_stage(ds_config),
+        stage=stage,
         world=world,
         weight_bytes=weight_bytes,
         quantised=recipe.adapter.kind == "qlora",
@@ -46,13 +52,23 @@ def predict_bytes(recipe: Recipe, *, world: int, num_tokens: int) -> Bytes:
     )
     for part in offloaded(recipe):
         states[part] = 0
+    is_recomputed = recipe.train.activation_checkpointing == "full"
+    backward = {
+        "activations": cost.activation_bytes(num_tokens, is_recomputed=is_recomputed),
+        "head": cost.head_bytes(num_tokens),
+    }
+    waiting = min(cost.num_trained_parameters, int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)))
+    process = PROCESS_BYTES + PROCESS_BYTES_PER_WORD * cost.vocabulary
+    live = min(cost.num_parameters, int(zero.get("stage3_max_live_parameters", LIVE_ELEMENTS)))
+    has_flat_copy = stage > 0 and "optimizer" not in offloaded(recipe)
+    flat = 4 * cost.num_trained_parameters // world if has_flat_copy else 0
     return {
         **states,
-        "activations": cost.activation_bytes(
-            num_tokens, is_recomputed=recipe.train.activation_checkpointing == "full"
-        ),
-        "head": cost.head_bytes(num_tokens),
-        "process": 0 if torch.cuda.is_available() else PROCESS_BYTES,
+        **backward,
+        "buckets": BUCKET_BYTES * waiting if world > 1 else 0,
+        "gathered": weight_bytes * live if stage == 3 and world > 1 else 0,
+        "update": max(0, flat - sum(backward.values())),
+        "process": 0 if torch.cuda.is_available() else process,
     }
 
 
