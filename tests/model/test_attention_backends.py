@@ -188,6 +188,16 @@ def test_each_lack_is_named(monkeypatch, backend, change, reason):
     assert any(reason in why for why in lacks(AttentionNeeds(**(CUDA | change))))
 
 
+def test_without_our_guard_cuda_backends_fail_on_cpus():
+    """What torch 2.13 says; flash-attn is not even there."""
+    q, k = (torch.randn(1, heads, 8, 16, requires_grad=True) for heads in (4, 2))
+    borders = {"cu_seq_lens_q": torch.tensor([0, 8], dtype=torch.int32), "max_length_q": 8}
+    with pytest.raises(NotImplementedError, match="_flash_attention_forward.*'CPU' backend"):
+        BACKENDS["torch_varlen"][0](None, q, k, k, None, scaling=0.25, **borders)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        BACKENDS["flex"][0](None, q, k, k, None, document_lengths=(8,), scaling=0.25)[0].sum().backward()
+
+
 def test_auto_takes_the_first_that_can(monkeypatch):
     config = tiny_config("llama")
     assert choose_attention(config, "auto", dtype="bfloat16", device="cpu") == "sftcore_sdpa_docs"
