@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
@@ -77,7 +78,7 @@ def claim(run: Path, recipe: Recipe) -> None:
     """
     path = run / "recipe.yaml"
     if path.is_file() and any(file.name not in NO_RESULTS for file in run.iterdir()):
-        owner = yaml.safe_load(path.read_text(encoding="utf-8"))
+        owner = _as_read_today(yaml.safe_load(path.read_text(encoding="utf-8")))
         differing = [d for d in differences(owner, recipe.model_dump(mode="json")) if d[0] not in FREE_KEYS]
         if differing:
             raise UserInputError(*(_differs(run, key, old, new) for key, old, new in differing))
@@ -85,6 +86,14 @@ def claim(run: Path, recipe: Recipe) -> None:
     with atomic_file(path) as handle:
         handle.write(dump_recipe(recipe))
     write_json(run / "environment.json", describe_environment() | describe_origin(recipe))
+
+
+def _as_read_today(owner: Any) -> Any:
+    """A recipe of another version with the defaults of keys that it did not have then, if it can be read."""
+    try:
+        return Recipe.model_validate(owner).model_dump(mode="json")
+    except ValidationError:
+        return owner
 
 
 def _differs(run: Path, key: str, old: Any, new: Any) -> Problem:

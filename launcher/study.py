@@ -198,6 +198,7 @@ def summarise(study: Study) -> dict[str, Any]:
     """Content of study.json: a row a run, with the keys of its report.json that a comparison needs."""
     return {
         "name": study.settings.name,
+        "set": study.settings.set,
         "grid": study.settings.grid,
         "draws": study.settings.draws,
         "runs": [_row(run) for run in study.runs],

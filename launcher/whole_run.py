@@ -97,9 +97,11 @@ def _numbers_of(recipe: Recipe) -> dict[str, Any]:
 
 def _check_not_stale(run: Path) -> None:
     if (run / FINISHED).is_file():
+        is_readable = "recipe" in read_json(run / FINISHED)
+        other = "other data, another base model or another recipe" if is_readable else "an earlier version"
         raise UserInputError(
             Problem(
-                what="this run was finished with other data, another base model or another recipe",
+                what=f"this run was finished with {other}",
                 where=str(run),
                 remedy="delete the folder to run it anew, or choose another (--run DIR)",
             )

@@ -62,7 +62,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         nonlocal done, last
         done += n
         now = time.monotonic()
-        if now - last >= PLAIN_LINE_SECONDS:
+        if done and now - last >= PLAIN_LINE_SECONDS:
             last = now
             remaining = (now - started) / done * (total - done)
             log.info("%s: %d/%d, about %.0f s left", label, done, total, remaining)

@@ -62,12 +62,9 @@ def _no_rank_left(monkeypatch) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Skip what this machine can't run, and say so; keep tests on the Slurm cluster in one process."""
+    """Skip what this machine can't run, and say so."""
     import torch
 
-    for item in items:
-        if item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -24,7 +24,10 @@ from functools import cache
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-READ_AT_IMPORT = ("OMP_", "HF_", "DS_", "TORCH", "TOKENIZERS_", "LD_", "PYTHON", "MALLOC_")
+READ_AT_START = (
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "HF_HOME", "HF_HUB_OFFLINE"),
+    *("PYTHONPATH", "PYTHONHASHSEED", "LD_PRELOAD", "LD_LIBRARY_PATH", "MALLOC_ARENA_MAX"),
+)
 REQUEST_BYTES = 1 << 20
 
 
@@ -40,7 +43,7 @@ class Process:
             self.pid = self._cold.pid
             return
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._connection.connect(str(_server()))
+        self._connection.connect(str(_server()[0]))
         request = {"script": script, "folder": os.getcwd(), "environment": env}
         files = [0, *(file.fileno() for file in self._files)]
         socket.send_fds(self._connection, [json.dumps(request).encode()], files)
@@ -100,14 +103,15 @@ def _script(command: list[str], env: dict[str, str]) -> list[str] | None:
     python = command[0] == sys.executable and not command[1].startswith("-")
     if not python and command[0] != str(BIN / "sftcore"):
         return None
-    if any(env.get(k) != os.environ.get(k) for k in {*env, *os.environ} if k.startswith(READ_AT_IMPORT)):
+    own = _server()[1]
+    if any(env.get(key) != own.get(key) for key in READ_AT_START):
         return None
     return command[1:] if python else command
 
 
 @cache
-def _server() -> Path:
-    """Start the process that forks; it ends with this one."""
+def _server() -> tuple[Path, dict[str, str]]:
+    """Start the process that forks, which ends with this one: its socket and its environment."""
     folder = Path(tempfile.mkdtemp(prefix="sftcore-warm-"))
     path = folder / "socket"
     process = subprocess.Popen([sys.executable, __file__, str(path)], stdin=subprocess.PIPE)
@@ -115,7 +119,7 @@ def _server() -> Path:
     while not path.exists():
         assert process.poll() is None, "the process that forks did not start"
         time.sleep(0.01)
-    return path
+    return path, dict(os.environ)
 
 
 def _serve(path: Path) -> list[str]:

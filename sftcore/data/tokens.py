@@ -84,7 +84,7 @@ class Codec:
         if not self.is_local:
             return start
         first = max(start, end - CUT_CHARACTERS) + 1
-        cut = text.rfind(" ", first, end - 1)
+        cut = text.rfind(" ", first, max(first, end - 1))
         while cut >= 0 and not (text[cut - 1] in LETTERS and text[cut + 1] in LETTERS):
             cut = text.rfind(" ", first, cut)
         return start if cut < 0 else cut

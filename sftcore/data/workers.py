@@ -113,7 +113,7 @@ def write_parts(workshop: Workshop, units: Sequence[Unit], *, num_workers: int) 
     todo = [unit for unit in units if not workshop.is_done(unit)]
     num_bytes = sum(unit.num_bytes for unit in todo)
     num_workers = min(num_workers, len(todo))
-    with progress("preparing, in MB", max(1, num_bytes >> 20)) as advance:
+    with progress("preparing, in kB", max(1, num_bytes >> 10)) as advance:
         if num_workers < 2 or num_bytes < POOL_BYTES:
             return list(chain.from_iterable(_problems_of(workshop, unit) for unit in todo))
         problems: list[Problem] = []
@@ -123,7 +123,7 @@ def write_parts(workshop: Workshop, units: Sequence[Unit], *, num_workers: int) 
             futures = {pool.submit(_write_in_worker, unit): unit for unit in largest_first}
             for done in as_completed(futures):
                 problems += _result(done, pool)
-                advance(futures[done].num_bytes >> 20)
+                advance(max(1, futures[done].num_bytes >> 10))
     return problems
 
 

@@ -58,6 +58,7 @@ class ModelCost:
         num_body_parameters: without input embedding and output layer.
         hidden_size: h.
         vocabulary: V, rows of the output layer.
+        num_words: rows of the input embedding.
         num_layers: L.
         attention_width: h_attn = query heads * head size.
         num_banded_layers: those of the L with a sliding window.
@@ -71,6 +72,7 @@ class ModelCost:
     num_body_parameters: int
     hidden_size: int
     vocabulary: int
+    num_words: int
     num_layers: int
     attention_width: int
     num_banded_layers: int
@@ -186,6 +188,7 @@ def measure_model(
         num_body_parameters=total - sum(outside.values()),
         hidden_size=text.hidden_size,
         vocabulary=num_classes or output.weight.shape[0],
+        num_words=model.get_input_embeddings().weight.shape[0],
         num_layers=text.num_hidden_layers,
         attention_width=heads * (values.get("head_dim") or text.hidden_size // heads),
         num_banded_layers=banded,

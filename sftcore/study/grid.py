@@ -110,9 +110,7 @@ def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:
     """
     runs, problems = [], []
     cells = [named for grid in settings.grid for named in expand_cells(grid, settings.draws)]
-    both = sorted({key for grid in settings.grid for key in grid} & set(settings.set))
-    if both:
-        raise UserInputError(Problem(what="keys of both set and grid", where="set", got=", ".join(both)))
+    _check_common_keys(settings)
     twice = sorted(name for name, count in Counter(name for name, _ in cells).items() if count > 1)
     if twice:
         raise UserInputError(
@@ -128,6 +126,25 @@ def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:
     if problems:
         raise UserInputError(*problems)
     return runs
+
+
+def _check_common_keys(settings: StudySettings) -> None:
+    """Refuse keys of `set` that something else decides."""
+    own = {"name", "run"} | ({DRAW} if settings.draws > 1 else set())
+    varied = own | {key for grid in settings.grid for key in grid}
+    decided = [key for key in settings.set if any(_overlap(key, other) for other in varied)]
+    if decided:
+        what = "keys that the study itself decides, or that are in its grid, too"
+        raise UserInputError(Problem(what=what, where="set", got=", ".join(decided)))
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether one of two dotted keys is, or holds, the other.
+
+    >>> _overlap("train", "train.lr"), _overlap("train.lr", "train.lr_end")
+    (True, False)
+    """
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def expand_cells(grid: Grid, draws: int) -> list[tuple[str, dict[str, Any]]]:

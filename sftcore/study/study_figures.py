@@ -118,7 +118,7 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
     with page_style():
         figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
         axes = figure.subplots()
-        for place, row in enumerate(ROWS):
+        for row in ROWS:
             points = sorted(
                 (cell["n"], cell["splits"][split]["mean_over_levels"])
                 for cell in cells
@@ -127,7 +127,7 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
             if points:
                 label = f"level {row}" if row != MIXED else row
                 style = (CURVE_COLOURS[row], CURVE_STYLES[row])
-                _draw_curve(axes, label, style, points, place=place)
+                _draw_curve(axes, label, style, points, place=_place_beside(row, "level", cells))
         if base is not None:
             axes.axhline(base, color=INK, lw=0.9, ls=(0, (1, 2)), label="base")
         _finish_curves(axes, cells, "training facts")
@@ -151,7 +151,7 @@ def arm_curves(
         for number, arm in enumerate(dict.fromkeys(cell["arm"] for cell in cells)):
             points = sorted((cell["n"], cell["accuracy"]) for cell in cells if cell["arm"] == arm)
             style = (ARM_COLOURS[number % len(ARM_COLOURS)], ARM_STYLES[number % len(ARM_STYLES)])
-            _draw_curve(axes, arm, style, points, place=number)
+            _draw_curve(axes, arm, style, points, place=_place_beside(arm, "arm", cells))
         for number, (label, share) in enumerate(references):
             axes.axhline(share, color=INK, lw=0.9, ls=(0, (1, 2 + 2 * number)), label=label)
         _finish_curves(axes, cells, "training pairs")
@@ -174,13 +174,24 @@ def _finish_curves(axes: Axes, cells: Sequence[Mapping[str, Any]], items: str) -
     axes.tick_params(length=0)
 
 
+def _place_beside(label: str, key: str, cells: Sequence[Mapping[str, Any]]) -> float:
+    """Where a lone point stands among the lone points of its size: 0 in the middle.
+
+    >>> [_place_beside(arm, "arm", [{"arm": "a", "n": 60}, {"arm": "b", "n": 60}]) for arm in "ab"]
+    [-0.5, 0.5]
+    """
+    sizes = {name: {cell["n"] for cell in cells if cell[key] == name} for name in (c[key] for c in cells)}
+    beside = [name for name, ns in sizes.items() if len(ns) == 1 and ns == sizes.get(label)]
+    return beside.index(label) - (len(beside) - 1) / 2 if label in beside else 0.0
+
+
 def _draw_curve(
     axes: Axes,
     label: str,
     style: tuple[str, Any],
     points: Sequence[tuple[int, Mapping[str, Any]]],
     *,
-    place: int,
+    place: float,
 ) -> None:
     """A line through the (size, accuracy) points, with a band; a lone point has a bar, beside the others'."""
     colour, line = style

@@ -138,11 +138,12 @@ def init_process_group() -> None:
 def _put_own_programs_first() -> None:
     """Let DeepSpeed build with this environment's ninja whether the environment is activated or not.
 
-    Another version of ninja throws the kept build away: a minute a start where two versions take turns.
+    Another version of ninja throws the kept build away: up to a minute a start where two versions take turns.
     """
-    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    if path.split(os.pathsep)[0] != own:
-        os.environ["PATH"] = own + os.pathsep + path
+    own, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
+    is_virtual = sys.prefix != sys.base_prefix  # /usr/bin first could hide a cluster's modules
+    if is_virtual and (own / "ninja").exists() and path.split(os.pathsep)[0] != str(own):
+        os.environ["PATH"] = f"{own}{os.pathsep}{path}"
 
 
 def _unlink_reduce_buffer() -> None:

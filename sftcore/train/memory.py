@@ -57,15 +57,18 @@ def predict_bytes(recipe: Recipe, *, world: int, num_tokens: int) -> Bytes:
         "activations": cost.activation_bytes(num_tokens, is_recomputed=is_recomputed),
         "head": cost.head_bytes(num_tokens),
     }
-    waiting = min(cost.num_trained_parameters, int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)))
-    process = PROCESS_BYTES + PROCESS_BYTES_PER_WORD * cost.vocabulary
+    largest = cost.num_words * cost.hidden_size if cost.trains_all else 0  # never cut
+    bucket = int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
+    is_allocated = torch.cuda.is_available() and stage >= 2  # on CPUs only what is touched counts
+    waiting = max(largest, bucket if is_allocated else min(cost.num_trained_parameters, bucket))
+    process = PROCESS_BYTES + PROCESS_BYTES_PER_WORD * cost.num_words
     live = min(cost.num_parameters, int(zero.get("stage3_max_live_parameters", LIVE_ELEMENTS)))
     has_flat_copy = stage > 0 and "optimizer" not in offloaded(recipe)
     flat = 4 * cost.num_trained_parameters // world if has_flat_copy else 0
     return {
         **states,
         **backward,
-        "buckets": BUCKET_BYTES * waiting if world > 1 else 0,
+        "buckets": BUCKET_BYTES * waiting if world > 1 or stage >= 2 else 0,
         "gathered": weight_bytes * live if stage == 3 and world > 1 else 0,
         "update": max(0, flat - sum(backward.values())),
         "process": 0 if torch.cuda.is_available() else process,

@@ -25,6 +25,9 @@ def values(rows) -> list:
     return [row.value if isinstance(row, RawRow) else row.reason for row in rows]
 
 
+NUMBERS = [7, 2**63, -(2**63) - 1, 2**64, 10**400]
+
+
 def test_only_newlines_end_a_line(write):
     path = write("a.tsv", "a\u2028b\x85c\x0bd\x0ce\rf\n2\r\n3\r\r\n")
     assert list(text_lines(path)) == ["a\u2028b\x85c\x0bd\x0ce\rf", "2", "3"]
@@ -159,3 +162,9 @@ def test_csv_round_trip(tmp_path_factory, table):
     assert values(csv_rows(path)) == [
         [c.lstrip("\ufeff") if i == j == 0 else c for j, c in enumerate(row)] for i, row in enumerate(table)
     ]
+
+
+def test_numbers_of_any_length_stay_whole(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(f'{{"id": {number}}}' for number in NUMBERS))
+    assert [row.value["id"] for row in json_line_rows(path)] == NUMBERS

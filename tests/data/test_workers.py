@@ -43,7 +43,7 @@ def facts(n: int) -> list[dict]:
 
 @pytest.fixture
 def recipe(write, monkeypatch) -> Recipe:
-    """Three files in two sources; parts of 20 kB instead of 4 MB, a pool from the first byte on."""
+    """Three files in two sources; parts of 20 kB instead of 1 MB, a pool from the first byte on."""
     monkeypatch.setattr("sftcore.data.units.PART_BYTES", 20_000)
     monkeypatch.setattr(cut_sources, "__defaults__", (20_000,))
     monkeypatch.setattr(workers_module, "POOL_BYTES", 0)

@@ -47,9 +47,9 @@ def launcher(ranks: int) -> list[str]:
     return [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", free_port()]
 
 
-def start_ranks(count: int, script: str, *arguments: str) -> list[warm.Process]:
+def start_ranks(count: int, script: str, *arguments: str, port: str = "") -> list[warm.Process]:
     """Start the ranks of a job as Slurm does: each with its number and where to meet in its environment."""
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port()}
     return [
         warm.Process(
             [sys.executable, script, *arguments],
@@ -61,10 +61,12 @@ def start_ranks(count: int, script: str, *arguments: str) -> list[warm.Process]:
 
 def run_cells(paths: list[Path], *, ranks: int) -> str:
     """Train the recipes one after another in one start of all ranks; their logs. Fails with their ends."""
-    processes = start_ranks(ranks, CELL_RUNNER, *map(str, paths))
+    port = free_port()
+    processes = start_ranks(ranks, CELL_RUNNER, *map(str, paths), port=port)
     codes = wait_for_all(processes)
     said = ["".join(process.output()) for process in processes]
     assert not any(codes), (codes, [text[-3000:] for text in said])
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*")), "shared memory is left behind"
     return "".join(said)
 
 
