@@ -32,10 +32,11 @@ from sftcore.recipe import ASSETS
 HERE = Path(__file__).parent
 
 
-def pairs(n: int) -> list[Record]:
-    """Questions about one fact and the next, the label words of the concise English prompt."""
+def pairs(n: int, *, min_letters: int = 0) -> list[Record]:
+    """Questions (of so many letters) about one fact and another, for the concise English prompt."""
     facts = read_jsonl(ASSETS / "facts" / "train.jsonl")
-    asked = [question_of(fact["relation"], fact["subject"]) for fact in facts[: n + 10]]
+    asked = [question_of(fact["relation"], fact["subject"]) for fact in facts]
+    asked = [question for question in asked if len(question) >= min_letters]
     return [
         Record(id=str(i), split="x", file="x", row=i, content=Pair(a=asked[i], b=asked[i + 10], label=0))
         for i in range(n)
@@ -56,6 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--min-letters", type=int, default=0, help="of each question: longer pairs")
     options = parser.parse_args()
     recipe = Recipe.model_validate(
         {
@@ -65,7 +67,7 @@ def main() -> None:
             "batch": {"samples_per_step": 1},
         }
     )
-    records = pairs(options.pairs)
+    records = pairs(options.pairs, min_letters=options.min_letters)
     prompter = Prompter(PromptOptions.of(recipe), load_tokenizer(recipe.model.path))
     prompts, answers = prompter.prompt_ids_batch(records), prompter.label_ids_batch(records)
     model = load_for_scoring(ModelSettings(path=recipe.model.path))
