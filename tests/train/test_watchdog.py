@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -41,7 +40,7 @@ def test_a_rank_that_is_gone_ends_the_others(tiny_recipe, how, victim):
     assert ranks[1 - victim].returncode == 69 and "Traceback" not in said, said[-2000:]
     known = "another rank ended" if how == signal.SIGKILL else f"rank {victim} gave no sign of life"
     assert known in said, said[-2000:]
-    os.kill(ranks[victim].pid, signal.SIGKILL)
+    ranks[victim].send_signal(signal.SIGKILL)  # the stopped one; the other is gone
     ranks[victim].communicate()
 
 
