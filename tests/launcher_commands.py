@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import warm
 import yaml
-
-BIN = Path(sys.executable).parent
+from warm import BIN
 
 
 def sftcore(*arguments: str) -> subprocess.CompletedProcess[str]:

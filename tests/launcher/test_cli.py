@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from launcher_commands import save, sftcore
 
-BIN = Path(sys.executable).parent
 RECALL = {"probe": {"templates": 2, "samples": 3, "max_new_tokens": 4}}
 
 

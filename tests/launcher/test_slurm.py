@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import run_cells, steps, write_recipe
+from warm import BIN
 
 from launcher.attempts import begin_attempt
 from launcher.slurm import TEMPLATES, Resources, fill_in, recipe_jobs, train_job
@@ -24,7 +25,6 @@ from sftcore.train.checkpoint import newest_usable
 
 ROOT = Path(__file__).parent.parent.parent
 LAB = ROOT / "tests" / "slurmlab"
-BIN = Path(sys.executable).parent
 LONG = {"train": {"epochs": 250}, "checkpoint": {"save_every_steps": 100}}  # 1,000 steps
 SCRIPTS = sorted([*ROOT.glob("slurm/*.s*"), *LAB.glob("*.sh"), ROOT / ".ci" / "run"])
 WHOLE: list[float] = []  # the losses of LONG with two ranks, uninterrupted; computed once

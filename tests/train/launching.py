@@ -14,11 +14,11 @@ from pathlib import Path
 import warm
 import yaml
 from safetensors.torch import load_file
+from warm import BIN
 
 from sftcore.fsio import read_jsonl
 
 ROOT = Path(__file__).parent.parent.parent
-BIN = Path(sys.executable).parent
 CELL_RUNNER = str(ROOT / "tests" / "train" / "run_cells.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
