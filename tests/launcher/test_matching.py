@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from launching import BIN, launcher, run, weights
+from packaged import packaged_model
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from tiny import SUBJECTS, write_lines
@@ -23,7 +25,8 @@ from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl
-from sftcore.recipe import load_recipe
+from sftcore.knowledge.templates import load_relations, question_of
+from sftcore.recipe import ASSETS, load_recipe
 
 
 def sftcore(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -233,6 +236,35 @@ def test_an_encoder_from_recipe_to_scores(recipe):
     assert matched.returncode == 0, matched.stderr[-3000:]
     scores = [row["score"] for row in read_jsonl(Path("scores.jsonl"))]
     assert scores == pytest.approx([row["score"] for row in rows], abs=1e-5)
+
+
+def asked_and_told(split: str, n: int) -> list[dict]:
+    """Questions about shipped facts beside a sentence's beginning: of the same relation, or of another."""
+    relations, draw = load_relations(), random.Random(0)
+    facts = read_jsonl(ASSETS / "facts" / f"{split}.jsonl")
+    rows = []
+    for i, fact in enumerate(draw.sample(facts, n)):
+        others = sorted(relations.keys() - {fact["relation"]})
+        told = relations[fact["relation"] if i % 2 else draw.choice(others)]
+        question = question_of(fact["relation"], fact["subject"])
+        beginning = draw.choice(told.completions[:8]).replace("{subject}", fact["subject"])
+        rows.append({"sentence1": question, "sentence2": beginning, "label": i % 2})
+    return rows
+
+
+@pytest.mark.slow
+def test_a_real_encoder_learns_which_texts_ask_for_the_same(recipe):
+    write_lines(Path("pairs.jsonl"), asked_and_told("train", 400))
+    write_lines(Path("held.jsonl"), asked_and_told("test", 200))
+    settings = {
+        "model": {"path": str(packaged_model("minilm-l6")), "dtype": "float32"},
+        "matching": {"mode": "encoder"},
+    }
+    data, train = recipe["data"] | {"max_length": 128}, {"epochs": 3, "lr": 1e-4, "scheduler": "linear"}
+    done = sftcore("run", save(recipe, data=data, train=train, batch={"samples_per_step": 16}, **settings))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_jsonl(Path("runs/tiny/eval/tuned/predictions.jsonl"))
+    assert len(rows) == 200 and sum(row["correct"] for row in rows) > 120, "luck gives 120 once in 400 times"
 
 
 def test_label_texts_are_compared_or_generated(recipe):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -14,13 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import BIN, ENVIRONMENT
+from packaged import packaged_model
 
 from launcher.rationales import keep_agreeing, summarise, write_rationales
 from sftcore.data.contents import Pair
 from sftcore.data.records import Record
 from sftcore.data.teacher import Failure, Reply
 from sftcore.fsio import read_json, read_jsonl
-from sftcore.model.pull import pull_model
 from sftcore.recipe import load_recipe
 from sftcore.settings import MatchingSettings, TeacherSettings
 
@@ -102,8 +101,7 @@ def transformers_serve(model: Path, port: int):
 
 @pytest.mark.slow
 def test_a_real_server_killed_and_started_again_midway(tmp_path, monkeypatch):
-    models = Path(os.environ.get("SFTCORE_TEST_MODELS", ".cache/models"))
-    model = pull_model("smollm2-135m", to=models / "smollm2-135m").resolve()
+    model = packaged_model("smollm2-135m")
     monkeypatch.chdir(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -18,7 +18,7 @@ from sftcore.model.likelihood import (
     continuation_scores,
     load_for_scoring,
     pack_questions,
-    shared_prefix,
+    shared_tokens,
 )
 
 RNG = np.random.default_rng(0)
@@ -54,7 +54,7 @@ def test_label_scores_equal_each_text_alone(folder, capacity):
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = load_for_scoring(ModelSettings(path=str(folder), dtype="float32"))
     packs = list(pack_questions(QUESTIONS, capacity=capacity))
-    assert len(packs) == {4096: 1, 30: 2, 8: 5}[capacity] and packs[0].tree.prefix == len(PREFIX)
+    assert len(packs) == {4096: 1, 30: 2, 8: 5}[capacity]
     found = continuation_scores(ours, QUESTIONS, capacity=capacity)
     for q, scores in zip(QUESTIONS, found, strict=True):
         for continuation, tokens in zip(q.continuations, scores, strict=True):
@@ -92,7 +92,7 @@ def test_every_question_is_in_one_pack_and_computed_once(shapes, capacity):
     packs = list(pack_questions(questions, capacity=capacity))
     assert sorted(i for pack in packs for i in pack.numbers) == list(range(len(questions)))
     for pack in packs:
-        size = pack.tree.prefix + sum(fork.num_tokens for fork in pack.tree.forks)
+        size = sum(fork.num_tokens for fork in pack.tree.forks)
         assert len(pack.input_ids) == len(pack.position_ids) == size
         assert size <= capacity or len(pack.numbers) == 1
         for i, places in zip(pack.numbers, pack.asked, strict=True):
@@ -100,10 +100,27 @@ def test_every_question_is_in_one_pack_and_computed_once(shapes, capacity):
                 assert [pack.input_ids[p] for p in place] == [questions[i].prompt[-1], *continuation[:-1]]
 
 
-def test_the_shared_prefix_leaves_each_prompt_a_token():
-    assert shared_prefix([[1, 2, 3], [1, 2, 3]]) == [1, 2]
-    assert shared_prefix([[1], [1, 2]]) == []
-    assert shared_prefix([]) == []
+def test_what_prompts_begin_with_is_computed_once(folder):
+    """Prompts that part again and again, one that another goes on from, and one that is asked twice."""
+    a, b, c = (RNG.integers(1, 300, n).tolist() for n in (4, 5, 6))
+    prompts = [a, a + b, a + b + c, a + b + [7], a + c, a + c, c]
+    questions = [Question(prompt=prompt, continuations=([3, 4], [5])) for prompt in prompts]
+    (pack,) = pack_questions(questions)
+    distinct = {tuple(prompt[:n]) for prompt in prompts for n in range(1, len(prompt) + 1)}
+    assert len(pack.input_ids) == len(distinct) + 1 + len(prompts), (
+        "one twice, and a branch of one token each"
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = load_for_scoring(ModelSettings(path=str(folder), dtype="float32"))
+    for q, scores in zip(questions, continuation_scores(ours, questions), strict=True):
+        for continuation, tokens in zip(q.continuations, scores, strict=True):
+            assert tokens == pytest.approx(alone(theirs, q.prompt, continuation), abs=2e-4)
+
+
+def test_a_prompt_keeps_its_last_token():
+    assert shared_tokens([1, 2, 3], [1, 2, 3]) == 2
+    assert shared_tokens([1, 2], [1, 2, 3]) == 2
+    assert shared_tokens([1], [1]) == 0
 
 
 def test_a_model_that_edits_its_logits_is_refused(tmp_path):

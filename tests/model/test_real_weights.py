@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from packaged import packaged_model
 
 from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
 from sftcore.model.load import LossModel, load_for_training
-from sftcore.model.pull import pull_model
 
 TEXTS = (
     ("Where is the Eiffel Tower?", " Paris, France"),
@@ -28,7 +26,7 @@ LOSS_TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
 def load(name: str, dtype: str) -> tuple[LossModel, list[SimpleNamespace]]:
-    folder = pull_model(name, to=Path(os.environ.get("SFTCORE_TEST_MODELS", ".cache/models")) / name)
+    folder = packaged_model(name)
     recipe = Recipe.model_validate(
         {
             "model": {"path": str(folder), "dtype": dtype},
