@@ -28,9 +28,10 @@ from types import FrameType
 
 import psutil
 
-from launcher.ranks import LOGS, agreed_code, forget_codes, living_workers, read_codes
+from launcher.hosts import signal_workers
+from launcher.ranks import LOGS, agreed_code, forget_codes, listed_pids, living_workers, read_codes
 from sftcore.config import Recipe
-from sftcore.errors import EXIT_DONE, EXIT_STOPPED, MissingEnvironmentError, Problem, UserInputError
+from sftcore.errors import EXIT_DONE, EXIT_STOPPED, MissingEnvironmentError, Problem
 
 log = logging.getLogger("sftcore.node")
 WORKER = Path(__file__).parent / "worker.py"
@@ -67,12 +68,15 @@ def node_command(
     ]
 
 
-def train_on_node(recipe: Recipe, command: Sequence[str], *, num_ranks: int) -> int:
+def train_on_node(
+    recipe: Recipe, command: Sequence[str], *, num_ranks: int, first_host: str | None = None
+) -> int:
     """Start the ranks, show rank 0's output, hand stop signals on; returns the agreed exit code.
 
     Args:
         command: of `node_command`.
         num_ranks: over all machines.
+        first_host: the host file's first machine, where rank 0 is.
     """
     run = recipe.run_folder
     forget_codes(run)
@@ -85,7 +89,7 @@ def train_on_node(recipe: Recipe, command: Sequence[str], *, num_ranks: int) -> 
             if launcher.poll() is not None and not received:
                 received.append(signal.SIGTERM)  # the launcher was killed, its ranks were not
             if received:
-                told |= _tell(run, received, told)
+                told |= _tell(run, received, told, first_host)
             time.sleep(POLL_SECONDS)
     code = agreed_code(read_codes(run), num_ranks)
     if code not in (EXIT_DONE, EXIT_STOPPED):
@@ -93,13 +97,18 @@ def train_on_node(recipe: Recipe, command: Sequence[str], *, num_ranks: int) -> 
     return code
 
 
-def _tell(run: Path, received: Sequence[int], told: set[int]) -> set[int]:
+def _tell(run: Path, received: Sequence[int], told: set[int], first_host: str | None) -> set[int]:
     """Hand the stop on to ranks that were not told yet; a second Ctrl-C ends them at once."""
     is_urgent = list(received).count(signal.SIGINT) > 1
-    pids = [pid for pid in living_workers(run) if is_urgent or pid not in told]
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL if is_urgent else signal.SIGUSR1)
+    number = signal.SIGKILL if is_urgent else signal.SIGUSR1
+    pids = listed_pids(run) if first_host else living_workers(run)
+    pids = [pid for pid in pids if is_urgent or pid not in told]
+    if first_host and pids:
+        signal_workers(first_host, pids, number)
+    elif not first_host:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
     return set(pids)
 
 
@@ -127,28 +136,6 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """{host: slots} of a DeepSpeed host file.
-
-    Raises:
-        UserInputError: no such file, or a line that is not `name slots=N`.
-    """
-    if not path.is_file():
-        raise UserInputError(Problem(what="no such host file", where=f"--hostfile {path}"))
-    hosts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
-        if not slots.isdigit():
-            raise UserInputError(
-                Problem(what="not a host", where=f"{path}:{number}", got=line, allowed="name slots=8")
-            )
-        hosts[words[0]] = int(slots)
-    return hosts
 
 
 def _free_port() -> int:

@@ -130,11 +130,15 @@ def listed_pid(run: Path) -> Iterator[None]:
         _edit_pids(run, remove={os.getpid()})
 
 
-def living_workers(run: Path) -> list[int]:
-    """Pids of RUN/run.pids that are worker processes now."""
+def listed_pids(run: Path) -> list[int]:
+    """Pids of RUN/run.pids: workers of rank 0's machine, which may be another; some may have been killed."""
     path = run / PIDS
-    pids = [int(line) for line in path.read_text().split()] if path.is_file() else []
-    return [pid for pid in pids if _is_worker(pid)]
+    return [int(line) for line in path.read_text().split()] if path.is_file() else []
+
+
+def living_workers(run: Path) -> list[int]:
+    """Pids of RUN/run.pids that are worker processes of this machine now."""
+    return [pid for pid in listed_pids(run) if _is_worker(pid)]
 
 
 def _edit_pids(run: Path, *, add: Set[int] = frozenset(), remove: Set[int] = frozenset()) -> None:

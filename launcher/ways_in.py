@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.node import node_command, read_hostfile, train_on_node
+from launcher.hosts import check_hosts, read_hostfile
+from launcher.node import node_command, train_on_node
 from launcher.run_folder import open_run
 from launcher.slurm import Job, Resources, recipe_jobs, submit_recipe, train_job
 from sftcore.config import Recipe
@@ -115,13 +116,16 @@ def train_elsewhere(recipe: Recipe, machines: Machines, more: Sequence[str], *, 
         return EXIT_DONE
     if machines.on == "slurm":
         return _train_on_slurm(recipe, machines, more, dry_run=dry_run)
-    num_ranks, total = _count_ranks(machines)
+    hosts = read_hostfile(machines.hostfile) if machines.hostfile else {}
+    num_ranks, total = _count_ranks(machines, hosts)
     arguments = [str(recipe.run_folder / "recipe.yaml"), "--run", str(recipe.run_folder), *more]
     command = node_command(arguments, num_ranks=num_ranks, hostfile=machines.hostfile)
     if dry_run:
         print(" ".join(command))
         return EXIT_DONE
-    return train_on_node(recipe, command, num_ranks=total)
+    if hosts:
+        check_hosts(hosts, recipe.run_folder)
+    return train_on_node(recipe, command, num_ranks=total, first_host=next(iter(hosts), None))
 
 
 def _is_done(recipe: Recipe) -> bool:
@@ -132,12 +136,11 @@ def _is_done(recipe: Recipe) -> bool:
         return recipe.result_folder.is_dir()
 
 
-def _count_ranks(machines: Machines) -> tuple[int, int]:
+def _count_ranks(machines: Machines, hosts: Mapping[str, int]) -> tuple[int, int]:
     """(ranks per machine, ranks over all machines)."""
-    if machines.hostfile is None:
+    if not hosts:
         count = machines.require_ranks()
         return count, count
-    hosts = read_hostfile(machines.hostfile)
     said = machines.gpus_per_node or machines.ranks_per_node or min(hosts.values())
     return said, said * len(hosts)
 

@@ -250,7 +250,7 @@ def _log_likelihoods(
     found = torch.empty(len(places), device=states_TD.device)
     states_KD = states_TD[torch.tensor(list(distinct), device=states_TD.device)]
     for start in range(0, len(distinct), chunk):
-        logits = torch.log_softmax(_vocabulary_logits(model, states_KD[start : start + chunk]), -1)
+        logits = _vocabulary_logits(model, states_KD[start : start + chunk])
         here = (rows >= start) & (rows < start + chunk)
-        found[here] = logits[rows[here] - start, wanted[here]]
+        found[here] = logits[rows[here] - start, wanted[here]] - logits.logsumexp(-1)[rows[here] - start]
     return found.tolist()

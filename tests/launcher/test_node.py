@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from launching import BIN, ENVIRONMENT, ROOT, launcher, run, steps, weights_hash, write_recipe
+from launching import (
+    BIN,
+    ENVIRONMENT,
+    ROOT,
+    has_steps,
+    launcher,
+    run,
+    steps,
+    wait_for,
+    weights_hash,
+    write_recipe,
+)
 
-from launcher.node import read_hostfile
+from launcher.hosts import read_hostfile
 from launcher.ranks import agreed_code, first_host, living_workers, slurm_rank_variables
 from sftcore.errors import UserInputError
 
@@ -24,19 +34,6 @@ def start(*command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-
-
-def wait_for(happens, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not happens():
-        assert process.poll() is None or not seconds, process.stdout.read()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def has_steps(name: str, count: int = 3):
-    metrics = Path("runs") / name / "metrics.jsonl"
-    return lambda: metrics.exists() and metrics.read_text().count("\n") >= count
 
 
 def tree_of(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:

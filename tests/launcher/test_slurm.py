@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from cluster import LAB, started_cluster
 from launching import run_cells, steps, write_recipe
 from warm import BIN
 
@@ -24,59 +22,15 @@ from sftcore.recipe import load_recipe
 from sftcore.train.checkpoint import newest_usable
 
 ROOT = Path(__file__).parent.parent.parent
-LAB = ROOT / "tests" / "slurmlab"
 LONG = {"train": {"epochs": 250}, "checkpoint": {"save_every_steps": 100}}  # 1,000 steps
 SCRIPTS = sorted([*ROOT.glob("slurm/*.s*"), *LAB.glob("*.sh"), ROOT / ".ci" / "run"])
 WHOLE: list[float] = []  # the losses of LONG with two ranks, uninterrupted; computed once
 
 
-class Cluster:
-    """Clients of a lab; commands run in the current folder."""
-
-    def __init__(self, lab: str) -> None:
-        self.environment = os.environ | {"NODES": "2", "LAB": lab}
-
-    def script(self, name: str, *arguments: str, seconds: int = 240) -> subprocess.CompletedProcess[str]:
-        command = [str(LAB / name), *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=seconds)
-
-    def shell(self, line: str) -> subprocess.CompletedProcess[str]:
-        variables = f"export PATH={BIN}:$PATH OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu"
-        return self.script("in.sh", "bash", "-c", f"cd {Path.cwd()} && {variables} && {line}")
-
-    def train(self, path: Path, *options: str) -> str:
-        """Submit; returns the job's number."""
-        done = self.shell(f"sftcore train {path} --on slurm {' '.join(options)}")
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()[1].rstrip(":")
-
-    def wait(self, job: str, seconds: int = 400) -> str:
-        """Wait for the end; returns Slurm's words."""
-        return self.script("wait.sh", job, str(seconds), seconds=seconds + 60).stdout
-
-    def state(self, job: str) -> str:
-        return self.shell(f"squeue --noheader --jobs {job} --format %T").stdout.strip()
-
-    def restarts(self, job: str) -> int:
-        shown = self.shell(f"scontrol show job {job}").stdout
-        return int(shown.partition("Restarts=")[2].split()[0])
-
-
 @pytest.fixture(scope="module")
 def lab():
-    """Skips where it does not start (it needs root and Debian)."""
-    folder = tempfile.mkdtemp(prefix="lab", dir="/tmp")  # munged wants folders that all may enter
-    os.chmod(folder, 0o755)
-    cluster = Cluster(folder)
-    try:
-        started = cluster.script("start.sh", seconds=120)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"no Slurm lab here: {error}")
-    if started.returncode:
-        pytest.skip(f"no Slurm lab here: {started.stderr[-300:]}")
-    yield cluster
-    cluster.script("stop.sh")
-    shutil.rmtree(folder, ignore_errors=True)
+    with started_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture

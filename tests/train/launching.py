@@ -99,3 +99,16 @@ def weights_hash(name: str) -> str:
 
 def steps(name: str) -> list[dict]:
     return read_jsonl(Path("runs") / name / "metrics.jsonl")
+
+
+def wait_for(happens, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert process.poll() is None or not seconds, process.stdout.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def has_steps(name: str, count: int = 3):
+    metrics = Path("runs") / name / "metrics.jsonl"
+    return lambda: metrics.exists() and metrics.read_text().count("\n") >= count

@@ -29,6 +29,7 @@ from sftcore.model.attention.sdpa_docs import lacks as lacks_of_sdpa
 
 NAME = "sftcore_tree"
 TRUNK, PAD = -1, -2  # branch numbers of tokens that all later ones see, and of none
+MAX_WRITTEN_SCORES = 2**22  # 16 MB
 LENGTH_RATIO = 1.5  # of the longest to the shortest fork of a call
 
 
@@ -150,12 +151,36 @@ def tree_attention(
     for call in plan.calls:
         q_NHLD = _gather(q_THD, call.queries, call.num_forks)
         k_NGMD, v_NGMD = (_gather(t, call.keys, call.num_forks) for t in (k_TGD, v_TGD))
-        mask = call.mask_N1LM
-        out_NHLD = scaled_dot_product_attention(
-            q_NHLD, k_NGMD, v_NGMD, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-        )
-        outputs.append(out_NHLD.transpose(1, 2).flatten(0, 1))
+        outputs.append(_attend(q_NHLD, k_NGMD, v_NGMD, call.mask_N1LM, scaling))
     return torch.cat(outputs).index_select(0, plan.places_T)[None], None
+
+
+def _attend(
+    q_NHLD: torch.Tensor,
+    k_NGMD: torch.Tensor,
+    v_NGMD: torch.Tensor,
+    mask_N1LM: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """(N * L, H, D); few scores on a CPU are written out: 2.3 instead of 3.3 ms for 30 forks of 35 tokens."""
+    forks, heads, length, size = q_NHLD.shape
+    groups, width = k_NGMD.shape[1:3]
+    if mask_N1LM is None or q_NHLD.is_cuda or forks * heads * length * width > MAX_WRITTEN_SCORES:
+        out_NHLD = scaled_dot_product_attention(
+            *(q_NHLD, k_NGMD, v_NGMD),
+            attn_mask=mask_N1LM,
+            is_causal=mask_N1LM is None,
+            scale=scaling,
+            enable_gqa=True,
+        )
+    else:
+        scale = size**-0.5 if scaling is None else scaling
+        q_NGXD = (q_NHLD.float() * scale).reshape(forks, groups, -1, size)
+        scores = (q_NGXD @ k_NGMD.float().transpose(-1, -2)).view(forks, heads, length, width)
+        weights = torch.softmax(scores.masked_fill_(~mask_N1LM, -torch.inf), -1)
+        out_NGXD = weights.view(forks, groups, -1, width) @ v_NGMD.float()
+        out_NHLD = out_NGXD.view(forks, heads, length, size).to(q_NHLD.dtype)
+    return out_NHLD.transpose(1, 2).flatten(0, 1)
 
 
 def _gather(t_THD: torch.Tensor, tokens: torch.Tensor, num_forks: int) -> torch.Tensor:
