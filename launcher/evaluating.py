@@ -45,12 +45,11 @@ from sftcore.fsio import (
 from sftcore.knowledge.levels import MAX_LEVEL
 from sftcore.knowledge.probe import (
     TEMPLATES,
-    fingerprint_model,
     read_levels,
 )
 from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
-from sftcore.model.load import load_for_decoding
+from sftcore.model.load import fingerprint_model, load_for_decoding
 
 log = logging.getLogger("sftcore.evaluating")
 SHARDS, ROWS, MANIFEST = "shards", "predictions.jsonl", "manifest.json"

@@ -36,14 +36,14 @@ from sftcore.knowledge.levels import FactLevel, level_counts
 from sftcore.knowledge.probe import (
     SHARDS,
     Probe,
-    fingerprint_model,
     probe_facts,
     probe_shard,
     read_levels,
 )
 from sftcore.knowledge.questions import without_trivial
 from sftcore.knowledge.selection import select_facts
-from sftcore.model.load import load_for_decoding
+from sftcore.knowledge.vllm_backend import load_vllm
+from sftcore.model.load import fingerprint_model, load_for_decoding
 
 log = logging.getLogger("sftcore.stages")
 SPLITS = ("train", "test", "ood")
@@ -108,7 +108,7 @@ def _chosen(recipe: Recipe) -> set[str] | None:
 def draw(recipe: Recipe) -> set[str]:
     """Draw training pairs, balanced over labels if so asked; RUN/selection.jsonl lists them."""
     settings = recipe.select
-    assert settings is not None and settings.balance != "relation"
+    assert settings is not None and settings.balance in ("label", "none")
     records = load_records(recipe, "train", Ledger())
     n = len(records) if settings.n == "all" else settings.n
     chosen = draw_pairs(records, n, balance=settings.balance, seed=recipe.seed, draw=settings.draw)
@@ -153,7 +153,7 @@ def probe(recipe: Recipe, *, merge_only: bool = False) -> list[FactLevel]:
     with open_run(recipe, purpose="probing") as run:
         started = time.perf_counter()
         levels = probe_facts(
-            _probe(recipe, run), lambda: load_for_decoding(recipe.model), run=run, merge_only=merge_only
+            _probe(recipe, run), lambda: _load_for_probe(recipe), run=run, merge_only=merge_only
         )
         record_seconds(run, "probe", time.perf_counter() - started)
         return levels
@@ -166,13 +166,19 @@ def probe_share(recipe: Recipe, share: Share) -> str:
         with folder_lock(folder, purpose="probing this shard"):
             mine, total = probe_shard(
                 _probe(recipe, run),
-                lambda: load_for_decoding(recipe.model),
+                lambda: _load_for_probe(recipe),
                 folder=folder,
                 job=share.job,
                 num_jobs=share.num_jobs,
             )
     of = f"{share.job}/{share.num_jobs}"
     return f"shard {of}: {mine} of {total} batches are done; then: sftcore probe RECIPE --merge"
+
+
+def _load_for_probe(recipe: Recipe) -> Any:
+    if recipe.probe.backend == "vllm":
+        return load_vllm(recipe.model, recipe.probe, seed=recipe.seed)
+    return load_for_decoding(recipe.model)
 
 
 def _probe(recipe: Recipe, run: Path) -> Probe:

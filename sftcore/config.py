@@ -178,8 +178,16 @@ class ProbeSettings(Settings):
         "sampling",
         description="likelihood: how probable the answer is as the completion's beginning; for short answers",
     )
-    backend: Literal["auto", "hf"] = Field("auto", description="what runs the model")
+    backend: Literal["auto", "hf", "vllm"] = Field(
+        "auto", description="what samples: transformers (hf, and auto), or vLLM where it is installed"
+    )
     batch_rows: Positive = Field(640, description="completions drawn together")
+
+    @model_validator(mode="after")
+    def _vllm_samples(self) -> ProbeSettings:
+        if self.backend == "vllm" and self.estimator != "sampling":
+            raise ValueError("backend: vllm samples: set estimator: sampling, or backend: hf")
+        return self
 
 
 class SelectSettings(Settings):
@@ -187,8 +195,9 @@ class SelectSettings(Settings):
 
     levels: list[Annotated[int, Field(ge=0, le=4)]] = Field([2], min_length=1, description="memory levels")
     n: Positive | Literal["all"] = Field(60, description="number of facts or pairs, or all of these levels")
-    balance: Literal["relation", "label", "none"] = Field(
-        "relation", description="equal shares per relation (facts) or per label (pairs), or none"
+    balance: Literal["relation", "level", "label", "none"] = Field(
+        "relation",
+        description="equal shares per relation, or per level and its relations (facts), or per label (pairs)",
     )
     draw: Annotated[int, Field(ge=0)] = Field(0, description="number of the random draw")
 
@@ -354,9 +363,9 @@ class Recipe(Settings):
             raise ValueError("train.optimizer: muon is for decoders: set adamw")
         if self.adapter.kind != "none" and not self.matching.has_plain_classifier:
             raise ValueError("matching.pooling: mean and layers: 2 train all weights: set adapter.kind: none")
-        balance = "label" if self.task == "matching" else "relation"
-        if self.select and self.select.balance not in (balance, "none"):
-            raise ValueError(f"select.balance of task {self.task} is {balance} or none")
+        balances = ("label", "none") if self.task == "matching" else ("relation", "level", "none")
+        if self.select and self.select.balance not in balances:
+            raise ValueError(f"select.balance of task {self.task} is {' or '.join(balances)}")
         return self
 
     @property

@@ -29,7 +29,6 @@ from sftcore.fsio import (
     fingerprint_of,
     read_json,
     read_jsonl,
-    sha256_of_file,
     write_json,
     write_jsonl,
 )
@@ -38,13 +37,14 @@ from sftcore.knowledge.levels import FactLevel
 from sftcore.knowledge.likelihood import accepted_names, answer_likelihoods
 from sftcore.knowledge.questions import Question, Trial, distinct_questions, fact_of, make_trials
 from sftcore.knowledge.templates import Relation, load_relations
+from sftcore.knowledge.vllm_backend import complete_with_vllm
 from sftcore.log import progress
 from sftcore.model.generate import Sampling, batches_by_length, decode_batch, stop_ids
 
 log = logging.getLogger(__name__)
 LEVELS, MANIFEST, TEMPLATES = "levels.jsonl", "levels.manifest.json", "levels.templates.json"
 PARTIAL, SHARDS = "levels.partial.jsonl", "shards"
-Loader = Callable[[], PreTrainedModel]
+Loader = Callable[[], Any]  # a PreTrainedModel, or vLLM's engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,9 @@ class Probe:
         """What levels depend on; two probes with equal manifests give equal levels."""
         facts = [(record, fact_of(record)) for record in self.records]
         rows = [[r.id, r.split, fact.relation, fact.subject, list(fact.answers)] for r, fact in facts]
+        backend = {"backend": "vllm"} if self.settings.backend == "vllm" else {}
         return {
+            **backend,
             "model_fingerprint": self.model_fingerprint,
             "estimator": self.settings.estimator,
             "templates": self.settings.templates,
@@ -193,16 +195,6 @@ def read_levels(run: Path, *, model_fingerprint: str) -> list[FactLevel]:
     return [FactLevel.from_row(row) for row in read_jsonl(run / LEVELS)]
 
 
-def fingerprint_model(path: str) -> str:
-    """Identity of a model or adapter folder: its configuration and weights; a hub name stands for itself."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return path
-    configs = [f for f in (folder / "config.json", folder / "adapter_config.json") if f.is_file()]
-    files = sorted([*configs, *folder.glob("*.safetensors")])
-    return fingerprint_of({file.name: sha256_of_file(file) for file in files})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prober:
     """What all batches of a probe share.
@@ -274,8 +266,8 @@ class Prober:
         """Trial numbers of a batch's questions, question by question."""
         return [trial for i in batch for trial in self.questions[i].trials]
 
-    def count_hits(self, model: PreTrainedModel, batch: Sequence[int]) -> list[float]:
-        """Hits of each trial of one batch, by decoding all its completions."""
+    def count_hits(self, model: Any, batch: Sequence[int]) -> list[float]:
+        """Hits of each trial of one batch, by decoding all its completions with the probe's backend."""
         n = self.probe.settings.samples
         decode = self.probe.tokenizer.batch_decode
         matchers = [[self.matchers[self.trials[t].fact] for t in self.questions[i].trials] for i in batch]
@@ -287,15 +279,20 @@ class Prober:
                 for place, text in zip(places, texts, strict=True)
             ]
 
-        completions = decode_batch(
-            model,
-            [self.prompts[i] for i in batch],
-            max_new_tokens=self.probe.settings.max_new_tokens,
-            stop_ids=stop_ids(model, self.probe.tokenizer),
-            completions_per_prompt=n,
-            sampling=Sampling(temperature=self.probe.settings.temperature, uniforms=self._uniforms(batch)),
-            is_done=are_settled,
-        )
+        settings = self.probe.settings
+        if settings.backend == "vllm":
+            prompts = [(self.questions[i].prompt, self.prompts[i]) for i in batch]
+            completions = complete_with_vllm(model, prompts, settings, seed=self.probe.seed)
+        else:
+            completions = decode_batch(
+                model,
+                [self.prompts[i] for i in batch],
+                max_new_tokens=settings.max_new_tokens,
+                stop_ids=stop_ids(model, self.probe.tokenizer),
+                completions_per_prompt=n,
+                sampling=Sampling(temperature=settings.temperature, uniforms=self._uniforms(batch)),
+                is_done=are_settled,
+            )
         texts = decode(completions, skip_special_tokens=True)
         return [
             sum(matcher.matches(text) for text in texts[place * n : place * n + n])

@@ -23,7 +23,7 @@ def select_facts(
     *,
     levels_wanted: Collection[int],
     n: int,
-    balance: Literal["relation", "none"],
+    balance: Literal["relation", "level", "none"],
     seed: int,
     draw: int = 0,
 ) -> list[FactLevel]:
@@ -33,7 +33,8 @@ def select_facts(
         levels: probed facts of one split, in any order.
         levels_wanted: memory levels, each 0 to 4.
         n: number of facts, at least 1.
-        balance: "relation" gives relations equal shares (see `equal_shares`), "none" draws from all alike.
+        balance: "relation" gives relations equal shares (see `equal_shares`), "level" the wanted levels, and
+            relations within each (a divided set), "none" draws from all alike.
         seed: of the run.
         draw: number of the draw; draws are independent of each other.
 
@@ -47,6 +48,16 @@ def select_facts(
     ranked = sorted(wanted, key=lambda fact: _rank(fact.id, seed, draw))
     if balance == "none":
         return ranked[:n]
+    if balance == "relation":
+        return _of_relations(ranked, n)
+    shares = equal_shares(Counter(str(fact.level) for fact in ranked), n)
+    of_levels = (([f for f in ranked if str(f.level) == level], share) for level, share in shares.items())
+    chosen = {fact.id for facts, share in of_levels for fact in _of_relations(facts, share)}
+    return [fact for fact in ranked if fact.id in chosen]
+
+
+def _of_relations(ranked: Sequence[FactLevel], n: int) -> list[FactLevel]:
+    """The first facts of each relation, as many as its share of `n`."""
     left = equal_shares(Counter(fact.relation for fact in ranked), n)
     chosen = []
     for fact in ranked:
@@ -57,7 +68,7 @@ def select_facts(
 
 
 def equal_shares(supply: Mapping[str, int], n: int) -> dict[str, int]:
-    """Deal `n` facts to relations one by one, round after round, the largest relation first in each round.
+    """Deal `n` facts to relations (or levels) one by one, round after round, the largest first in each round.
 
     So shares are equal, what a relation can't supply goes to the others, and the remainder to the largest:
 

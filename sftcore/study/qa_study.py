@@ -16,7 +16,7 @@ from typing import Any
 from sftcore.evaluate.score import LEVELS, mean_interval
 from sftcore.study.figures import FEW_ITEMS
 from sftcore.study.run_folder import count_levels
-from sftcore.study.study_runs import MIXED, StudyFiles, StudyRun
+from sftcore.study.study_runs import DIVIDED, MIXED, StudyFiles, StudyRun
 from sftcore.study.wording import format_share
 
 SPLITS = ("test", "ood")
@@ -128,7 +128,7 @@ def diagonal_effects(runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
     """
     effects = []
     for adapter, n in dict.fromkeys((run.adapter, run.n) for run in runs):
-        same = [r for r in runs if (r.adapter, r.n) == (adapter, n) and r.level != MIXED]
+        same = [r for r in runs if (r.adapter, r.n) == (adapter, n) and r.level not in (MIXED, DIVIDED)]
         for level in LEVELS:
             own = [run for run in same if run.level == str(level)]
             others = [run for run in same if run.level != str(level)]
@@ -214,7 +214,8 @@ def describe_set(cell: Mapping[str, Any]) -> str:
     >>> describe_set({"n": 240, "level": "mixed", "adapter": "lora"})
     '240 facts of mixed levels (lora)'
     """
-    which = "mixed levels" if cell["level"] == MIXED else f"level {cell['level']}"
+    several = cell["level"] in (MIXED, DIVIDED)
+    which = f"{cell['level']} levels" if several else f"level {cell['level']}"
     adapter = "" if cell["adapter"] == "none" else f" ({cell['adapter']})"
     return f"{cell['n']:,} facts of {which}{adapter}"
 

@@ -28,17 +28,21 @@ from sftcore.study.figures import (
     page_style,
     svg_of,
 )
-from sftcore.study.study_runs import MIXED
+from sftcore.study.study_runs import DIVIDED, MIXED
 
-ROWS = (*map(str, LEVELS), MIXED)
+ROWS = (*map(str, LEVELS), MIXED, DIVIDED)
 COLOURS = LinearSegmentedColormap.from_list("levels", ["#f3f7fb", *LEVEL_COLOURS])
 BESIDE = 1.04  # from one lone point's size to the next one's, so that their bars can be told apart
 HALF_WIDTH_LETTERS = 60  # of a legend's line beside another
 LIGHT_TEXT_FROM = 0.62  # of the scale: dark cells carry white numbers
-CURVE_COLOURS = {**dict(zip(map(str, LEVELS), LEVEL_COLOURS, strict=True)), MIXED: "#D55E00"}
+CURVE_COLOURS = {
+    **dict(zip(map(str, LEVELS), LEVEL_COLOURS, strict=True)),
+    MIXED: "#D55E00",
+    DIVIDED: "#009E73",
+}
 ARM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito
 ARM_STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (6, 2)))
-CURVE_STYLES = {"0": ":", "1": "--", "2": "-.", "3": (0, (6, 2)), "4": "-", MIXED: "-"}
+CURVE_STYLES = {"0": ":", "1": "--", "2": "-.", "3": (0, (6, 2)), "4": "-", MIXED: "-", DIVIDED: (0, (1, 1))}
 
 
 def heat_map(cells: Sequence[Mapping[str, Any]], *, split: str, scale: tuple[float, float], name: str) -> str:
@@ -99,7 +103,7 @@ def _finish_map(axes: Axes, rows: Sequence[str], labels: Sequence[str], num_leve
     axes.set_xlim(-0.55, num_levels + 0.8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xticks([*range(num_levels), num_levels + 0.25], labels)
-    axes.set_yticks(range(len(rows)), [f"level {row}" if row != MIXED else row for row in rows])
+    axes.set_yticks(range(len(rows)), [f"level {row}" if row.isdigit() else row for row in rows])
     axes.set_ylabel("trained on")
     axes.tick_params(length=0)
     for side in ("left", "bottom"):
@@ -125,7 +129,7 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
                 if cell["level"] == row and cell["splits"].get(split, {}).get("mean_over_levels")
             )
             if points:
-                label = f"level {row}" if row != MIXED else row
+                label = f"level {row}" if row.isdigit() else row
                 style = (CURVE_COLOURS[row], CURVE_STYLES[row])
                 _draw_curve(axes, label, style, points, place=_place_beside(row, "level", cells))
         if base is not None:

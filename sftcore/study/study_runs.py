@@ -22,7 +22,7 @@ from sftcore.fsio import read_json, read_jsonl
 from sftcore.study.run_folder import PREDICTIONS, RECIPE
 
 SELECTION = "selection.jsonl"
-MIXED = "mixed"
+MIXED, DIVIDED = "mixed", "divided"  # of several levels, as many as come, or equal shares
 DRIFT = "eval/drift.json"
 
 
@@ -33,7 +33,7 @@ class StudyRun:
     Args:
         name: its folder's.
         n: training facts.
-        level: memory level that they are from, "0".."4", or "mixed".
+        level: memory level that they are from, "0".."4", "mixed" or "divided".
         draw: number of the draw.
         adapter: "none" or the adapter's kind.
         rows: of eval/tuned/predictions.jsonl.
@@ -121,12 +121,14 @@ def _read_run(run: Path) -> StudyRun:
     selection = read_jsonl(run / SELECTION)
     path = run / PREDICTIONS.format("tuned")
     rows = read_jsonl(path)
-    wanted = (recipe.get("select") or {}).get("levels") or sorted({row["level"] for row in selection})
+    select = recipe.get("select") or {}
+    wanted = select.get("levels") or sorted({row["level"] for row in selection})
+    several = DIVIDED if select.get("balance") == "level" else MIXED
     return StudyRun(
         name=run.name,
         n=len(selection),
-        level=str(wanted[0]) if len(wanted) == 1 else MIXED,
-        draw=(recipe.get("select") or {}).get("draw", 0),
+        level=str(wanted[0]) if len(wanted) == 1 else several,
+        draw=select.get("draw", 0),
         adapter=(recipe.get("adapter") or {}).get("kind", "none"),
         rows=rows,
         scores=score(rows, where=str(path)),

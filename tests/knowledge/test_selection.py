@@ -66,7 +66,7 @@ def test_shares_are_equal_up_to_supply_and_remainder(supply: dict[str, int], dat
 @given(
     SUPPLIES,
     st.integers(0, 3),
-    st.sampled_from(["relation", "none"]),
+    st.sampled_from(["relation", "level", "none"]),
     st.randoms(use_true_random=False),
     st.data(),
 )
@@ -101,6 +101,22 @@ def test_a_draw_is_pinned() -> None:
     random.shuffle(facts)
     chosen = select_facts(facts, levels_wanted=[2], n=4, balance="relation", seed=17)
     assert ids(chosen) == ["P19-2-000", "P19-2-005", "P17-2-004", "P17-2-007"]
+
+
+@given(st.integers(1, 130), st.integers(0, 3))
+def test_a_divided_set_has_equal_shares_of_the_levels_and_of_relations_within(n, draw) -> None:
+    facts = make_facts({"P17": 30, "P19": 30}, level=1) + make_facts({"P17": 50, "P20": 20}, level=3)
+
+    def select(n: int) -> list[FactLevel]:
+        return select_facts(facts, levels_wanted=[1, 3], n=n, balance="level", seed=5, draw=draw)
+
+    chosen = select(n)
+    shares = Counter(fact.level for fact in chosen)
+    assert len(chosen) == n and (n > 120 or abs(shares[1] - shares[3]) <= 1)
+    for level, few in ((1, 60), (3, 40)):  # while no relation is used up
+        by_relation = Counter(fact.relation for fact in chosen if fact.level == level)
+        assert shares[level] > few or max(by_relation.values(), default=0) - shares[level] / 2 <= 0.5
+    assert set(ids(select(max(1, n - 7)))) <= set(ids(chosen))
 
 
 def test_balance_none_ignores_relations() -> None:

