@@ -29,6 +29,7 @@ from sftcore.errors import (
     EXIT_FAILED,
     EXIT_STOPPED,
     Problem,
+    SftError,
     StoppedOnRequest,
     TrainingFailed,
     UserInputError,
@@ -95,7 +96,8 @@ def run_here(study: Study) -> None:
     """
     write_recipes(study)
     pending = [run for run in study.runs if not is_finished(run.recipe)]
-    log.info("%s: %d runs, %d to do", study.settings.name, len(study.runs), len(pending))
+    todo = f"{len(pending)} to do{_estimated(study, pending)}"
+    log.info("%s: %d runs, %s", study.settings.name, len(study.runs), todo)
     seconds: list[float] = []
     for number, run in enumerate(pending, start=1):
         log.info("[%d/%d] %s%s", number, len(pending), run.name, _time_left(seconds, len(pending)))
@@ -107,6 +109,20 @@ def run_here(study: Study) -> None:
         if code:
             log.warning("%s failed with exit code %d: %s", run.name, code, study.log_file(run))
     conclude(study)
+
+
+def _estimated(study: Study, pending: Sequence[StudyRun]) -> str:
+    """How long they will take, in words; nothing if that can't be told."""
+    if not pending:
+        return ""
+    from launcher.estimate import estimate_seconds
+
+    try:
+        seconds = estimate_seconds([run.recipe for run in pending], study.folder / "shared")
+    except (SftError, OSError, ValueError) as error:  # the run itself will tell, and cost only itself
+        log.debug("no estimate: %s", error)
+        return ""
+    return f", roughly {max(1, round(seconds / 60))} minutes on this machine" if seconds else ""
 
 
 def _time_left(seconds: Sequence[float], num_runs: int) -> str:

@@ -58,7 +58,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
         train_recipe(recipe)
         if recipe.data.test or recipe.data.ood:
             untrained = {
-                run / "eval" / name: shared / _shared_name(name, recipe, EVALUATED) if shared else None
+                run / "eval" / name: shared / shared_name(name, recipe, EVALUATED) if shared else None
                 for name in ("base", "fewshot")
             }
             for own, common in untrained.items():
@@ -114,7 +114,7 @@ def _remove(values: dict[str, Any], parts: list[str]) -> None:
     del values[parts[-1]]
 
 
-def _shared_name(kind: str, recipe: Recipe, sections: Iterable[str]) -> str:
+def shared_name(kind: str, recipe: Recipe, sections: Iterable[str]) -> str:
     """Of what runs share: a hash of the recipe sections that it depends on, and of the files."""
     values = recipe.model_dump(mode="json")
     return f"{kind}-{fingerprint_of([{key: values[key] for key in sections}, _digests(recipe)])}"
@@ -144,7 +144,7 @@ def _probe_once(recipe: Recipe, shared: Path | None) -> None:
         return
     if all((run / name).is_file() for name in LEVEL_FILES):
         return
-    source = shared / _shared_name("levels", recipe, PROBED)
+    source = shared / shared_name("levels", recipe, PROBED)
     with folder_lock(source.with_name(f"{source.name}.probing"), purpose="probing", wait=True):
         if not all((source / name).is_file() for name in LEVEL_FILES):
             probe(recipe.model_copy(update={"run": str(source), "select": None}))

@@ -86,9 +86,7 @@ def test_a_model_that_it_refuses_is_told(vllm, monkeypatch):
         raise ValueError("Model architectures ['Odd'] are not supported\nmore")
 
     monkeypatch.setattr(sys.modules["vllm"], "LLM", refuse)
-    with pytest.raises(
-        MissingEnvironmentError, match="can't run this model here: Model arch.*supported"
-    ):
+    with pytest.raises(MissingEnvironmentError, match="can't run this model here: Model arch.*supported"):
         load_vllm(ModelSettings(path="m"), SETTINGS, seed=1)
 
 

@@ -1,0 +1,136 @@
+"""How long runs will take on this machine, before the first of them: counted work, measured speed.
+
+In: recipes of runs to do, the folder that they share. Out: seconds.
+Invariant: what runs share (memory levels, the base model's answers) counts once, and not if it is there.
+Trade-off: tokens are counted from 64 records and a model's size, and constants stand for all that is not a
+matrix product: of undisturbed runs a probe took 1.0 times as long as it says, 60 or 300 pairs with
+Gemma-3-270M 1.0, 60 or 240 facts with SmolLM2-135M 1.5.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from launcher.stages import recipe_tokenizer
+from launcher.whole_run import EVALUATED, PROBED, shared_name
+from sftcore.config import Recipe
+from sftcore.data.ledger import Ledger
+from sftcore.data.prompts import Prompter, PromptOptions, Sample
+from sftcore.data.splits import load_records
+from sftcore.model.cost import measure_recipe
+from sftcore.model.load import DTYPES
+from sftcore.recipe import source_files
+
+LOOKED_AT = 64  # records whose tokens are counted
+TRAINED_AT, DECODED_AT = 0.3, 0.35  # of the rate of a lone product: packs, and rows of one token
+UPDATE_BYTES_PER_WEIGHT, MEMORY_BYTES_PER_SECOND = 18, 10e9  # of Adam with float32 masters, on two cores
+PROCESS_SECONDS = 60  # imports, reading and writing the model
+PROBE_PROMPT_TOKENS = 15
+MAX_SOURCE_BYTES = 100e6
+PRODUCT, ROUNDS = 1024, 20  # of the measurement: rows and columns, repetitions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the work of a recipe follows from.
+
+    Args:
+        records: of each split.
+        sample_tokens: prompt and answer, on average.
+        body, head: weights behind each token, and behind each predicted one.
+    """
+
+    records: dict[str, int]
+    sample_tokens: float
+    body: int
+    head: int
+
+
+def estimate_seconds(recipes: Sequence[Recipe], shared: Path) -> float | None:
+    """Seconds that the runs will take, one after another; None: reading the data would take long itself."""
+    if any(_source_bytes(recipe) > MAX_SOURCE_BYTES for recipe in recipes):
+        return None
+    seconds, done = 0.0, {name.name for name in shared.glob("*")}
+    rates = {recipe.model.dtype: matmul_rate(recipe.model.dtype) for recipe in recipes}
+    for recipe in recipes:
+        sizes = _sizes(recipe.model_dump_json(include={"data", "model", "task", "matching", "batch"}))
+        rate = rates[recipe.model.dtype]
+        seconds += PROCESS_SECONDS + _training(recipe, sizes, rate) + _answers(recipe, sizes, rate) / 2
+        once = {shared_name("base", recipe, EVALUATED): _answers(recipe, sizes, rate)}
+        if recipe.evaluate.few_shot:
+            shots = 1 + recipe.evaluate.few_shot
+            once[shared_name("fewshot", recipe, EVALUATED)] = _answers(recipe, sizes, rate, shots=shots)
+        if recipe.selects_by_level:
+            once[shared_name("levels", recipe, PROBED)] = _probing(recipe, sizes, rate)
+        seconds += sum(time_of for name, time_of in once.items() if name not in done)
+        done |= once.keys()
+    return seconds
+
+
+def _source_bytes(recipe: Recipe) -> int:
+    data = recipe.data
+    files = (file for source in (*data.train, *data.test, *data.ood) for file in source_files(source))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+@lru_cache(maxsize=64)
+def _sizes(sections: str) -> Sizes:
+    recipe = Recipe.model_validate_json(sections)
+    found = {split: load_records(recipe, split, Ledger()) for split in ("train", "test", "ood")}
+    some = found["train"][:: max(1, len(found["train"]) // LOOKED_AT)]
+    drafts = Prompter(PromptOptions.of(recipe), recipe_tokenizer(recipe)).sample_batch(some)
+    lengths = [len(draft.input_ids) for draft in drafts if isinstance(draft, Sample)]
+    cost = measure_recipe(recipe)
+    return Sizes(
+        records={split: len(records) for split, records in found.items()},
+        sample_tokens=mean(lengths),
+        body=cost.num_body_parameters,
+        head=cost.hidden_size * cost.vocabulary,
+    )
+
+
+def _training(recipe: Recipe, sizes: Sizes, rate: float) -> float:
+    chosen = recipe.select.n if recipe.select else "all"
+    samples = (sizes.records["train"] if chosen == "all" else chosen) * recipe.train.epochs
+    tokens = samples * sizes.sample_tokens
+    per_step = recipe.batch.samples_per_step
+    steps = samples / per_step if per_step else tokens / (recipe.batch.tokens_per_step or tokens)
+    update = UPDATE_BYTES_PER_WEIGHT * (sizes.body + sizes.head) / MEMORY_BYTES_PER_SECOND
+    if recipe.adapter.kind != "none":
+        update = 0.0
+    return 6 * sizes.body * tokens / (TRAINED_AT * rate) + steps * update
+
+
+def _answers(recipe: Recipe, sizes: Sizes, rate: float, *, shots: int = 1) -> float:
+    """One model's answers to all held-out items; a tuned one's are half as long."""
+    items = sizes.records["test"] + sizes.records["ood"]
+    is_generated = recipe.task != "matching" or not recipe.matching.compares_likelihoods
+    decoded = recipe.evaluate.max_new_tokens if is_generated else 0
+    read = 2 * sizes.body * sizes.sample_tokens * shots / TRAINED_AT
+    return items * (read + 2 * (sizes.body + sizes.head) * decoded / DECODED_AT) / rate
+
+
+def _probing(recipe: Recipe, sizes: Sizes, rate: float) -> float:
+    prompts = sum(sizes.records.values()) * recipe.probe.templates
+    decoded = recipe.probe.samples * recipe.probe.max_new_tokens
+    read = 2 * sizes.body * PROBE_PROMPT_TOKENS / TRAINED_AT
+    return prompts * (read + 2 * (sizes.body + sizes.head) * decoded / DECODED_AT) / rate
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOP a second of this machine in a product of (1024, 1024) by (1024, 1024)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(PRODUCT, PRODUCT, dtype=DTYPES[dtype], device=device) for _ in range(2))
+    (a @ b).sum().item()
+    started = time.perf_counter()
+    for _ in range(ROUNDS):
+        product = a @ b
+    product.sum().item()  # waits for a GPU
+    return 2 * PRODUCT**3 * ROUNDS / (time.perf_counter() - started)

@@ -1,0 +1,61 @@
+"""The estimate ahead of a study: more work takes longer; shared work counts once, or not where done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher import estimate
+from launcher.estimate import estimate_seconds, matmul_rate
+from launcher.whole_run import PROBED, shared_name
+from sftcore.config import Recipe
+from sftcore.recipe import load_recipe
+
+RATE = 1e6  # FLOP a second: a machine so slow that a tiny model's work outweighs the constants
+
+
+@pytest.fixture
+def slow_machine(monkeypatch):
+    monkeypatch.setattr(estimate, "matmul_rate", lambda _: RATE)
+
+
+def recipes(tiny_recipe: dict, write, count: int, **changes) -> list[Recipe]:
+    select = {"n": 8, "levels": [0], **changes}
+    return [load_recipe(write(tiny_recipe | {"select": select | {"draw": draw}})) for draw in range(count)]
+
+
+@pytest.fixture
+def write():
+    import yaml
+
+    def to_file(recipe: dict) -> Path:
+        Path("r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return Path("r.yaml")
+
+    return to_file
+
+
+def test_more_runs_and_more_facts_take_longer_and_the_probe_counts_once(tiny_recipe, write, slow_machine):
+    one, two = (estimate_seconds(recipes(tiny_recipe, write, n), Path("none")) for n in (1, 2))
+    larger = estimate_seconds(recipes(tiny_recipe, write, 1, n=16), Path("none"))
+    assert 0 < one < two < 2 * one, "memory levels and the base model's answers are shared"
+    assert one < larger < 2 * one
+
+
+def test_what_is_there_is_not_counted(tiny_recipe, write, slow_machine):
+    (recipe,) = recipes(tiny_recipe, write, 1)
+    before = estimate_seconds([recipe], Path("shared"))
+    (Path("shared") / shared_name("levels", recipe, PROBED)).mkdir(parents=True)
+    after = estimate_seconds([recipe], Path("shared"))
+    sizes = estimate._sizes(recipe.model_dump_json(include={"data", "model", "task", "matching", "batch"}))
+    assert before - after == pytest.approx(estimate._probing(recipe, sizes, RATE))
+
+
+def test_large_data_are_not_read_for_it(tiny_recipe, write, slow_machine, monkeypatch):
+    monkeypatch.setattr(estimate, "MAX_SOURCE_BYTES", 10)
+    assert estimate_seconds(recipes(tiny_recipe, write, 1), Path("none")) is None
+
+
+def test_the_rate_is_one_of_a_computer():
+    assert 1e8 < matmul_rate("float32") < 1e16
