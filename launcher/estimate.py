@@ -19,7 +19,7 @@ from statistics import mean
 import torch
 
 from launcher.stages import recipe_tokenizer
-from launcher.whole_run import EVALUATED, PROBED, shared_name
+from launcher.whole_run import EVALUATED, LEVEL_FILES, PROBED, shared_name
 from sftcore.config import Recipe
 from sftcore.data.ledger import Ledger
 from sftcore.data.prompts import Prompter, PromptOptions, Sample
@@ -54,17 +54,21 @@ class Sizes:
 
 
 def estimate_seconds(recipes: Sequence[Recipe], shared: Path) -> float | None:
-    """Seconds that the runs will take, one after another; None: reading the data would take long itself."""
-    if any(_source_bytes(recipe) > MAX_SOURCE_BYTES for recipe in recipes):
+    """Seconds that the runs will take, one after another, on CPUs.
+
+    Returns:
+        None where reading the data would take long itself, or there is a GPU: the constants are not of one.
+    """
+    if torch.cuda.is_available() or any(_source_bytes(recipe) > MAX_SOURCE_BYTES for recipe in recipes):
         return None
-    seconds, done = 0.0, {name.name for name in shared.glob("*")}
+    seconds, done = 0.0, {folder.name for folder in shared.glob("*") if _is_whole(folder)}
     rates = {recipe.model.dtype: matmul_rate(recipe.model.dtype) for recipe in recipes}
     for recipe in recipes:
         sizes = _sizes(recipe.model_dump_json(include={"data", "model", "task", "matching", "batch"}))
         rate = rates[recipe.model.dtype]
         seconds += PROCESS_SECONDS + _training(recipe, sizes, rate) + _answers(recipe, sizes, rate) / 2
         once = {shared_name("base", recipe, EVALUATED): _answers(recipe, sizes, rate)}
-        if recipe.evaluate.few_shot:
+        if recipe.evaluate.few_shot and not recipe.classifies:
             shots = 1 + recipe.evaluate.few_shot
             once[shared_name("fewshot", recipe, EVALUATED)] = _answers(recipe, sizes, rate, shots=shots)
         if recipe.selects_by_level:
@@ -72,6 +76,11 @@ def estimate_seconds(recipes: Sequence[Recipe], shared: Path) -> float | None:
         seconds += sum(time_of for name, time_of in once.items() if name not in done)
         done |= once.keys()
     return seconds
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether what runs share is there; a probe's folder is there before its levels are."""
+    return not folder.name.startswith("levels") or all((folder / name).is_file() for name in LEVEL_FILES)
 
 
 def _source_bytes(recipe: Recipe) -> int:
@@ -126,11 +135,9 @@ def _probing(recipe: Recipe, sizes: Sizes, rate: float) -> float:
 
 def matmul_rate(dtype: str) -> float:
     """FLOP a second of this machine in a product of (1024, 1024) by (1024, 1024)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(PRODUCT, PRODUCT, dtype=DTYPES[dtype], device=device) for _ in range(2))
-    (a @ b).sum().item()
+    a, b = (torch.randn(PRODUCT, PRODUCT, dtype=DTYPES[dtype]) for _ in range(2))
+    a @ b
     started = time.perf_counter()
     for _ in range(ROUNDS):
-        product = a @ b
-    product.sum().item()  # waits for a GPU
+        a @ b
     return 2 * PRODUCT**3 * ROUNDS / (time.perf_counter() - started)

@@ -21,7 +21,7 @@ from pathlib import Path
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 log = logging.getLogger("sftcore.hosts")
-CONNECT_SECONDS = 10
+CONNECT_SECONDS, ANSWER_SECONDS = 10, 60
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
 MAX_LOGINS = 64  # at once
 
@@ -30,21 +30,26 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """{host: slots} of a DeepSpeed host file.
 
     Raises:
-        UserInputError: no such file, or a line that is not `name slots=N`.
+        UserInputError: no such file, no host in it, one twice, or a line that is not `name slots=N`.
     """
     if not path.is_file():
         raise UserInputError(Problem(what="no such host file", where=f"--hostfile {path}"))
-    hosts = {}
+    hosts: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         words = line.partition("#")[0].split()
         if not words:
             continue
-        slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
-        if not slots.isdigit():
+        slots = words[1].removeprefix("slots=") if len(words) == 2 and "slots=" in words[1] else ""
+        if not slots.isdigit() or words[0] in hosts:
+            what = "a host that was named before" if words[0] in hosts else "not a host"
             raise UserInputError(
-                Problem(what="not a host", where=f"{path}:{number}", got=line, allowed="name slots=8")
+                Problem(what=what, where=f"{path}:{number}", got=line, allowed="name slots=8")
             )
         hosts[words[0]] = int(slots)
+    if not hosts:
+        raise UserInputError(
+            Problem(what="no host in it", where=f"--hostfile {path}", allowed="name slots=8")
+        )
     return hosts
 
 
@@ -68,25 +73,32 @@ def check_hosts(hosts: Iterable[str], run: Path) -> None:
 
 def _lacks(host: str, needed: Sequence[Path]) -> Problem | None:
     files = " ".join(shlex.quote(str(path)) for path in needed)
-    done = _on_host(host, f"for f in {files}; do test -e $f || echo $f; done")
+    done = _on_host(host, f'for f in {files}; do test -e "$f" || echo "$f"; done')
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         remedy = f"`ssh {host} true` must work here without a password; or take it out of the host file"
         return Problem(what=f"{host} can't be reached: {why}", where="--hostfile", remedy=remedy)
-    if absent := done.stdout.split("\n")[:-1]:
+    said = done.stdout.splitlines()  # a login may print more
+    if absent := [str(path) for path in needed if str(path) in said]:
         remedy = "all machines must share the run folder and the environment, under the same paths"
         return Problem(what=f"{host} lacks {', '.join(absent)}", where="--hostfile", remedy=remedy)
     return None
 
 
-def signal_workers(host: str, pids: Sequence[int], number: signal.Signals) -> None:
-    """Send a signal to those of a machine's processes that are workers."""
+def signal_workers(host: str, pids: Sequence[int], number: signal.Signals) -> bool:
+    """Send a signal to those of a machine's processes that are workers; returns whether it got there."""
     each = " ".join(map(str, pids))
     line = f"for p in {each}; do grep -q worker.py /proc/$p/cmdline && kill -{number.value} $p; done; true"
     done = _on_host(host, line)
     if done.returncode:
-        log.warning("%s can't be told to stop: %s", host, done.stderr.strip())
+        log.warning("%s can't be told to stop, trying again: %s", host, done.stderr.strip())
+    return done.returncode == 0
 
 
 def _on_host(host: str, line: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*SSH, host, line], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [*SSH, host, line]
+    how = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": ANSWER_SECONDS}
+    try:
+        return subprocess.run(command, **how)  # type: ignore[call-overload]
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"no answer within {ANSWER_SECONDS} s")

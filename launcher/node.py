@@ -36,6 +36,7 @@ from sftcore.errors import EXIT_DONE, EXIT_STOPPED, MissingEnvironmentError, Pro
 log = logging.getLogger("sftcore.node")
 WORKER = Path(__file__).parent / "worker.py"
 POLL_SECONDS = 0.2
+Told = tuple[int, signal.Signals]  # a rank's pid and what it was sent
 
 
 def node_command(
@@ -56,7 +57,7 @@ def node_command(
         raise MissingEnvironmentError(
             Problem(what="no deepspeed command here", remedy="install it: pip install deepspeed")
         )
-    hosts = ["--hostfile", str(hostfile)] if hostfile else []
+    hosts = ["--hostfile", str(hostfile), "--force_multi"] if hostfile else []  # one machine may be another
     return [
         deepspeed,
         *hosts,
@@ -84,7 +85,7 @@ def train_on_node(
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)
     with _stop_signals() as received:
-        told: set[int] = set()
+        told: set[Told] = set()
         while launcher.poll() is None or _session_lives(launcher.pid):
             if launcher.poll() is not None and not received:
                 received.append(signal.SIGTERM)  # the launcher was killed, its ranks were not
@@ -97,19 +98,22 @@ def train_on_node(
     return code
 
 
-def _tell(run: Path, received: Sequence[int], told: set[int], first_host: str | None) -> set[int]:
-    """Hand the stop on to ranks that were not told yet; a second Ctrl-C ends them at once."""
+def _tell(run: Path, received: Sequence[int], told: set[Told], first_host: str | None) -> set[Told]:
+    """Hand the stop on to ranks of rank 0's machine that were not told yet; returns (pid, signal) of each.
+
+    A second Ctrl-C ends those at once; ranks of other machines notice that they are gone.
+    """
     is_urgent = list(received).count(signal.SIGINT) > 1
     number = signal.SIGKILL if is_urgent else signal.SIGUSR1
-    pids = listed_pids(run) if first_host else living_workers(run)
-    pids = [pid for pid in pids if is_urgent or pid not in told]
-    if first_host and pids:
-        signal_workers(first_host, pids, number)
-    elif not first_host:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-    return set(pids)
+    listed = listed_pids(run) if first_host else living_workers(run)
+    new = {(pid, number) for pid in listed} - told
+    if first_host:
+        are_told = not new or signal_workers(first_host, [pid for pid, _ in new], number)
+        return new if are_told else set()
+    for pid, _ in new:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return new
 
 
 def _session_lives(leader: int) -> bool:

@@ -119,7 +119,12 @@ def _estimated(study: Study, pending: Sequence[StudyRun]) -> str:
 
     try:
         seconds = estimate_seconds([run.recipe for run in pending], study.folder / "shared")
-    except (SftError, OSError, ValueError) as error:  # the run itself will tell, and cost only itself
+    except (
+        SftError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # the run will tell
         log.debug("no estimate: %s", error)
         return ""
     return f", roughly {max(1, round(seconds / 60))} minutes on this machine" if seconds else ""

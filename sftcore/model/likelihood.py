@@ -66,11 +66,17 @@ class ScoringPack:
 
 
 def pack_questions(questions: Sequence[Question], *, capacity: int = PACK_TOKENS) -> Iterator[ScoringPack]:
-    """Questions in packs of at most `capacity` tokens (a longer question gets one of its own)."""
+    """Questions in packs of at most `capacity` tokens (a longer question gets one of its own).
+
+    What all prompts begin with is not counted: however long it is, it is shared by a pack of many.
+    """
     numbers: list[int] = []
     shared: list[int] = []
     filled = 0
-    for i in sorted(range(len(questions)), key=lambda i: (list(questions[i].prompt), i)):
+    order = sorted(range(len(questions)), key=lambda i: list(questions[i].prompt))
+    if order:
+        capacity += shared_tokens(questions[order[0]].prompt, questions[order[-1]].prompt)
+    for i in order:
         prompt = questions[i].prompt
         size = len(prompt) + sum(len(continuation) - 1 for continuation in questions[i].continuations)
         common = shared_tokens(questions[numbers[-1]].prompt, prompt) if numbers else 0
@@ -231,7 +237,7 @@ def _for_all(
                 position_ids=torch.tensor([pack.position_ids], device=model.device),
                 attention_mask=None,
                 use_cache=False,
-                tree=pack.tree,
+                tree=Tree(forks=pack.tree.forks),  # whose masks go with this forward
             ).last_hidden_state[0]
             for i, result in zip(pack.numbers, score(pack, states), strict=True):
                 results[i] = result

@@ -213,6 +213,8 @@ def describe_set(cell: Mapping[str, Any]) -> str:
     '60 facts of level 2'
     >>> describe_set({"n": 240, "level": "mixed", "adapter": "lora"})
     '240 facts of mixed levels (lora)'
+    >>> describe_set({"n": 60, "level": "divided", "adapter": "none"})
+    '60 facts of divided levels'
     """
     several = cell["level"] in (MIXED, DIVIDED)
     which = f"{cell['level']} levels" if several else f"level {cell['level']}"

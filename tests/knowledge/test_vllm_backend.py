@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from transformers import AutoConfig
 
 from sftcore.config import ModelSettings, ProbeSettings, Recipe
-from sftcore.errors import MissingEnvironmentError
+from sftcore.errors import MissingEnvironmentError, UserInputError
 from sftcore.knowledge.vllm_backend import complete_with_vllm, load_vllm, seed_of
 
 SETTINGS = ProbeSettings(backend="vllm", samples=3, max_new_tokens=5, temperature=0.7)
@@ -38,6 +39,7 @@ class LLM:
     seed: int
     max_model_len: int
     enable_prefix_caching: bool
+    trust_remote_code: bool
     disable_log_stats: bool
     asked: list = field(default_factory=list)
 
@@ -62,9 +64,14 @@ def vllm(monkeypatch):
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # taken back behind the test
 
 
-def test_completions_are_seeded_by_their_prompt_and_lie_side_by_side(vllm):
-    engine = load_vllm(ModelSettings(path="m", dtype="bfloat16"), SETTINGS, seed=17)
-    assert (engine.model, engine.dtype, engine.enable_prefix_caching) == ("m", "bfloat16", True)
+def test_completions_are_seeded_by_their_prompt_and_lie_side_by_side(vllm, tiny_model_folder):
+    path = str(tiny_model_folder)
+    engine = load_vllm(ModelSettings(path=path, dtype="bfloat16"), SETTINGS, seed=17)
+    assert (engine.model, engine.dtype, engine.enable_prefix_caching) == (path, "bfloat16", True)
+    context = AutoConfig.from_pretrained(path).max_position_embeddings
+    assert engine.max_model_len == min(context, 512 + 5)
+    with pytest.raises(UserInputError, match="too long a prompt"):
+        complete_with_vllm(engine, [("one", [1] * 513)], SETTINGS, seed=17)
     found = complete_with_vllm(engine, [("one", [11, 1]), ("two", [12])], SETTINGS, seed=17)
     assert found == [[11, 0], [11, 1], [11, 2], [12, 0], [12, 1], [12, 2]]
     for (prompt, params), (text, ids) in zip(engine.asked, [("one", [11, 1]), ("two", [12])], strict=True):
@@ -81,13 +88,19 @@ def test_without_vllm_the_remedy_is_named(monkeypatch):
         load_vllm(ModelSettings(path="m"), SETTINGS, seed=1)
 
 
-def test_a_model_that_it_refuses_is_told(vllm, monkeypatch):
+def test_an_adapter_is_not_its_to_load(vllm, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserInputError, match=r"(?s)whole models only.*export --merge"):
+        load_vllm(ModelSettings(path=str(tmp_path)), SETTINGS, seed=1)
+
+
+def test_a_model_that_it_refuses_is_told(vllm, monkeypatch, tiny_model_folder):
     def refuse(**_):
         raise ValueError("Model architectures ['Odd'] are not supported\nmore")
 
     monkeypatch.setattr(sys.modules["vllm"], "LLM", refuse)
     with pytest.raises(MissingEnvironmentError, match="can't run this model here: Model arch.*supported"):
-        load_vllm(ModelSettings(path="m"), SETTINGS, seed=1)
+        load_vllm(ModelSettings(path=str(tiny_model_folder)), SETTINGS, seed=1)
 
 
 def test_only_sampling_goes_with_it():

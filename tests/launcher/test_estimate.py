@@ -8,7 +8,7 @@ import pytest
 
 from launcher import estimate
 from launcher.estimate import estimate_seconds, matmul_rate
-from launcher.whole_run import PROBED, shared_name
+from launcher.whole_run import LEVEL_FILES, PROBED, shared_name
 from sftcore.config import Recipe
 from sftcore.recipe import load_recipe
 
@@ -46,7 +46,11 @@ def test_more_runs_and_more_facts_take_longer_and_the_probe_counts_once(tiny_rec
 def test_what_is_there_is_not_counted(tiny_recipe, write, slow_machine):
     (recipe,) = recipes(tiny_recipe, write, 1)
     before = estimate_seconds([recipe], Path("shared"))
-    (Path("shared") / shared_name("levels", recipe, PROBED)).mkdir(parents=True)
+    folder = Path("shared") / shared_name("levels", recipe, PROBED)
+    folder.mkdir(parents=True)
+    assert estimate_seconds([recipe], Path("shared")) == before, "a probe was begun"
+    for name in LEVEL_FILES:
+        (folder / name).touch()
     after = estimate_seconds([recipe], Path("shared"))
     sizes = estimate._sizes(recipe.model_dump_json(include={"data", "model", "task", "matching", "batch"}))
     assert before - after == pytest.approx(estimate._probing(recipe, sizes, RATE))

@@ -102,3 +102,10 @@ def test_a_machine_without_the_run_folder_is_named(hosts, tiny_recipe):
     hosts.script("in.sh", "@node2", "umount", str(Path.cwd()))
     assert done.returncode == 3 and f"node2 lacks {Path.cwd()}/runs/apart" in done.stderr, done.stderr
     assert "must share the run folder" in done.stderr and "node1" not in done.stderr
+
+
+def test_a_single_machine_of_a_host_file_is_that_machine(hosts, tiny_recipe):
+    Path("hosts").write_text("node1 slots=1\n")
+    done = hosts.shell(TRAIN.format(path=write_recipe(tiny_recipe, "there")))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "node1: step 8/8" in done.stdout + done.stderr

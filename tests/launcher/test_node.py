@@ -157,6 +157,13 @@ def test_host_files(tmp_path):
     file.write_text("node1 slots=8\nnode2\n")
     with pytest.raises(UserInputError, match=r"hosts:2: not a host"):
         read_hostfile(file)
+    file.write_text("node1 slots=8\nnode1 slots=8\n")
+    with pytest.raises(UserInputError, match=r"named before.*\n?.*hosts:2|hosts:2.*named before"):
+        read_hostfile(file)
+    for text, message in (("node1 8\n", "not a host"), ("# none\n", "no host in it")):
+        file.write_text(text)
+        with pytest.raises(UserInputError, match=message):
+            read_hostfile(file)
     with pytest.raises(UserInputError, match="no such host file"):
         read_hostfile(tmp_path / "absent")
 

@@ -94,7 +94,7 @@ def test_every_question_is_in_one_pack_and_computed_once(shapes, capacity):
     for pack in packs:
         size = sum(fork.num_tokens for fork in pack.tree.forks)
         assert len(pack.input_ids) == len(pack.position_ids) == size
-        assert size <= capacity or len(pack.numbers) == 1
+        assert size <= capacity + len(PREFIX) + 1 or len(pack.numbers) == 1
         for i, places in zip(pack.numbers, pack.asked, strict=True):
             for continuation, place in zip(questions[i].continuations, places, strict=True):
                 assert [pack.input_ids[p] for p in place] == [questions[i].prompt[-1], *continuation[:-1]]
@@ -115,6 +115,14 @@ def test_what_prompts_begin_with_is_computed_once(folder):
     for q, scores in zip(questions, continuation_scores(ours, questions), strict=True):
         for continuation, tokens in zip(q.continuations, scores, strict=True):
             assert tokens == pytest.approx(alone(theirs, q.prompt, continuation), abs=2e-4)
+
+
+def test_a_long_common_beginning_is_computed_once_a_pack_of_many():
+    """As long as a pack: few-shot prompts."""
+    common = RNG.integers(1, 300, 60).tolist()
+    questions = [question(5, 1, 1, prefix=common) for _ in range(40)]
+    packs = list(pack_questions(questions, capacity=60))
+    assert len(packs) <= 4 and sum(len(pack.input_ids) for pack in packs) <= 40 * 5 + len(packs) * 60
 
 
 def test_a_prompt_keeps_its_last_token():

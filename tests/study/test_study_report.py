@@ -26,9 +26,12 @@ def right_of(level: int, draw: int) -> set[tuple[str, int]]:
     return {("test", i) for i in [*range(10), *range(40, 50)]} | {("ood", 0)}
 
 
-def write_run(folder: Path, *, levels: list[int], n: int, draw: int, right, items=ITEMS) -> None:
+def write_run(
+    folder: Path, *, levels: list[int], n: int, draw: int, right, items=ITEMS, balance: str = "relation"
+) -> None:
     folder.mkdir(parents=True)
-    recipe = {"model": {"path": "/models/small"}, "select": {"levels": levels, "n": n, "draw": draw}}
+    select = {"levels": levels, "n": n, "draw": draw, "balance": balance}
+    recipe = {"model": {"path": "/models/small"}, "select": select}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     write_jsonl(folder / "selection.jsonl", [{"id": str(i), "level": levels[0]} for i in range(n)])
     for model, correct in (("tuned", right), ("base", set())):
@@ -76,6 +79,17 @@ def test_cells_are_means_over_draws(study):
     assert cells["1"]["drift_nats"] == 1.0 and cells["mixed"]["runs"] == ["mixed"]
     assert report["unfinished"] == {"started": "no selection.jsonl, eval/tuned/predictions.jsonl"}
     assert report["others"]["base"]["test"]["mean_over_levels"] == 0
+
+
+def test_a_set_divided_among_levels_has_a_row_of_its_own(study):
+    before = summarise_study(read_study_runs(study))
+    write_run(study / "divided", levels=[1, 2], n=6, draw=0, right=set(), balance="level")
+    report = summarise_study(read_study_runs(study))
+    assert {cell["level"] for cell in report["cells"]} == {"1", "2", "mixed", "divided"}
+    assert report["diagonal"] == before["diagonal"], "it is of no single level"
+    write_study_report(study)
+    page = (study / "report.html").read_text(encoding="utf-8")
+    assert "6 facts of divided levels" in page and ">level divided<" not in page
 
 
 def test_the_diagonal_is_paired_by_item(study):
