@@ -19,8 +19,8 @@ from transformers import AutoConfig
 
 from sftcore.config import ModelSettings, ProbeSettings
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
-from sftcore.model.adapters import is_adapter
 
+ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
 MAX_PROMPT_TOKENS = 512  # a fact's wording has about 15
 
 
@@ -34,7 +34,7 @@ def load_vllm(model: ModelSettings, probe: ProbeSettings, *, seed: int) -> Any:
         UserInputError: an adapter, or a grown vocabulary, which only our own engine loads.
         MissingEnvironmentError: it is not installed, or can't run this model here.
     """
-    if is_adapter(Path(model.path)) or model.add_tokens:
+    if (Path(model.path) / ADAPTER).is_file() or model.add_tokens:
         what = "vLLM is given whole models only: no adapter folder, no model.add_tokens"
         remedy = "set probe.backend: hf, or merge the adapter (sftcore export --merge)"
         raise UserInputError(Problem(what=what, where="probe.backend", remedy=remedy))
