@@ -1,12 +1,15 @@
-"""Training samples per second, side by side with TRL's SFTTrainer (padded and packed) on the same machine.
+"""Training samples per second and peak memory, side by side with TRL's SFTTrainer on the same machine.
 
     python -m benchmarks.train --model .cache/models/smollm2-135m --trl-python TRL_VENV/bin/python \
         --items ../shared/data/entityquestions --samples-per-step 64 --steps 4 --rounds 5
 
-Same model, same items in the same order, same number of samples per step, loss on the answers only, bfloat16
-(ours keeps float32 master weights). Systems take turns, each in its own process; of every process the first
-step is warm-up. Reported: the median over rounds of the median step, first-step losses, peak resident memory,
-the optimizer's share of our step; then, on the same machine, where the time goes (`benchmarks.breakdown`).
+Same model, same items in the same order, same number of samples per step, loss on the answers only, bfloat16.
+TRL runs padded and packed with bfloat16 weights (8 bytes a weight with gradient and moments), and padded as
+it is by default, with float32 weights under autocast (16, and 2 for the cast ones during a step); ours keeps
+float32 master weights and gradients (18). Systems take turns, each in its own process; of every process the
+first step is warm-up. Reported: the median over rounds of the median step, first-step losses, peak resident
+memory, the optimizer's share of our step; then, on the same machine, where the time goes
+(`benchmarks.breakdown`).
 The result replaces that of the same model and step size in results/train.json; results/train.png shows all.
 """
 
@@ -24,7 +27,8 @@ from pathlib import Path
 from statistics import median
 
 HERE = Path(__file__).parent
-SYSTEMS = ("ours", "trl-padded", "trl-packed")
+SYSTEMS = ("ours", "trl-padded", "trl-packed", "trl-float32")
+COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#999999")
 
 
 def main() -> None:
@@ -157,19 +161,23 @@ def table(report: dict) -> str:
 
 
 def draw(reports: list[dict], path: Path) -> None:
-    """Samples per second of the systems, and the parts of our step, one group of bars per report."""
+    """Speed and peak memory of the systems, and the parts of our step, one group of bars per report."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    speed, parts = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    speed, memory, parts = figure.subplots(1, 3)
     names = [f"{r['model']}\n{r['samples_per_step']} a step" for r in reports]
-    for number, (system, colour) in enumerate(zip(SYSTEMS, ("#0072b2", "#d55e00", "#cc79a7"), strict=True)):
-        values = [r["systems"][system]["samples_per_second"] for r in reports]
-        bars = speed.bar([i + 0.27 * (number - 1) for i in range(len(reports))], values, 0.25, color=colour)
-        speed.bar_label(bars, fmt="%.1f", fontsize=8)
-        bars.set_label(system)
-    speed.set(title="samples per second", xticks=range(len(names)), xticklabels=names)
-    speed.legend()
+    for panel, quantity in ((speed, _samples_per_second), (memory, _peak_gigabytes)):
+        for number, (system, colour) in enumerate(zip(SYSTEMS, COLOURS, strict=True)):
+            places = [i + 0.21 * (number - 1.5) for i in range(len(reports))]
+            values = [quantity(r["systems"][system]) for r in reports]
+            panel.bar_label(
+                panel.bar(places, values, 0.2, color=colour, label=system), fmt="%.1f", fontsize=7
+            )
+        panel.set(xticks=range(len(names)), xticklabels=names)
+    speed.set(title="samples per second")
+    speed.legend(fontsize=8)
+    memory.set(title="peak resident memory, GB")
     shares = [shares_of_step(r) for r in reports]
     below = [0.0] * len(reports)
     for part, colour in zip(shares[0], ("#009e73", "#56b4e9", "#e69f00", "#f0e442", "#999999"), strict=True):
@@ -179,6 +187,14 @@ def draw(reports: list[dict], path: Path) -> None:
     parts.set(title="our step, %", xticks=range(len(names)), xticklabels=names)
     parts.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
+
+
+def _samples_per_second(system: dict) -> float:
+    return system["samples_per_second"]
+
+
+def _peak_gigabytes(system: dict) -> float:
+    return system["peak_resident_bytes"] / 1e9
 
 
 def shares_of_step(report: dict) -> dict[str, float]:

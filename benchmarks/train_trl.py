@@ -1,7 +1,8 @@
-"""TRL's side of benchmarks/train.py: MODEL ITEMS SAMPLES_PER_STEP STEPS padded|packed -> one line of JSON.
+"""TRL's side of benchmarks/train.py: MODEL ITEMS SAMPLES_PER_STEP STEPS MODE -> one line of JSON.
 
-Runs in an environment of its own (torch, trl, transformers). Weights and arithmetic in bfloat16, which is
-faster here than autocast over float32 weights; sequential order; loss on completions only.
+Runs in an environment of its own (torch, trl, transformers). MODE is padded or packed, with weights and
+arithmetic in bfloat16 (the fastest here), or float32: padded, with TRL's default, float32 weights under
+bfloat16 autocast, the precision that our master weights give. Sequential order; loss on completions only.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def main() -> None:
             report_to=[],
             disable_tqdm=True,
         )
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+        dtype = torch.float32 if mode == "float32" else torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         clock = Clock()
         trainer = InOrder(

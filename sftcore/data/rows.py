@@ -151,12 +151,18 @@ def json_line_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Itera
 
 def _parsed(line: str) -> Any:
     """The line's JSON value; by orjson (a quarter of the time) where both agree."""
-    if LONG_NUMBER.search(line):  # orjson makes floats of whole numbers of more than 64 bits
-        return json.loads(line)
     try:
-        return orjson.loads(line)
+        value = orjson.loads(line)
     except orjson.JSONDecodeError:  # NaN, half a surrogate pair, ..., or not JSON at all
         return json.loads(line)
+    if not _is_flat_text(value) and LONG_NUMBER.search(line):
+        return json.loads(line)  # orjson makes floats of whole numbers of more than 64 bits
+    return value
+
+
+def _is_flat_text(value: Any) -> bool:
+    """Whether this is an object of texts only (told in a tenth of the time of LONG_NUMBER's search)."""
+    return type(value) is dict and set(map(type, value.values())) == {str}
 
 
 def _unparsed(path: Path, number: int, line: str, detail: str) -> Rejection:
