@@ -83,6 +83,19 @@ class DebuggedEngine:
         is_enough = self.num_steps == self.options.max_steps
         return replace(result, stop_requested=result.stop_requested or is_enough)
 
+    def rehearse(self, batch: Batch) -> None:
+        """As `Engine.rehearse`; its norms are of no step and go.
+
+        Raises:
+            TrainingFailed: as in `step`.
+        """
+        if self._norms is None:
+            self.engine.rehearse(batch)
+            return
+        with _anomalies_explained(self._norms):
+            self.engine.rehearse(batch)
+        self._norms.take()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)  # all else is the engine's
 

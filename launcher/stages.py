@@ -110,8 +110,9 @@ def draw(recipe: Recipe) -> set[str]:
     settings = recipe.select
     assert settings is not None and settings.balance in ("label", "none")
     records = load_records(recipe, "train", Ledger())
-    n = len(records) if settings.n == "all" else settings.n
-    chosen = draw_pairs(records, n, balance=settings.balance, seed=recipe.seed, draw=settings.draw)
+    chosen = draw_pairs(records, settings.n, balance=settings.balance, seed=recipe.seed, draw=settings.draw)
+    if settings.n == "all" and len(chosen) < len(records):
+        log.info("select: %d of %d pairs, as many of each label", len(chosen), len(records))
     rows = [{"id": r.id, "label": r.content.label} for r in chosen if isinstance(r.content, Pair)]
     _write_selection(recipe.run_folder, rows)
     return {record.id for record in chosen}

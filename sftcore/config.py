@@ -17,6 +17,8 @@ from pydantic import Field, model_validator
 
 from sftcore.settings import Fraction, MatchingSettings, NonNegative, Positive, Settings
 
+DRAW_STRIDE = 1_000_003  # between the seeds of two draws
+
 
 class ModelSettings(Settings):
     """Which model, and how it is held."""
@@ -194,12 +196,17 @@ class SelectSettings(Settings):
     """Which facts are trained on."""
 
     levels: list[Annotated[int, Field(ge=0, le=4)]] = Field([2], min_length=1, description="memory levels")
-    n: Positive | Literal["all"] = Field(60, description="number of facts or pairs, or all of these levels")
+    n: Positive | Literal["all"] = Field(
+        60,
+        description="number of facts or pairs; all: of these levels, or as many of each label as there are",
+    )
     balance: Literal["relation", "level", "label", "none"] = Field(
         "relation",
         description="equal shares per relation, per level and its relations, or (pairs) per label; none: any",
     )
-    draw: Annotated[int, Field(ge=0)] = Field(0, description="number of the random draw")
+    draw: Annotated[int, Field(ge=0)] = Field(
+        0, description="number of the random draw; also another order of training and new weights"
+    )
 
 
 class BatchSettings(Settings):
@@ -321,6 +328,11 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = Field(default_factory=lambda: EvaluateSettings())
     matching: MatchingSettings = Field(default_factory=lambda: MatchingSettings())
     tracking: TrackingSettings = Field(default_factory=lambda: TrackingSettings())
+
+    @property
+    def training_seed(self) -> int:
+        """Seed of training's order, dropout and new weights: another for each draw of the same recipe."""
+        return (self.seed + DRAW_STRIDE * (self.select.draw if self.select else 0)) % 2**31
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Recipe:

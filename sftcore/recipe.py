@@ -178,6 +178,7 @@ def _resolve_paths(raw: dict[str, Any], recipe_path: Path) -> list[Problem]:
     train = raw.get("train")
     if isinstance(train, dict) and isinstance(train.get("init_adapter"), str):
         train["init_adapter"], problem = _resolve_adapter(train["init_adapter"], base)
+        problems.append(problem)
     if isinstance(data, dict) and isinstance(data.get("relations"), str):
         data["relations"], problem = _resolve_file(data["relations"], base, "data.relations")
         problems.append(problem)

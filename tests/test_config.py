@@ -145,6 +145,16 @@ def test_paths_are_relative_to_the_recipe_then_to_here(tmp_path, monkeypatch):
     assert deepspeed_file(recipe) == DS_CONFIGS / "zero1.json"
 
 
+def test_an_adapter_to_go_on_from_has_to_be_there(write):
+    with pytest.raises(UserInputError, match=r"train.init_adapter: no adapter there\n.*runs/nothing"):
+        load_recipe(write(MINIMAL), ["adapter.kind=lora", "train.init_adapter=runs/nothing"])
+
+
+def test_each_draw_trains_with_a_seed_of_its_own(write):
+    seeds = [load_recipe(write(MINIMAL), [f"select.draw={draw}"]).training_seed for draw in range(3)]
+    assert seeds[0] == load_recipe(write(MINIMAL)).training_seed == 17 and len(set(seeds)) == 3
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.name)
 def test_shipped_recipes_and_studies_are_valid(file):
     """All keys are valid; files that the user has to bring may be absent."""

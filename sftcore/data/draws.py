@@ -21,14 +21,23 @@ LABELS = (0, 1)
 
 
 def draw_pairs(
-    records: Sequence[Record], n: int, *, balance: Literal["label", "none"], seed: int, draw: int
+    records: Sequence[Record],
+    n: int | Literal["all"],
+    *,
+    balance: Literal["label", "none"],
+    seed: int,
+    draw: int,
 ) -> list[Record]:
     """`n` of the pairs; with balance "label" half of each class (an odd one is of class 0).
+
+    "all" of them are, with balance "label", the smaller class and as many of the larger.
 
     Raises:
         UserInputError: too few pairs, in all or of a class.
     """
     groups = [_of_label(records, label) for label in LABELS] if balance == "label" else [list(records)]
+    if n == "all":
+        n = len(groups) * min(map(len, groups))
     sizes = [(n + 1) // 2, n // 2] if balance == "label" else [n]
     if any(len(group) < size for group, size in zip(groups, sizes, strict=True)):
         raise UserInputError(_too_few(n, balance, [len(group) for group in groups]))

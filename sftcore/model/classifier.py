@@ -83,7 +83,7 @@ def load_classifier_for_training(recipe: Recipe) -> ClassifierLossModel:
     The output layer begins at zero, as adapters do: random logits (a loss of 2 to 3 for Gemma-3-270M, with a
     gradient norm of 300) sent the first updates astray, and some runs never came back.
     """
-    torch.manual_seed(recipe.seed)  # of a hidden layer's first weights, the same on all ranks
+    torch.manual_seed(recipe.training_seed)  # of a hidden layer's first weights, the same on all ranks
     loaded = load_trainable(
         recipe, AutoModelForSequenceClassification, sharded_by=None, num_labels=NUM_CLASSES
     )

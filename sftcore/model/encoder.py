@@ -77,7 +77,7 @@ def load_encoder_for_training(recipe: Recipe) -> EncoderLossModel:
     config = load_config(recipe.model)
     if problems := _problems(recipe, config):
         raise UserInputError(*problems)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.training_seed)
     model = load_pretrained(
         recipe.model,
         AutoModelForSequenceClassification,

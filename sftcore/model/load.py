@@ -130,7 +130,7 @@ def load_trainable(
     if sharded_by is None:
         prove_head_and_packs(model)
     if recipe.adapter.kind != "none":
-        add_adapter(model, recipe.adapter, seed=recipe.seed)
+        add_adapter(model, recipe.adapter, seed=recipe.training_seed)
         train_whole_layers(model, vocabulary=bool(settings.add_tokens))
         if recipe.train.init_adapter is not None:
             continue_adapter(model, Path(recipe.train.init_adapter), recipe.adapter)

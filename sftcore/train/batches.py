@@ -52,7 +52,7 @@ def rank_batches(
         )
         for p in dealt
     ]
-    return batches, pack_seeds(recipe.seed, step, dealt)
+    return batches, pack_seeds(recipe.training_seed, step, dealt)
 
 
 def pack_seeds(seed: int, step: Step, packs: Sequence[int] | np.ndarray) -> list[int]:

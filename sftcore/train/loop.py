@@ -43,7 +43,7 @@ def make_schedule(
         lengths=store.lengths,
         num_trained=store.num_trained,
         capacity=recipe.batch.capacity,
-        seed=recipe.seed,
+        seed=recipe.training_seed,
         epochs=recipe.train.epochs,
         world=world,
         samples_per_step=recipe.batch.samples_per_step,

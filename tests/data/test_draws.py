@@ -36,6 +36,13 @@ def test_smaller_sizes_are_subsets_and_other_draws_differ(records):
     assert len(others) == 4
 
 
+def test_all_of_both_labels_are_the_smaller_class_and_as_many_of_the_larger(records):
+    first, second = (draw_pairs(records, "all", balance="label", seed=1, draw=draw) for draw in (0, 1))
+    assert [labels(drawn).count(label) for drawn in (first, second) for label in (0, 1)] == [10] * 4
+    assert {r.id for r in first} != {r.id for r in second}
+    assert draw_pairs(records, "all", balance="none", seed=1, draw=0) == records
+
+
 def test_without_balance_any_pairs_are_drawn(records):
     assert len(draw_pairs(records, 40, balance="none", seed=0, draw=0)) == 40
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import BIN, run, steps, weights_hash, write_recipe
 
 from launcher import worker
-from launcher.debugging import NormRecorder, check_overfit
+from launcher.debugging import DebuggedEngine, DebugOptions, NormRecorder, check_overfit
 from launcher.worker import overfit_recipe
 from sftcore.data.tokens import Codec
 from sftcore.errors import TrainingFailed, UserInputError
@@ -65,6 +66,15 @@ def test_the_first_tensor_that_is_not_finite_is_named(where):
     norms.first_bad = ""
     model(torch.full((4, 2), float("nan")))
     assert norms.first_bad == ""
+
+
+def test_the_rehearsal_is_looked_at_too(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    model[1].weight.data[0, 1] = float("nan")
+    engine = SimpleNamespace(loss_model=model, rehearse=lambda batch: model(batch))
+    looked_at = DebuggedEngine(engine, tmp_path, DebugOptions(anomaly=True))
+    with pytest.raises(TrainingFailed, match=r"first tensor that is not finite: the output of 1"):
+        looked_at.rehearse(torch.ones(4, 2))
 
 
 def test_debugging_options_are_for_one_process(tiny_recipe):
