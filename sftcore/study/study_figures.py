@@ -172,6 +172,8 @@ def _finish_curves(axes: Axes, cells: Sequence[Mapping[str, Any]], items: str) -
     if len(sizes) == 1:
         axes.set_xlim(sizes[0] / 1.5, 1.5 * sizes[0])
     axes.xaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0.0, low), min(1.0, high))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
     axes.set_xlabel(items)
     axes.grid(axis="y")
