@@ -26,7 +26,8 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.settings import LabelWords
 
-PART_BYTES = 2**20  # about 0.25 s of work, so that workers end together
+PART_BYTES = 2**20  # about 0.5 s of work
+SMALLEST_SHARE = 4  # the last parts are a quarter of that, so that workers end together
 MAX_PARTS = 512  # each is three memory maps when the store is open
 COUNTED_BYTES = 2**20
 LINE_FORMATS = (".jsonl", ".tsv", ".txt", ".json")
@@ -61,15 +62,16 @@ def cut_sources(sources: Sequence[Source], labels: LabelWords, part_bytes: int =
     """
     problems: list[Problem] = []
     pieces: list[tuple[int, Path, Span, int | None, int]] = []
-    total = sum(_num_bytes(source, file) for source in sources for file in source_files(source))
-    part_bytes = max(part_bytes, total // MAX_PARTS)
+    left = sum(_num_bytes(source, file) for source in sources for file in source_files(source))
+    part_bytes = max(part_bytes, left // MAX_PARTS)
     for number, source in enumerate(sources):
         files = source_files(source)
         for file, share in zip(files, shares_of(source, files, labels, problems), strict=True):
+            left -= _num_bytes(source, file)
             if share == 0:
                 continue
             try:
-                spans = _cut_file(source, file, part_bytes)
+                spans = _cut_file(source, file, part_bytes, left)
             except UserInputError as error:
                 problems += error.problems
                 continue
@@ -87,7 +89,7 @@ def _num_bytes(source: Source, file: Path) -> int:
     return sum(f.stat().st_size for f in files if f.is_file())
 
 
-def _cut_file(source: Source, file: Path, part_bytes: int) -> list[tuple[Span, int]]:
+def _cut_file(source: Source, file: Path, part_bytes: int, left: int) -> list[tuple[Span, int]]:
     if source.limit is not None or source.format == "entityquestions":
         return [(WHOLE, _num_bytes(source, file))]
     if is_arrow(file):
@@ -95,16 +97,22 @@ def _cut_file(source: Source, file: Path, part_bytes: int) -> list[tuple[Span, i
     if file.suffix.lower() not in LINE_FORMATS:
         return [(WHOLE, _num_bytes(source, file))]
     with read_errors_explained(file):
-        return _cut_lines(file, part_bytes)
+        return _cut_lines(file, part_bytes, left)
 
 
-def _cut_lines(file: Path, part_bytes: int) -> list[tuple[Span, int]]:
-    """Byte ranges that end at line ends; a line longer than `part_bytes` is never cut."""
+def _cut_lines(file: Path, part_bytes: int, left: int) -> list[tuple[Span, int]]:
+    """Byte ranges that end at line ends; a line longer than `part_bytes` is never cut.
+
+    Args:
+        part_bytes: of a range at most, but for its last line.
+        left: bytes of the files after this one; ranges shrink where little is left.
+    """
     spans: list[tuple[Span, int]] = []
     start, first_row, size = 0, 1, file.stat().st_size
     with open(file, "rb") as handle:
         while start < size:
-            handle.seek(start + part_bytes)
+            share = (size - start + left) // SMALLEST_SHARE
+            handle.seek(start + min(part_bytes, max(share, part_bytes // SMALLEST_SHARE, 1)))
             handle.readline()
             end = min(handle.tell(), size)
             spans.append((Span(start=start, end=end, first_row=first_row), end - start))
