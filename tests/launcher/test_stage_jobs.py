@@ -1,0 +1,73 @@
+"""Jobs of stage.sbatch on a real Slurm: warned of the time limit they end with 75 and go on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from cluster import started_cluster
+
+ROOT = Path(__file__).parent.parent.parent
+STAGE = ROOT / "slurm" / "stage.sbatch"
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def lab():
+    with started_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(lab):
+    """The lab with both nodes up and no jobs."""
+    assert lab.script("start.sh").returncode == 0
+    yield lab
+    lab.script("in.sh", "scancel", "-u", "root")
+
+
+def wait_for(happens, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, logs()[-3000:]
+        time.sleep(0.05)
+
+
+def logs() -> str:
+    return "\n".join(log.read_text() for log in Path.cwd().rglob("*.log"))
+
+
+def write_program(text: str) -> str:
+    """A program in the place of python; its path."""
+    path = Path.cwd() / "program"
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("warned", [0, 2])
+def test_a_warning_to_one_job_of_an_array_queues_that_one_again(tmp_path, monkeypatch, cluster, warned):
+    """The last job of an array has the array's own number: by that number Slurm means all of them."""
+    monkeypatch.chdir(tmp_path)
+    program = write_program(
+        'echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $*" >> said.$SLURM_ARRAY_TASK_ID\n'
+        '[ -z "${SLURM_RESTART_COUNT:-}" ] || exit 0\n'
+        "trap 'exit 75' USR1\n"
+        "while [ ! -e go ]; do sleep 0.1; done"
+    )
+    submitted = cluster.shell(f"SFTCORE_PYTHON={program} sbatch --parsable --array 0-2 {STAGE} probe RECIPE")
+    assert submitted.returncode == 0, submitted.stderr
+    array = submitted.stdout.strip()
+    said = [tmp_path / f"said.{number}" for number in range(3)]
+    wait_for(lambda: all(file.exists() for file in said))
+    assert said[2].read_text().split()[0] == array, "the case to be tested"
+    assert cluster.script("in.sh", "scancel", "-b", "-s", "USR1", f"{array}_{warned}").returncode == 0
+    wait_for(lambda: said[warned].read_text().count("\n") == 2)
+    Path("go").touch()
+    wait_for(lambda: cluster.state(array) == "")
+    restarts = [[line.split()[1] for line in file.read_text().splitlines()] for file in said]
+    assert restarts == [["0", "1"] if number == warned else ["0"] for number in range(3)]
+    line = f"-m launcher.cli probe RECIPE --shard {warned}/3"
+    assert [text.split(" ", 2)[2] for text in said[warned].read_text().splitlines()] == [line, line]
