@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.attempts import begin_stage
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
 from sftcore.recipe import load_recipe
@@ -68,6 +69,7 @@ def probe(
     from launcher.stages import describe_levels, probe_share
     from launcher.stages import probe as probe_stage
 
+    begin_stage(loaded.run_folder, "probe")
     if shard is not None:
         print(probe_share(loaded, share_of(shard, is_alone=not merge)))
     elif on == "debug" or run_shares("probe", loaded, machines, dry_run=dry_run):
@@ -100,6 +102,7 @@ def evaluate(
     from launcher.evaluating import evaluate_share
     from launcher.shares import run_shares, share_of
 
+    begin_stage(loaded.run_folder, "evaluate")
     more = [] if model is None else ["--model", str(model.resolve())]
     if shard is not None:
         print(evaluate_share(loaded, share_of(shard, is_alone=not merge), model=model))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from cluster import started_cluster
+from launcher_commands import save
+from launching import write_recipe
+
+from sftcore.fsio import read_jsonl
 
 ROOT = Path(__file__).parent.parent.parent
 STAGE = ROOT / "slurm" / "stage.sbatch"
@@ -71,3 +76,33 @@ def test_a_warning_to_one_job_of_an_array_queues_that_one_again(tmp_path, monkey
     assert restarts == [["0", "1"] if number == warned else ["0"] for number in range(3)]
     line = f"-m launcher.cli probe RECIPE --shard {warned}/3"
     assert [text.split(" ", 2)[2] for text in said[warned].read_text().splitlines()] == [line, line]
+
+
+def test_a_stage_that_is_warned_queues_itself_again_and_goes_on(tiny_recipe, cluster):
+    """It died of the signal: its job failed, and with it those that waited for it."""
+    probe = {"templates": 2, "samples": 20, "max_new_tokens": 24, "batch_rows": 20}
+    path = save(tiny_recipe, probe=probe)
+    submitted = cluster.shell(f"SFTCORE_PYTHON={sys.executable} sbatch --parsable {STAGE} probe {path}")
+    job = submitted.stdout.strip()
+    partial = Path("runs/tiny/levels.partial.jsonl")
+    wait_for(lambda: partial.is_file() and partial.read_text().count("\n") >= 3)
+    assert cluster.script("in.sh", "scancel", "-b", "-s", "USR1", job).returncode == 0
+    wait_for(lambda: "queued again" in logs())
+    assert "stopped on request; start it again to go on" in logs()
+    assert "COMPLETED" in cluster.wait(job), logs()[-3000:]
+    assert cluster.restarts(job) == 1 and len(read_jsonl(Path("runs/tiny/levels.jsonl"))) == 24
+    attempts = read_jsonl(Path("runs/tiny/attempts.jsonl"))
+    assert [row["job"] for row in attempts] == [job, job]
+    assert attempts[0]["probed_bytes"] == 0 < attempts[1]["probed_bytes"]
+
+
+def test_ranks_that_cannot_start_fail_the_job_at_once(tiny_recipe, cluster):
+    """A package that is broken on the nodes was taken for a lost rank, and tried four times."""
+    path = write_recipe(tiny_recipe, "broken")
+    Path("broken").mkdir()
+    Path("broken/deepspeed.py").write_text("raise ImportError('no libcudart.so.13')\n")
+    Path("env.sh").write_text(f"export PYTHONPATH={Path.cwd()}/broken:${{PYTHONPATH:-}}\n")
+    job = cluster.train(path, "--nodes 2 --ranks-per-node 1", environment="SFTCORE_ENV=env.sh")
+    said = cluster.wait(job)
+    assert "FAILED" in said and "ExitCode=3:0" in said, said + logs()[-3000:]
+    assert cluster.restarts(job) == 0 and "a package can't be imported: no libcudart.so.13" in logs()
