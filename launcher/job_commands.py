@@ -147,6 +147,9 @@ def study(
     ] = "here",
     status: Annotated[bool, typer.Option("--status", help="print a line a run, and do nothing")] = False,
     number: Annotated[int | None, typer.Option(min=0, help="make this run only (0-based)")] = None,
+    conclude: Annotated[
+        bool, typer.Option("--conclude", help="make no run; write study.json and the study's page")
+    ] = False,
     throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4,
     gpu: Annotated[bool, typer.Option("--gpu", help="slurm: ask for a GPU for each run")] = False,
     sbatch: Sbatch = None,
@@ -157,6 +160,7 @@ def study(
     run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="if not runs/NAME")] = None,
 ) -> None:
     """Run a grid of recipes; finished runs are skipped, failed ones don't stop it."""
+    from launcher.study import conclude as conclude_study
     from launcher.study import load_study, run_here, run_number, status_table, submit_study
     from launcher.ways_in import Machines, check_way_in
 
@@ -167,6 +171,10 @@ def study(
     check_way_in(machines)
     if dry_run:
         print("\n".join(item.name for item in loaded.runs))
+        return
+    if conclude:
+        begin_stage(loaded.folder, "conclude")
+        conclude_study(loaded)
         return
     if number is not None:
         sys.exit(run_number(loaded, number))

@@ -66,12 +66,14 @@ class Job:
         template: file of slurm/.
         options: of sbatch.
         arguments: of the script.
+        behind: when it may start: after the success of the job before it, or "afterany": its end.
     """
 
     name: str
     template: str
     options: Mapping[str, str]
     arguments: Sequence[str]
+    behind: str = "afterok"
 
     def script(self) -> str:
         """The template, filled in."""
@@ -176,7 +178,7 @@ def shared_stage(
 
 
 def submit_chain(folder: Path, jobs: Sequence[Job]) -> list[str]:
-    """Save scripts below `folder` and submit them, each behind the success of the one before.
+    """Save scripts below `folder` and submit them, each behind the one before.
 
     Returns:
         job numbers.
@@ -194,7 +196,7 @@ def submit_chain(folder: Path, jobs: Sequence[Job]) -> list[str]:
         path = folder / "slurm" / f"{job.name}.sbatch"
         with atomic_file(path) as handle:
             handle.write(job.script())
-        behind = [f"--dependency=afterok:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+        behind = [f"--dependency={job.behind}:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
         done = subprocess.run(["sbatch", "--parsable", *behind, str(path)], capture_output=True, text=True)
         if done.returncode:
             subprocess.run(["scancel", *numbers], check=False) if numbers else None

@@ -162,8 +162,10 @@ def test_a_study_of_six_runs_with_one_that_fails_as_an_array(tiny_recipe, cluste
     assert refused.returncode == 2 and "Slurm refuses the job study" in refused.stderr
     submitted = cluster.shell("sftcore study sizes.yaml --on slurm --throttle 2")
     assert submitted.returncode == 0, submitted.stderr
-    job = submitted.stdout.split()[1].rstrip(":")
+    job, last = (line.split()[1].rstrip(":") for line in submitted.stdout.splitlines()[:2])
     wait_for(lambda: cluster.state(job) == "", seconds=600)
+    assert "ExitCode=1:0" in cluster.wait(last), "some runs failed"
+    assert "2 of 6 runs failed" in logs() and Path("runs/sizes/report.html").is_file()
     done = cluster.shell("sftcore study sizes.yaml --status")
     assert "4 finished" in done.stdout and "2 failed" in done.stdout, done.stdout + logs()[-3000:]
     rows = json.loads(Path("runs/sizes/study.json").read_text())["runs"]
