@@ -20,6 +20,7 @@ import typer
 from launcher.attempts import begin_stage
 from launcher.job_commands import (
     Account,
+    CpusPerRank,
     GpusPerNode,
     Nodes,
     On,
@@ -161,6 +162,7 @@ def train(
     hostfile: Annotated[
         Path | None, typer.Option(help="node: machines, `name slots=8` a line, reached by ssh")
     ] = None,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -194,7 +196,7 @@ def train(
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         hostfile=hostfile,
-        options=sbatch_options(sbatch, partition, time, account),
+        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     check_way_in(machines)
     if on != "debug":

@@ -32,8 +32,12 @@ On = Annotated[
 Nodes = Annotated[int, typer.Option(min=1, help="slurm: machines")]
 GpusPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, each with a GPU")]
 RanksPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, on CPUs")]
+CpusPerRank = Annotated[
+    int | None, typer.Option(min=1, help="slurm: cores of a rank; 4 with a GPU, else the site's default")
+]
 Sbatch = Annotated[
-    list[str] | None, typer.Option("--sbatch", metavar="key=value", help="slurm: any option of sbatch")
+    list[str] | None,
+    typer.Option("--sbatch", metavar="key[=value]", help="slurm: any option of sbatch"),
 ]
 Shard = Annotated[
     str | None, typer.Option(metavar="i/N", help="do share i (0 to N-1) of the batches only; see --merge")
@@ -50,6 +54,7 @@ def probe(
     nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,
     ranks_per_node: RanksPerNode = None,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -63,7 +68,11 @@ def probe(
     """Facts -> recall -> memory levels of the base model; over several processes with --on."""
     loaded = load(recipe, set_, run)
     machines = machines_of(
-        on, nodes, gpus_per_node, ranks_per_node, sbatch_options(sbatch, partition, time, account)
+        on,
+        nodes,
+        gpus_per_node,
+        ranks_per_node,
+        sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     from launcher.shares import run_shares, share_of
     from launcher.stages import describe_levels, probe_share
@@ -83,6 +92,7 @@ def evaluate(
     nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,
     ranks_per_node: RanksPerNode = None,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -96,7 +106,11 @@ def evaluate(
     """Answers of the base and the trained model to the held-out items, scored; --on: by several processes."""
     loaded = load(recipe, set_, run)
     machines = machines_of(
-        on, nodes, gpus_per_node, ranks_per_node, sbatch_options(sbatch, partition, time, account)
+        on,
+        nodes,
+        gpus_per_node,
+        ranks_per_node,
+        sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     from launcher.evaluating import evaluate as evaluate_stage
     from launcher.evaluating import evaluate_share
@@ -118,6 +132,7 @@ def submit(
     gpus_per_node: GpusPerNode = None,
     ranks_per_node: RanksPerNode = None,
     shards: Annotated[int, typer.Option(min=1, help="jobs that share probe, data and evaluation")] = 1,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -134,7 +149,7 @@ def submit(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
-        options=sbatch_options(sbatch, partition, time, account),
+        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     check_way_in(machines)
     print(submit_whole(load(recipe, set_, run), machines, num_shards=shards, dry_run=dry_run))
@@ -152,6 +167,7 @@ def study(
     ] = False,
     throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4,
     gpu: Annotated[bool, typer.Option("--gpu", help="slurm: ask for a GPU for each run")] = False,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -166,7 +182,7 @@ def study(
 
     loaded = load_study(study, run)
     machines = Machines(
-        on=on, gpus_per_node=int(gpu), options=sbatch_options(sbatch, partition, time, account)
+        on=on, gpus_per_node=int(gpu), options=sbatch_options(sbatch, cpus_per_rank, partition, time, account)
     )
     check_way_in(machines)
     if dry_run:
@@ -187,11 +203,16 @@ def study(
 
 
 def sbatch_options(
-    options: list[str] | None, partition: str | None, time: str | None, account: str | None
+    options: list[str] | None,
+    cpus_per_rank: int | None,
+    partition: str | None,
+    time: str | None,
+    account: str | None,
 ) -> dict[str, str]:
-    """Options of sbatch by name; `--sbatch key=value` takes any."""
-    named = {"partition": partition, "time": time, "account": account}
-    pairs = [option.partition("=")[::2] for option in options or []]
+    """Options of sbatch by name; `--sbatch key=value` and `--sbatch key` (of a flag) take any."""
+    cpus = str(cpus_per_rank) if cpus_per_rank else None
+    named = {"cpus-per-task": cpus, "partition": partition, "time": time, "account": account}
+    pairs = [option.removeprefix("--").partition("=")[::2] for option in options or []]
     return {key: value for key, value in named.items() if value} | dict(pairs)
 
 

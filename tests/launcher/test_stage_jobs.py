@@ -106,3 +106,16 @@ def test_ranks_that_cannot_start_fail_the_job_at_once(tiny_recipe, cluster):
     said = cluster.wait(job)
     assert "FAILED" in said and "ExitCode=3:0" in said, said + logs()[-3000:]
     assert cluster.restarts(job) == 0 and "a package can't be imported: no libcudart.so.13" in logs()
+
+
+def test_a_step_has_the_cores_that_its_job_asked_for(tiny_recipe, cluster):
+    """In a folder with a space, alone on its node."""
+    program = write_program(
+        'case $* in *worker*) scontrol show step "$SLURM_JOB_ID.$SLURM_STEP_ID" > "step.$SLURM_PROCID";; esac'
+    )
+    path = write_recipe(tiny_recipe, "cores")
+    options = '--nodes 2 --ranks-per-node 1 --cpus-per-rank 3 --sbatch exclusive --run "my runs/cores"'
+    job = cluster.train(path, options, environment=f"SFTCORE_PYTHON={program}")
+    cluster.wait(job)
+    assert "CPUs=6 Tasks=2" in Path("step.0").read_text(), Path("step.0").read_text()
+    assert list(Path("my runs/cores/slurm").glob("train-*.log"))
