@@ -1,9 +1,10 @@
-"""`python -m launcher.attempts begin|end RECIPE ...`: the batch script's bookkeeping around a job's ranks.
+"""Attempts of a Slurm job: how often it began where it still is; and what its ranks agreed on.
 
-In: worker.py's arguments; SLURM_JOB_ID, SFTCORE_WORLD (number of ranks). Out: RUN/attempts.jsonl; the exit
-code that the ranks agreed on.
-Invariant: a job is queued again without end only while every attempt leaves a newer checkpoint than the one
-before.
+In: `python -m launcher.attempts begin|end RECIPE ...` with worker.py's arguments, SLURM_JOB_ID, SFTCORE_WORLD
+(number of ranks) and SFTCORE_CODE (srun's exit code); in jobs of stage.sbatch, SFTCORE_STAGE_JOB. Out:
+RUN/attempts.jsonl; the agreed exit code.
+Invariant: a job is queued again without end only while every attempt leaves more on disk than the one before:
+a newer checkpoint, or a stage's finished parts.
 Trade-off: an attempt that was killed on its way to the first checkpoint counts as one without progress, so
 the limit is 3 (SFTCORE_RETRIES), not 1. No torch is imported: about 0.5 s a call.
 """
@@ -24,6 +25,15 @@ from sftcore.recipe import load_recipe
 
 ATTEMPTS = "attempts.jsonl"
 RETRIES = 3
+PROBED = "levels.partial.jsonl"  # a line a batch
+FINISHED = (
+    "levels.manifest.json",
+    "eval/*/manifest.json",
+    "eval/*/shards/*/manifest.json",
+    "model",
+    "adapter",
+)
+PARTS = ".cache/stores/*/part-*/part.json"  # below the current folder
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
         if arguments[0] == "begin":
             begin_attempt(run, os.environ)
         else:
-            print(agreed_code(read_codes(run), int(os.environ["SFTCORE_WORLD"])))
+            srun, world = int(os.environ["SFTCORE_CODE"]), int(os.environ["SFTCORE_WORLD"])
+            print(agreed_code(read_codes(run), world, launcher_code=srun))
     except SftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -47,30 +58,63 @@ def begin_attempt(run: Path, environment: Mapping[str, str]) -> None:
     Raises:
         TrainingFailed: the job's last attempts, one more than it may be retried, all began at this step.
     """
-    job, retries = environment["SLURM_JOB_ID"], int(environment.get("SFTCORE_RETRIES") or RETRIES)
-    rows = read_jsonl(run / ATTEMPTS) if (run / ATTEMPTS).is_file() else []
     step = newest_step(run)
-    idle = num_idle([row for row in rows if row["job"] == job], step)
+    _note(run, environment["SLURM_JOB_ID"], {"step": step}, environment, what=f"past step {step}")
+    forget_codes(run)
+
+
+def begin_stage(
+    run: Path, stage: str, *, shared: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> None:
+    """In a job of stage.sbatch, note that a stage begins, and what is there of it; elsewhere do nothing.
+
+    Args:
+        run: the run's folder, or the study's.
+        shared: a second folder in which the stage's work may be kept.
+
+    Raises:
+        TrainingFailed: as `begin_attempt`.
+    """
+    job = environment.get("SFTCORE_STAGE_JOB")
+    if job:
+        done = {"stage": stage, **work_done(*([run, shared] if shared else [run]))}
+        _note(run, job, done, environment, what=f"in {stage}")
+
+
+def _note(run: Path, job: str, done: dict[str, Any], environment: Mapping[str, str], *, what: str) -> None:
+    """Add an attempt to attempts.jsonl, unless too many before it began with the same `done`."""
+    retries = int(environment.get("SFTCORE_RETRIES") or RETRIES)
+    rows = read_jsonl(run / ATTEMPTS) if (run / ATTEMPTS).is_file() else []
+    idle = num_idle([row for row in rows if row["job"] == job], done)
     if idle > retries:
         remedy = "read the job's log and RUN/logs; a new job tries again"
-        raise TrainingFailed(
-            Problem(what=f"{idle} attempts in a row made no progress past step {step}", remedy=remedy)
-        )
-    forget_codes(run)
+        raise TrainingFailed(Problem(what=f"{idle} attempts in a row made no progress {what}", remedy=remedy))
     run.mkdir(parents=True, exist_ok=True)
-    append_jsonl(run / ATTEMPTS, {"job": job, "step": step, "host": os.uname().nodename})
+    append_jsonl(run / ATTEMPTS, {"job": job, **done, "host": os.uname().nodename})
 
 
-def num_idle(attempts: Sequence[Mapping[str, Any]], step: int) -> int:
+def num_idle(attempts: Sequence[Mapping[str, Any]], done: Mapping[str, Any]) -> int:
     """How many of the last attempts began where the run still is.
 
-    >>> num_idle([{"step": 0}, {"step": 50}, {"step": 50}], 50)
+    >>> num_idle([{"step": 0}, {"step": 50}, {"step": 50}], {"step": 50})
     2
     """
     count = 0
-    while count < len(attempts) and attempts[-1 - count]["step"] == step:
+    while count < len(attempts) and attempts[-1 - count].items() >= done.items():
         count += 1
     return count
+
+
+def work_done(*folders: Path) -> dict[str, int]:
+    """What outlives a stop in run folders and below .cache, by kind: any change of it is progress."""
+    partial = [file for folder in folders for file in folder.glob(f"**/{PROBED}")]
+    finished = [path for folder in folders for pattern in FINISHED for path in folder.glob(pattern)]
+    return {
+        "step": max(newest_step(folder) for folder in folders),
+        "probed_bytes": sum(file.stat().st_size for file in partial),
+        "finished": len(finished),
+        "parts": len(list(Path().glob(PARTS))),
+    }
 
 
 def newest_step(run: Path) -> int:

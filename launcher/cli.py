@@ -17,8 +17,10 @@ from typing import Annotated
 
 import typer
 
+from launcher.attempts import begin_stage
 from launcher.job_commands import (
     Account,
+    CpusPerRank,
     GpusPerNode,
     Nodes,
     On,
@@ -40,6 +42,9 @@ from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import atomic_file
 from sftcore.log import setup_logging
+from sftcore.train.stopping import end_on_stop
+
+GOES_ON = {"prepare", "probe", "train", "evaluate", "run", "study", "report"}  # may be stopped anywhere
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,6 +116,7 @@ def prepare(
 ) -> None:
     """Records -> samples -> token store, cached by content."""
     loaded = load(recipe, set_, run)
+    begin_stage(loaded.run_folder, "prepare")
     from launcher.shares import share_of
     from launcher.stages import prepare as prepare_stage
     from launcher.stages import prepare_share, write_check
@@ -156,6 +162,7 @@ def train(
     hostfile: Annotated[
         Path | None, typer.Option(help="node: machines, `name slots=8` a line, reached by ssh")
     ] = None,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -189,7 +196,7 @@ def train(
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         hostfile=hostfile,
-        options=sbatch_options(sbatch, partition, time, account),
+        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     check_way_in(machines)
     if on != "debug":
@@ -206,7 +213,7 @@ def train(
         plan(recipe, set_=set_, run=run)
         return
     from launcher.debugging import DebugOptions
-    from launcher.worker import overfit_recipe, train_recipe
+    from launcher.training import overfit_recipe, train_recipe
 
     if overfit_one_step:
         print(overfit_recipe(loaded))
@@ -286,6 +293,7 @@ def report(folder: Annotated[Path, typer.Argument(help="run or study folder", me
     from sftcore.study.study_report import write_study_report
     from sftcore.study.study_runs import is_study
 
+    begin_stage(folder, "report")
     result = write_study_report(folder) if is_study(folder) else write_report(folder)
     print(result.table)
     print(f"\n{result.html_path}")
@@ -302,6 +310,7 @@ def run(
 ) -> None:
     """All stages in one process: probe (if levels are asked for), train, evaluate, report."""
     loaded = load(recipe, set_, run)
+    begin_stage(loaded.run_folder, "run", shared=shared)
     from launcher.whole_run import run_whole
 
     print(run_whole(loaded, shared=shared))
@@ -349,6 +358,8 @@ for command in (probe, evaluate, study, submit):
 def main() -> None:
     """Console entry point: run a command, translate errors to a message and an exit code."""
     setup_logging(rank=int(os.environ.get("RANK", "0")))
+    if GOES_ON & set(sys.argv[1:2]):
+        end_on_stop("stopped on request; start it again to go on")
     try:
         app()
     except SftError as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.attempts import begin_stage
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
 from sftcore.recipe import load_recipe
@@ -31,8 +32,12 @@ On = Annotated[
 Nodes = Annotated[int, typer.Option(min=1, help="slurm: machines")]
 GpusPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, each with a GPU")]
 RanksPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, on CPUs")]
+CpusPerRank = Annotated[
+    int | None, typer.Option(min=1, help="slurm: cores of a rank; 4 with a GPU, else the site's default")
+]
 Sbatch = Annotated[
-    list[str] | None, typer.Option("--sbatch", metavar="key=value", help="slurm: any option of sbatch")
+    list[str] | None,
+    typer.Option("--sbatch", metavar="key[=value]", help="slurm: any option of sbatch"),
 ]
 Shard = Annotated[
     str | None, typer.Option(metavar="i/N", help="do share i (0 to N-1) of the batches only; see --merge")
@@ -49,6 +54,7 @@ def probe(
     nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,
     ranks_per_node: RanksPerNode = None,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -62,12 +68,17 @@ def probe(
     """Facts -> recall -> memory levels of the base model; over several processes with --on."""
     loaded = load(recipe, set_, run)
     machines = machines_of(
-        on, nodes, gpus_per_node, ranks_per_node, sbatch_options(sbatch, partition, time, account)
+        on,
+        nodes,
+        gpus_per_node,
+        ranks_per_node,
+        sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     from launcher.shares import run_shares, share_of
     from launcher.stages import describe_levels, probe_share
     from launcher.stages import probe as probe_stage
 
+    begin_stage(loaded.run_folder, "probe")
     if shard is not None:
         print(probe_share(loaded, share_of(shard, is_alone=not merge)))
     elif on == "debug" or run_shares("probe", loaded, machines, dry_run=dry_run):
@@ -81,6 +92,7 @@ def evaluate(
     nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,
     ranks_per_node: RanksPerNode = None,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -94,12 +106,17 @@ def evaluate(
     """Answers of the base and the trained model to the held-out items, scored; --on: by several processes."""
     loaded = load(recipe, set_, run)
     machines = machines_of(
-        on, nodes, gpus_per_node, ranks_per_node, sbatch_options(sbatch, partition, time, account)
+        on,
+        nodes,
+        gpus_per_node,
+        ranks_per_node,
+        sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     from launcher.evaluating import evaluate as evaluate_stage
     from launcher.evaluating import evaluate_share
     from launcher.shares import run_shares, share_of
 
+    begin_stage(loaded.run_folder, "evaluate")
     more = [] if model is None else ["--model", str(model.resolve())]
     if shard is not None:
         print(evaluate_share(loaded, share_of(shard, is_alone=not merge), model=model))
@@ -115,6 +132,7 @@ def submit(
     gpus_per_node: GpusPerNode = None,
     ranks_per_node: RanksPerNode = None,
     shards: Annotated[int, typer.Option(min=1, help="jobs that share probe, data and evaluation")] = 1,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -131,7 +149,7 @@ def submit(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
-        options=sbatch_options(sbatch, partition, time, account),
+        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     check_way_in(machines)
     print(submit_whole(load(recipe, set_, run), machines, num_shards=shards, dry_run=dry_run))
@@ -144,8 +162,12 @@ def study(
     ] = "here",
     status: Annotated[bool, typer.Option("--status", help="print a line a run, and do nothing")] = False,
     number: Annotated[int | None, typer.Option(min=0, help="make this run only (0-based)")] = None,
+    conclude: Annotated[
+        bool, typer.Option("--conclude", help="make no run; write study.json and the study's page")
+    ] = False,
     throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4,
     gpu: Annotated[bool, typer.Option("--gpu", help="slurm: ask for a GPU for each run")] = False,
+    cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
     time: Time = None,
@@ -154,16 +176,21 @@ def study(
     run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="if not runs/NAME")] = None,
 ) -> None:
     """Run a grid of recipes; finished runs are skipped, failed ones don't stop it."""
+    from launcher.study import conclude as conclude_study
     from launcher.study import load_study, run_here, run_number, status_table, submit_study
     from launcher.ways_in import Machines, check_way_in
 
     loaded = load_study(study, run)
     machines = Machines(
-        on=on, gpus_per_node=int(gpu), options=sbatch_options(sbatch, partition, time, account)
+        on=on, gpus_per_node=int(gpu), options=sbatch_options(sbatch, cpus_per_rank, partition, time, account)
     )
     check_way_in(machines)
     if dry_run:
         print("\n".join(item.name for item in loaded.runs))
+        return
+    if conclude:
+        begin_stage(loaded.folder, "conclude")
+        conclude_study(loaded)
         return
     if number is not None:
         sys.exit(run_number(loaded, number))
@@ -176,11 +203,16 @@ def study(
 
 
 def sbatch_options(
-    options: list[str] | None, partition: str | None, time: str | None, account: str | None
+    options: list[str] | None,
+    cpus_per_rank: int | None,
+    partition: str | None,
+    time: str | None,
+    account: str | None,
 ) -> dict[str, str]:
-    """Options of sbatch by name; `--sbatch key=value` takes any."""
-    named = {"partition": partition, "time": time, "account": account}
-    pairs = [option.partition("=")[::2] for option in options or []]
+    """Options of sbatch by name; `--sbatch key=value` and `--sbatch key` (of a flag) take any."""
+    cpus = str(cpus_per_rank) if cpus_per_rank else None
+    named = {"cpus-per-task": cpus, "partition": partition, "time": time, "account": account}
+    pairs = [option.removeprefix("--").partition("=")[::2] for option in options or []]
     return {key: value for key, value in named.items() if value} | dict(pairs)
 
 

@@ -92,7 +92,7 @@ def train_on_node(
             if received:
                 told |= _tell(run, received, told, first_host)
             time.sleep(POLL_SECONDS)
-    code = agreed_code(read_codes(run), num_ranks)
+    code = agreed_code(read_codes(run), num_ranks, launcher_code=launcher.returncode)
     if code not in (EXIT_DONE, EXIT_STOPPED):
         log.warning("the ranks ended with %s; their output: %s", read_codes(run), run / LOGS)
     return code

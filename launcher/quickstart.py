@@ -15,7 +15,7 @@ from launcher.evaluating import evaluate
 from launcher.preflight import describe_plan, plan_table
 from launcher.run_folder import with_run
 from launcher.stages import describe_levels, prepare, probe
-from launcher.worker import train_recipe
+from launcher.training import train_recipe
 from sftcore.model.cost import measure_recipe
 from sftcore.model.pull import pull_model
 from sftcore.recipe import load_recipe

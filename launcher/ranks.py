@@ -82,12 +82,20 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
-def agreed_code(codes: Mapping[int, int], num_ranks: int) -> int:
+def agreed_code(codes: Mapping[int, int], num_ranks: int, *, launcher_code: int = 0) -> int:
     """The exit code of a run from its ranks' codes: the gravest; a rank that left none was lost.
+
+    Args:
+        launcher_code: counts where no rank left a code, as none could start (a package is missing), unless
+            they were killed (128 and more; deepspeed: below 0).
 
     >>> [agreed_code({0: 75, 1: 75}, 2), agreed_code({0: 69}, 2), agreed_code({0: 69, 1: 2}, 2)]
     [75, 69, 2]
+    >>> [agreed_code({}, 2, launcher_code=code) for code in (1, 3, 137, 0)]
+    [1, 3, 69, 69]
     """
+    if not codes and 0 < launcher_code < 128:
+        return launcher_code
     found = set(codes.values()) | ({EXIT_RANK_LOST} if len(codes) < num_ranks else set())
     return next((code for code in GRAVITY if code in found), EXIT_FAILED)
 

@@ -26,6 +26,7 @@ from sftcore.fsio import atomic_file
 TEMPLATES = Path(__file__).parent.parent / "slurm"
 PLACEHOLDER = re.compile(r"^#@(\w+)@$", flags=re.M)
 ENV_FILE = TEMPLATES / "env.sh"
+CPUS_PER_GPU = 4  # any node has as many; sites give a task one core if it asks for none, which starves a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class Resources:
         nodes: machines.
         gpus_per_node: also the ranks per node; 0: none, see `ranks_per_node`.
         ranks_per_node: ranks of a run on CPUs.
-        options: further options of sbatch, such as {"partition": "long", "time": "4:00:00"}.
+        options: further options of sbatch, such as {"partition": "long", "time": "4:00:00", "exclusive": ""}.
     """
 
     nodes: int = 1
@@ -47,14 +48,18 @@ class Resources:
     def train_options(self) -> dict[str, str]:
         """sbatch's options of the training job: one task per rank."""
         ranks = self.gpus_per_node or self.ranks_per_node
-        gpus = {"gpus-per-node": str(self.gpus_per_node)} if self.gpus_per_node else {}
+        gpus = self._gpu_options(self.gpus_per_node)
         tasks = {"ntasks": str(self.nodes * ranks), "ntasks-per-node": str(ranks)}
         return {"nodes": str(self.nodes), **tasks, **gpus, **self.options}
 
     def stage_options(self) -> dict[str, str]:
         """sbatch's options of a job with one process, on a GPU if the run has any."""
-        gpus = {"gpus-per-node": "1"} if self.gpus_per_node else {}
+        gpus = self._gpu_options(min(1, self.gpus_per_node))
         return {"nodes": "1", "ntasks": "1", **gpus, **self.options}
+
+    def _gpu_options(self, num_gpus: int) -> dict[str, str]:
+        cpus = {"cpus-per-task": str(CPUS_PER_GPU)}
+        return {"gpus-per-node": str(num_gpus), **cpus} if num_gpus else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,19 +71,19 @@ class Job:
         template: file of slurm/.
         options: of sbatch.
         arguments: of the script.
+        behind: when it may start: after the success of the job before it, or "afterany": its end.
     """
 
     name: str
     template: str
     options: Mapping[str, str]
     arguments: Sequence[str]
+    behind: str = "afterok"
 
     def script(self) -> str:
         """The template, filled in."""
         values = {
-            "sbatch": "\n".join(
-                f"#SBATCH --{key}={_checked(key, value)}" for key, value in self.options.items()
-            ),
+            "sbatch": "\n".join(_option_line(key, value) for key, value in self.options.items()),
             "arguments": "\n".join(
                 [
                     f"SFTCORE_PYTHON=${{SFTCORE_PYTHON:-{shlex.quote(sys.executable)}}}",
@@ -106,17 +111,27 @@ def fill_in(template: str, values: Mapping[str, str]) -> str:
     return PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
-def _checked(key: str, value: str) -> str:
-    if not re.fullmatch(r"[\w-]+", key) or not re.fullmatch(r"[^\s$`#]+", value):
+def _option_line(key: str, value: str) -> str:
+    """An option's line in a batch script; a value with spaces is quoted, as sbatch reads it.
+
+    >>> _option_line("exclusive", ""), _option_line("output", "my runs/%j.log")
+    ('#SBATCH --exclusive', '#SBATCH --output="my runs/%j.log"')
+    """
+    if not re.fullmatch(r"[\w-]+", key) or not re.fullmatch(r"[^\r\n$`#\"'\\]*", value):
         raise UserInputError(
             Problem(
-                what="not an option of sbatch",
+                what="a batch script can't hold this option of sbatch",
                 where=f"--{key}",
                 got=value,
-                allowed="a value without spaces, $, ` and #",
+                allowed="key=value without line ends, quotes, \\, $, ` and #, or key alone",
+                remedy="a run folder's name is part of --output and --job-name: --run DIR chooses another"
+                if key in ("output", "job-name")
+                else "",
             )
         )
-    return value
+    if not value:
+        return f"#SBATCH --{key}"
+    return f'#SBATCH --{key}="{value}"' if re.search(r"\s", value) else f"#SBATCH --{key}={value}"
 
 
 def train_job(recipe: Recipe, resources: Resources, worker_arguments: Sequence[str]) -> Job:
@@ -176,7 +191,7 @@ def shared_stage(
 
 
 def submit_chain(folder: Path, jobs: Sequence[Job]) -> list[str]:
-    """Save scripts below `folder` and submit them, each behind the success of the one before.
+    """Save scripts below `folder` and submit them, each behind the one before.
 
     Returns:
         job numbers.
@@ -194,7 +209,7 @@ def submit_chain(folder: Path, jobs: Sequence[Job]) -> list[str]:
         path = folder / "slurm" / f"{job.name}.sbatch"
         with atomic_file(path) as handle:
             handle.write(job.script())
-        behind = [f"--dependency=afterok:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+        behind = [f"--dependency={job.behind}:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
         done = subprocess.run(["sbatch", "--parsable", *behind, str(path)], capture_output=True, text=True)
         if done.returncode:
             subprocess.run(["scancel", *numbers], check=False) if numbers else None

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,7 +34,7 @@ from sftcore.errors import (
     TrainingFailed,
     UserInputError,
 )
-from sftcore.fsio import atomic_file, folder_lock, read_json, write_json
+from sftcore.fsio import atomic_file, is_locked, read_json, write_json
 from sftcore.recipe import dump_recipe
 from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
 from sftcore.study.study_report import write_study_report
@@ -143,7 +143,7 @@ def _time_left(seconds: Sequence[float], num_runs: int) -> str:
 
 
 def run_number(study: Study, number: int) -> int:
-    """Make one run, as a job of an array does; returns its exit code. Whichever job ends last tells all.
+    """Make one run, as a job of an array does; returns its exit code. A job behind all concludes the study.
 
     Raises:
         UserInputError: there is no such run.
@@ -163,14 +163,21 @@ def run_number(study: Study, number: int) -> int:
 
 
 def submit_study(study: Study, path: Path, resources: Resources, *, throttle: int) -> str:
-    """Submit what is not finished as one array of jobs, at most `throttle` at a time."""
+    """Submit what is not finished as one array of jobs, and one behind them that concludes the study.
+
+    Args:
+        throttle: how many runs at a time.
+    """
     write_recipes(study)
     pending = [str(i) for i, run in enumerate(study.runs) if not is_finished(run.recipe)]
     if not pending:
+        conclude(study)
         return "all runs are finished"
-    arguments = ["study", str(path.resolve()), "--run", str(study.folder)]
-    job = stage_job(study.folder, "study", resources, arguments, array=f"{','.join(pending)}%{throttle}")
-    return describe_jobs(study.folder, [job], submit_chain(study.folder, [job]))
+    folder, arguments = study.folder, ["study", str(path.resolve()), "--run", str(study.folder)]
+    runs = stage_job(folder, "study", resources, arguments, array=f"{','.join(pending)}%{throttle}")
+    last = stage_job(folder, "study-report", resources, [*arguments, "--conclude"])
+    jobs = [runs, replace(last, behind="afterany")]  # whatever becomes of the runs
+    return describe_jobs(folder, jobs, submit_chain(folder, jobs))
 
 
 def run_one(study: Study, run: StudyRun) -> int:
@@ -241,11 +248,9 @@ def state_of(run: StudyRun) -> str:
         return FINISHED_STATE
     if not folder.is_dir():
         return WAITING
-    try:
-        with folder_lock(folder, purpose="a look at its state"):
-            return FAILED_STATE if (folder / FAILED).is_file() else STARTED
-    except UserInputError:
+    if is_locked(folder):
         return RUNNING
+    return FAILED_STATE if (folder / FAILED).is_file() else STARTED
 
 
 def status_table(study: Study) -> str:

@@ -92,7 +92,7 @@ def check_way_in(machines: Machines) -> None:
         "--hostfile": machines.hostfile is not None and on != "node",
         "--gpus-per-node": bool(machines.gpus_per_node) and is_local,
         "--ranks-per-node": machines.ranks_per_node is not None and is_local,
-        "--partition, --time, --account, --sbatch": bool(machines.options) and on != "slurm",
+        "--cpus-per-rank, --partition, --time, --account, --sbatch": bool(machines.options) and on != "slurm",
     }
     problems = [Problem(what=f"not with --on {on}", where=name) for name, bad in refused.items() if bad]
     if machines.gpus_per_node and machines.ranks_per_node:

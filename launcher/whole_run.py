@@ -47,7 +47,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
         SftError: of the stage that failed; what was done before it is kept and found again.
     """
     from launcher.evaluating import evaluate
-    from launcher.worker import train_recipe
+    from launcher.training import train_recipe
     from sftcore.study.report import write_report
 
     run, started = recipe.run_folder, time.perf_counter()

@@ -1,330 +1,67 @@
-"""What every rank runs: a recipe -> a trained model.
+"""A rank's entry point: reads the recipe, then imports what trains it; leaves its exit code in RUN/logs.
 
-In: `deepspeed launcher/worker.py RECIPE`, or `train_recipe` called in this process. Out: a finished run
-folder.
-Invariant: everything that takes long on the CPU (selection, tokenising) is done before ranks wait for each
-other; one rank does it, under a lock, and the others find it done.
-Trade-off: every rank reads the recipe and plans for itself (milliseconds) instead of being sent a plan.
+In: `deepspeed launcher/worker.py RECIPE`, or srun's tasks. Out: as launcher/training.py; an exit code.
+Invariant: from the moment the recipe is read, the end of this process has a code, whatever it dies of: a
+package that can't be imported is the environment's fault (3), not a lost rank (69) that is worth a new try.
+Trade-off: torch and DeepSpeed are imported in a function, seconds after the process has begun, so that a
+stop signal and a failure on the way are not lost.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from launcher.debugging import DebugOptions, check_overfit, debugged, overfit_one_step
-from launcher.lease import Lease, Watch, launchers_above, take_over, write_lease
-from launcher.preflight import describe_plan
-from launcher.ranks import listed_pid, redirect_output, slurm_rank_variables, worker_parser, write_code
-from launcher.run_folder import open_run, record_seconds, with_run
-from launcher.stages import prepare, prepare_valid
-from sftcore import dist
-from sftcore.batching.schedule import Schedule
+from launcher.ranks import redirect_output, slurm_rank_variables, worker_parser, write_code
+from launcher.run_folder import with_run
 from sftcore.config import Recipe
-from sftcore.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_RANK_LOST,
-    Problem,
-    SftError,
-    StoppedOnRequest,
-    UserInputError,
-)
-from sftcore.fsio import write_json
+from sftcore.errors import EXIT_FAILED, EXIT_STOPPED, MissingEnvironmentError, Problem, SftError
 from sftcore.log import setup_logging
-from sftcore.model.classifier import load_classifier_for_training
-from sftcore.model.cost import measure_recipe
-from sftcore.model.encoder import load_encoder_for_training
-from sftcore.model.load import (
-    LossModel,
-    checkpoint_activations,
-    load_for_training,
-    prove_head_and_packs,
-)
-from sftcore.recipe import deepspeed_file, load_recipe
-from sftcore.train.checkpoint import (
-    check_resumable,
-    for_this_world,
-    newest_usable,
-    read_state,
-    why_not_usable,
-)
-from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_stage
-from sftcore.train.engine import Engine, check_engine, init_process_group
-from sftcore.train.export import export_weights
-from sftcore.train.loop import make_schedule, plan_settings, run_steps
-from sftcore.train.stopping import SIGNALS, StopRequest
-from sftcore.train.tracking import check_tracker
-from sftcore.train.validate import Validation
-from sftcore.train.watchdog import Watchdog
-
-log = logging.getLogger("sftcore.worker")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainRequest:
-    """How to train; see `train_recipe`."""
-
-    resume: str
-    restart: bool
-    debug: DebugOptions
+from sftcore.recipe import load_recipe
+from sftcore.train.stopping import end_on_stop
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of a rank; returns the exit code."""
-    for number in SIGNALS:
-        signal.signal(
-            number, _pass_over
-        )  # what holds outside of the blocks below, and until the process ends
     os.environ.update(slurm_rank_variables(os.environ))
     options = worker_parser().parse_args(arguments)
-    setup_logging(rank=dist.rank())
-    code = EXIT_FAILED
+    rank = int(os.environ.get("RANK", "0"))
+    setup_logging(rank=rank)
     try:
         recipe = with_run(load_recipe(options.recipe, options.overrides), options.run)
     except SftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    if options.rank_logs and dist.rank() != 0:
-        redirect_output(recipe.run_folder, dist.rank())
-    try:
-        code = _run_rank(recipe, options)
-    finally:
+
+    def leave(code: int) -> None:
         if options.rank_logs:
-            write_code(recipe.run_folder, dist.rank(), code)
+            write_code(recipe.run_folder, rank, code)
+
+    end_on_stop(
+        "stopped on request before the first step; start again to go on", leave=lambda: leave(EXIT_STOPPED)
+    )
+    if options.rank_logs and rank != 0:
+        redirect_output(recipe.run_folder, rank)
+    code = EXIT_FAILED
+    try:
+        code = _train(recipe, options)
+    except SftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    finally:
+        leave(code)
     return code
 
 
-def _run_rank(recipe: Recipe, options: argparse.Namespace) -> int:
-    is_listed = dist.rank() == dist.local_rank()  # on rank 0's machine
+def _train(recipe: Recipe, options: argparse.Namespace) -> int:
     try:
-        with listed_pid(recipe.run_folder) if is_listed else nullcontext():
-            train_recipe(recipe, resume=options.resume, restart_schedule=options.restart_schedule)
-            return EXIT_DONE
-    except SftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except RuntimeError as error:
-        if not dist.is_about_a_lost_rank(error):
-            raise
-        what = f"another rank ended or can't be reached: {str(error).splitlines()[0][:200]}"
-        print(f"error: {what}; start again to go on from the newest checkpoint", file=sys.stderr)
-        return EXIT_RANK_LOST
-
-
-def _pass_over(number: int, frame: FrameType | None) -> None:
-    """Handle a stop signal by doing nothing: this rank has already agreed with the others on its end."""
-
-
-def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    raise StoppedOnRequest("stopped on request before the first step; start again to go on")
-
-
-@contextmanager
-def _stoppable_at_once() -> Iterator[None]:
-    """Until ranks have met there is nothing to agree on: a stop signal ends this one where it is."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = {number: signal.signal(number, _stop_at_once) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def train_recipe(
-    recipe: Recipe,
-    *,
-    resume: str = "auto",
-    restart_schedule: bool = False,
-    debug: DebugOptions | None = None,
-) -> Path:
-    """Train, or say that the run is finished; all ranks call it.
-
-    Args:
-        resume: "auto" (newest checkpoint that verifies, if any), "never" (refuses a run that has steps), or a
-            checkpoint folder.
-        restart_schedule: take weights and optimizer from that folder, but begin this recipe's plan at step 1.
-        debug: what to look at on the way.
-
-    Returns:
-        RUN/model, or RUN/adapter.
-
-    Raises:
-        SftError: see the exit codes of DESIGN.
-    """
-    if restart_schedule and resume in ("auto", "never"):
-        remedy = "name the checkpoint: --resume PATH --restart-schedule"
-        raise UserInputError(
-            Problem(what="nothing to restart from", where="--restart-schedule", remedy=remedy)
-        )
-    lease = Lease.mine()
-    if dist.rank() == 0:
-        take_over(recipe.run_folder, lease)
-    owner = open_run(recipe, purpose="training") if dist.rank() == 0 else nullcontext(recipe.run_folder)
-    with owner as run, Watch(launchers_above()) as watch:
-        if recipe.result_folder.is_dir():
-            log.info("%s is finished; its weights are in %s", run, recipe.result_folder)
-            return recipe.result_folder
-        started = time.perf_counter()
-        if dist.rank() == 0:
-            write_lease(run, lease)
-        watch.holder = lease.holder
-        with StopRequest() as stop:
-            request = TrainRequest(resume=resume, restart=restart_schedule, debug=debug or DebugOptions())
-            _train(recipe, run, request, stop, watch)
-        if dist.rank() == 0:
-            record_seconds(run, "train", time.perf_counter() - started)
-        return recipe.result_folder
-
-
-def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, watch: Watch) -> None:
-    ds_config = read_ds_config(deepspeed_file(recipe))
-    check_engine(ds_config, recipe.train.optimizer)
-    check_tracker(recipe)
-    with _stoppable_at_once():
-        start = _checkpoint_to_resume(run, request.resume)
-        tokenizer, store = prepare(recipe)
-        valid_store = prepare_valid(recipe, tokenizer) if recipe.data.valid else None
-        cost = measure_recipe(recipe).coefficients
-        schedule = make_schedule(recipe, store, world=dist.world_size(), cost=cost)
-        if dist.rank() == 0:
-            write_json(run / "plan.json", describe_plan(recipe, store, schedule))
-    init_process_group()
-    watch.keep_lease(run, dist.gather_objects(watch.holder)[0])
-    with Watchdog(recipe.train.hang_seconds) as watchdog:
-        is_resized = start is not None and read_state(start).world_size != dist.world_size()
-        if is_resized and recipe.train.optimizer == "adamw-8bit" and zero_stage(ds_config) > 0:
-            raise UserInputError(_eight_bit_is_cut(start))
-        engine = _make_engine(recipe, ds_config, is_resized=is_resized)
-        first = _resume(engine, start, schedule, restart=request.restart)
-        validation = Validation(recipe, valid_store, tokenizer, steps_done=first) if valid_store else None
-        with debugged(engine, run, request.debug) as stepping:
-            try:
-                run_steps(
-                    recipe,
-                    stepping,
-                    schedule,
-                    store,
-                    first=first,
-                    stop=stop,
-                    validation=validation,
-                    watchdog=watchdog,
-                )
-            except StoppedOnRequest:
-                dist.barrier()  # no rank may take another's end for a failure
-                raise
-        if validation and recipe.train.keep == "best":
-            validation.promote_best()
-        else:
-            export_weights(engine, tokenizer, recipe, folder=recipe.result_folder)
-        engine.close()
-
-
-def _eight_bit_is_cut(checkpoint: Path | None) -> Problem:
-    return Problem(
-        what="8-bit optimizer state is quantised in blocks of each rank's share and can't be cut anew",
-        where=str(checkpoint),
-        got=f"{dist.world_size()} rank(s)",
-        remedy="resume at the number of ranks that it was saved with",
-    )
-
-
-def _make_engine(recipe: Recipe, ds_config: dict[str, Any], *, is_resized: bool = False) -> Engine:
-    """The model, loaded, proven on packs, and wrapped; all ranks call it."""
-    stage = zero_stage(ds_config)
-    is_sharded = loads_sharded(recipe, ds_config)
-    model = _load_model(recipe, sharded_by=complete_ds_config(ds_config, recipe) if is_sharded else None)
-    if recipe.train.activation_checkpointing == "full":
-        checkpoint_activations(model.causal_lm, stage=stage)
-    engine = Engine(model, recipe, ds_config, loads_universal=is_resized and stage > 0)
-    if is_sharded:
-        prove_head_and_packs(engine.loss_model.causal_lm)
-    return engine
-
-
-def loads_sharded(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
-    """Whether weights are sharded as they are read: under ZeRO-3, unless something needs whole weights."""
-    adapter = recipe.adapter
-    needs_whole = adapter.kind == "qlora" or adapter.dora or recipe.model.add_tokens or recipe.classifies
-    return zero_stage(ds_config) == 3 and not needs_whole
-
-
-def overfit_recipe(recipe: Recipe) -> str:
-    """Repeat one step of a recipe's plan until it is learned, in this process; writes no run.
-
-    Raises:
-        TrainingFailed: it was not learned.
-        UserInputError: the recipe's loss can't reach 0.
-    """
-    check_overfit(recipe)
-    ds_config = read_ds_config(deepspeed_file(recipe))
-    check_engine(ds_config, recipe.train.optimizer)
-    _, store = prepare(recipe)
-    schedule = make_schedule(recipe, store, world=1, cost=measure_recipe(recipe).coefficients)
-    init_process_group()
-    engine = _make_engine(recipe, ds_config)
-    return overfit_one_step(recipe, engine, schedule, store)
-
-
-def _load_model(recipe: Recipe, *, sharded_by: dict[str, Any] | None) -> LossModel:
-    if recipe.task == "matching" and recipe.matching.mode == "encoder":
-        return load_encoder_for_training(recipe)
-    if recipe.classifies:
-        return load_classifier_for_training(recipe)
-    return load_for_training(recipe, sharded_by=sharded_by)
-
-
-def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:
-    """The checkpoint folder to go on from, or None to start anew.
-
-    Raises:
-        UserInputError: `never` on a run that has steps, or a folder that is no whole checkpoint.
-    """
-    if resume == "auto":
-        return newest_usable(run)
-    if resume == "never":
-        if any((run / "checkpoints").glob("step-*")):
-            remedy = "resume it (--resume auto), or choose another name or --run DIR"
-            raise UserInputError(Problem(what="this run has checkpoints", where=str(run), remedy=remedy))
-        return None
-    reason = why_not_usable(Path(resume))
-    if reason:
-        raise UserInputError(
-            Problem(what=f"can't resume: {reason}", where=resume, remedy="try --resume auto")
-        )
-    return Path(resume)
-
-
-def _resume(engine: Engine, checkpoint: Path | None, schedule: Schedule, *, restart: bool) -> int:
-    """Load a checkpoint; returns the number of steps done."""
-    if checkpoint is None:
-        return 0
-    state = read_state(checkpoint)
-    if not restart:
-        check_resumable(
-            checkpoint, state, plan_fingerprint=schedule.fingerprint, plan_settings=plan_settings(schedule)
-        )
-    with for_this_world(checkpoint, state, stage=engine.stage) as folder:
-        engine.load(folder)
-    if restart:
-        log.info("starting this plan with the weights and optimizer of %s", checkpoint)
-        return 0
-    log.info("resuming after step %d from %s", state.step, checkpoint)
-    return state.step
+        from launcher.training import run_rank
+    except ImportError as error:
+        remedy = "sftcore doctor names what is missing or broken"
+        problem = Problem(what=f"a package can't be imported: {error}", remedy=remedy)
+        raise MissingEnvironmentError(problem) from error
+    return run_rank(recipe, resume=options.resume, restart_schedule=options.restart_schedule)
 
 
 if __name__ == "__main__":

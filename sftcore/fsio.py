@@ -18,12 +18,16 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them
+LOOK_SECONDS = 0.5  # a look holds a lock for microseconds, on network storage for milliseconds
 
 
 @contextlib.contextmanager
@@ -191,7 +195,7 @@ def folder_lock(folder: Path, *, purpose: str, wait: bool = False, shared: bool 
     lock is held.
 
     Args:
-        wait: wait for another holder instead of refusing.
+        wait: wait for another holder instead of refusing (a look at it, `is_locked`, is waited for anyhow).
         shared: with others that share it; an exclusive holder waits for all of them.
 
     Raises:
@@ -203,8 +207,7 @@ def folder_lock(folder: Path, *, purpose: str, wait: bool = False, shared: bool 
     with handle:
         is_held = True
         try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
+            _flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait=wait)
         except BlockingIOError as error:
             handle.seek(0)
             holder = handle.read().strip() or "another process"
@@ -216,7 +219,7 @@ def folder_lock(folder: Path, *, purpose: str, wait: bool = False, shared: bool 
                 )
             ) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 raise
             logging.getLogger("sftcore").warning(
                 "%s: no file locks there; start one process at a time", folder
@@ -226,3 +229,33 @@ def folder_lock(folder: Path, *, purpose: str, wait: bool = False, shared: bool 
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
         handle.flush()
         yield is_held
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds `folder`'s lock (not shared); who wants it meanwhile still gets it."""
+    try:
+        handle = open(folder / ".lock", "rb")
+    except FileNotFoundError:
+        return False
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+    return False
+
+
+def _flock(handle: IO[str], kind: int, *, wait: bool) -> None:
+    """Take a lock; one that is refused is tried for again as long as somebody may only be looking."""
+    deadline = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK_SECONDS / 20)

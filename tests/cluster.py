@@ -37,9 +37,9 @@ class Cluster:
             self.command(line), env=self.environment, capture_output=True, text=True, timeout=240
         )
 
-    def train(self, path: Path, *options: str) -> str:
+    def train(self, path: Path, *options: str, environment: str = "") -> str:
         """Submit; returns the job's number."""
-        done = self.shell(f"sftcore train {path} --on slurm {' '.join(options)}")
+        done = self.shell(f"{environment} sftcore train {path} --on slurm {' '.join(options)}")
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[1].rstrip(":")
 

@@ -179,7 +179,7 @@ if __name__ == "__main__":
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     import launcher.debugging
-    import launcher.worker  # noqa: F401
+    import launcher.training  # noqa: F401
 
     _end_with_parent()
     gc.freeze()

@@ -8,10 +8,14 @@ Trade-off: a request is seen at the end of a step, so the notice must be longer 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+from sftcore.errors import EXIT_STOPPED
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 MAX_NAMES = 20
@@ -40,6 +44,27 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+
+
+def end_on_stop(message: str, leave: Callable[[], None] = lambda: None) -> None:
+    """From now on a stop signal ends this process at once, with `message` on stderr and exit code 75.
+
+    For work that may be killed anywhere and goes on from what is on disk. No exception is raised, which
+    clean-up would delay (a pool waits for its workers) and a library's `except` could swallow.
+
+    Args:
+        leave: called before the end.
+    """
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:  # workers are forks of it
+            os.write(2, f"{message}\n".encode())
+            leave()
+        os._exit(EXIT_STOPPED)
+
+    for number in SIGNALS:
+        signal.signal(number, end)
 
 
 def name_samples(ids: list[str]) -> str:

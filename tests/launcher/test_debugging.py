@@ -10,9 +10,9 @@ import pytest
 import torch
 from launching import BIN, run, steps, weights_hash, write_recipe
 
-from launcher import worker
+from launcher import training
 from launcher.debugging import DebuggedEngine, DebugOptions, NormRecorder, check_overfit
-from launcher.worker import overfit_recipe
+from launcher.training import overfit_recipe
 from sftcore.data.tokens import Codec
 from sftcore.errors import TrainingFailed, UserInputError
 from sftcore.recipe import load_recipe
@@ -85,13 +85,13 @@ def test_debugging_options_are_for_one_process(tiny_recipe):
 
 def test_nothing_is_tokenised_after_ranks_have_met(tiny_recipe, monkeypatch):
     """Ranks that wait in a collective while one tokenises run into its timeout."""
-    join, stores = worker.init_process_group, []
+    join, stores = training.init_process_group, []
 
     def join_and_forbid() -> None:
         stores.extend(Path(".cache/stores").glob("*/manifest.json"))
         join()
         monkeypatch.setattr(Codec, "encode", None)
 
-    monkeypatch.setattr(worker, "init_process_group", join_and_forbid)
-    worker.train_recipe(load_recipe(write_recipe(tiny_recipe, "late", train={"epochs": 1})))
+    monkeypatch.setattr(training, "init_process_group", join_and_forbid)
+    training.train_recipe(load_recipe(write_recipe(tiny_recipe, "late", train={"epochs": 1})))
     assert len(stores) == 1 and Codec.encode is None and len(steps("late")) == 4

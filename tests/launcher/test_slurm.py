@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster import LAB, started_cluster
+from launcher_commands import sftcore
 from launching import run_cells, steps, write_recipe
 from warm import BIN
 
@@ -162,8 +163,10 @@ def test_a_study_of_six_runs_with_one_that_fails_as_an_array(tiny_recipe, cluste
     assert refused.returncode == 2 and "Slurm refuses the job study" in refused.stderr
     submitted = cluster.shell("sftcore study sizes.yaml --on slurm --throttle 2")
     assert submitted.returncode == 0, submitted.stderr
-    job = submitted.stdout.split()[1].rstrip(":")
+    job, last = (line.split()[1].rstrip(":") for line in submitted.stdout.splitlines()[:2])
     wait_for(lambda: cluster.state(job) == "", seconds=600)
+    assert "ExitCode=1:0" in cluster.wait(last), "some runs failed"
+    assert "2 of 6 runs failed" in logs() and Path("runs/sizes/report.html").is_file()
     done = cluster.shell("sftcore study sizes.yaml --status")
     assert "4 finished" in done.stdout and "2 failed" in done.stdout, done.stdout + logs()[-3000:]
     rows = json.loads(Path("runs/sizes/study.json").read_text())["runs"]
@@ -194,7 +197,7 @@ def test_what_is_wrong_fails_in_the_submit_command(tiny_recipe, cluster):
     for options, words in (
         ("--ranks-per-node 2 --partition absent", "Slurm refuses the job train"),
         ("", "how many ranks per machine?"),
-        ("--ranks-per-node 2 --sbatch 'comment=a b'", "not an option of sbatch"),
+        ("--ranks-per-node 2 --sbatch 'comment=`a`'", "a batch script can't hold this option of sbatch"),
     ):
         done = cluster.shell(f"sftcore train {right} --on slurm {options}")
         assert done.returncode == 2 and words in done.stderr, done.stderr
@@ -217,8 +220,8 @@ def test_a_script_is_filled_in_strictly(tiny_recipe, tmp_path):
     recipe = load_recipe(write_recipe(tiny_recipe, "r"), [f"run={tmp_path / 'r'}"])
     resources = Resources(nodes=2, gpus_per_node=8, options={"time": "4:00:00"})
     text = train_job(recipe, resources, ["--resume", "auto"]).script()
-    for line in ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=4:00:00"):
-        assert f"#SBATCH {line}\n" in text
+    for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=4", "time=4:00:00"):
+        assert f"#SBATCH --{line}\n" in text
     assert (
         f"set -- {tmp_path}/r/recipe.yaml --run {tmp_path}/r --resume auto\n" in text
         and "#@" not in text[600:]
@@ -229,6 +232,21 @@ def test_a_script_is_filled_in_strictly(tiny_recipe, tmp_path):
         fill_in("#@sbatch@\n", {"sbatch": "", "time": "1"})
     names = [job.name for job in recipe_jobs(recipe, resources, num_shards=4)]
     assert names == ["prepare", "prepare-merge", "train", "evaluate", "evaluate-merge", "report"]
+
+
+def test_a_flag_a_path_with_spaces_and_the_cores_of_a_rank_reach_the_script(tiny_recipe, tmp_path):
+    path = str(write_recipe(tiny_recipe, "r"))
+    line = ["train", path, "--on", "slurm", "--ranks-per-node", "2", "--dry-run"]
+    done = sftcore(*line, "--run", "my runs/r", "--sbatch", "exclusive", "--sbatch", "--mem=8G")
+    assert done.returncode == 0, done.stderr
+    assert f'#SBATCH --output="{tmp_path}/my runs/r/slurm/train-%j.log"\n' in done.stdout
+    assert "#SBATCH --exclusive\n" in done.stdout and "#SBATCH --mem=8G\n" in done.stdout
+    assert "--cpus-per-task" not in done.stdout, "the site's default, unless it is asked for"
+    assert "#SBATCH --cpus-per-task=3\n" in sftcore(*line, "--cpus-per-rank", "3").stdout
+    refused = sftcore(*line, "--run", "runs/$r")
+    assert refused.returncode == 2 and "--run DIR chooses another" in refused.stderr, refused.stderr
+    local = sftcore("train", path, "--cpus-per-rank", "3")
+    assert local.returncode == 2 and "--cpus-per-rank, --partition" in local.stderr
 
 
 def test_attempts_without_progress_are_limited(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +14,11 @@ import pytest
 import yaml
 from launching import BIN, ENVIRONMENT, run
 from warm import Process
+
+from launcher.slurm import Resources
+from launcher.study import load_study, state_of, submit_study
+from sftcore.errors import UserInputError
+from sftcore.fsio import folder_lock
 
 ALL_LEVELS = [0, 1, 2, 3, 4]
 
@@ -55,6 +62,10 @@ def test_a_failed_run_costs_only_itself_and_a_second_call_does_what_is_missing(t
     assert (runs[0] / "finished.json").stat().st_mtime_ns == finished
     table = study(path, "--status").stdout
     assert "2 finished, 1 failed" in table and "exit code 2" in table
+    (folder / "report.html").unlink()
+    concluded = study(path, "--conclude")
+    assert concluded.returncode == 1 and "1 of 3 runs failed: n-99" in concluded.stderr
+    assert (folder / "report.html").is_file() and "3 to do" not in concluded.stderr
 
 
 @pytest.mark.slow
@@ -91,3 +102,47 @@ def test_a_stop_signal_to_a_study_reaches_its_run_which_goes_on_later(tiny_recip
     done = study(path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming after step" in Path("runs/sizes/logs/epochs-20.log").read_text()
+
+
+def test_a_look_at_a_run_does_not_keep_it_from_its_own_folder(tiny_recipe):
+    """`--status` held the run's lock for a moment, in which its next stage was refused: "in use"."""
+    loaded = load_study(Path(write_study(tiny_recipe, grid={"train.epochs": [1]})))
+    folder, is_over, states = loaded.runs[0].recipe.run_folder, threading.Event(), set()
+
+    def look() -> None:
+        while not is_over.is_set():
+            states.add(state_of(loaded.runs[0]))
+
+    with folder_lock(folder, purpose="training"):
+        assert state_of(loaded.runs[0]) == "running"
+        with pytest.raises(UserInputError, match="in use for probing by process"):
+            with folder_lock(folder, purpose="probing"):
+                pass
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(200):
+            with folder_lock(folder, purpose="training"):
+                pass
+    finally:
+        is_over.set()
+        watcher.join()
+    assert states == {"running", "started"}, "it looked at both"
+
+
+def test_a_study_on_a_cluster_is_concluded_behind_its_runs_however_they_end(tiny_recipe, monkeypatch):
+    loaded = load_study(Path(write_study(tiny_recipe, grid={"train.epochs": [1, 2]})))
+    programs = Path("programs")
+    programs.mkdir()
+    sbatch = programs / "sbatch"
+    sbatch.write_text('#!/bin/sh\necho "$@" >> asked.txt\necho $((40 + $(wc -l < asked.txt)))\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs.resolve()}:{os.environ['PATH']}")
+    said = submit_study(loaded, Path("sizes.yaml"), Resources(options={}), throttle=3)
+    assert said.startswith("job 41: study\njob 42: study-report\n")
+    runs, last = Path("asked.txt").read_text().splitlines()
+    assert "--dependency" not in runs and "--dependency=afterany:41" in last
+    assert "#SBATCH --array=0,1%3\n" in Path("runs/sizes/slurm/study.sbatch").read_text()
+    script = Path("runs/sizes/slurm/study-report.sbatch").read_text()
+    assert "--array" not in script.partition("set -- ")[0].split("#SBATCH --signal")[1]
+    assert script.partition("set -- ")[2].partition("\n")[0].endswith("--conclude")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from launcher import worker
+from launcher import training
 from sftcore import dist
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe
@@ -14,6 +14,6 @@ if __name__ == "__main__":
     setup_logging(rank=dist.rank())
     torch.set_num_threads(1)
     if "--unguarded" in sys.argv:
-        worker.check_engine = lambda *_: None
+        training.check_engine = lambda *_: None
     for path in [a for a in sys.argv[1:] if not a.startswith("--")]:
-        worker.train_recipe(load_recipe(Path(path)))
+        training.train_recipe(load_recipe(Path(path)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launching import BIN, run, run_cells, steps, weights, write_recipe
 
-from launcher.worker import train_recipe
+from launcher.training import train_recipe
 from sftcore.errors import UserInputError
 from sftcore.fsio import write_json
 from sftcore.recipe import load_recipe

@@ -18,7 +18,7 @@ SCRIPT = """
 import json, sys, threading
 from pathlib import Path
 import torch
-from launcher import worker
+from launcher import training
 from sftcore import dist
 from sftcore.recipe import load_recipe
 from sftcore.train import engine, export
@@ -40,7 +40,7 @@ def growth(function, *args, **options):
     thread.join()
     return max(peaks) - peaks[0], result
 seen = {}
-load, write = worker.load_for_training, worker.export_weights
+load, write = training.load_for_training, training.export_weights
 def watched_load(*args, **options):
     load(load_recipe(Path(tiny)), **options)  # imports
     before = anonymous_bytes()
@@ -50,8 +50,8 @@ def watched_load(*args, **options):
     return model
 def watched_write(*args, **options):
     seen['export'], _ = growth(write, *args, **options)
-worker.load_for_training, worker.export_weights = watched_load, watched_write
-worker.train_recipe(load_recipe(Path(path)))
+training.load_for_training, training.export_weights = watched_load, watched_write
+training.train_recipe(load_recipe(Path(path)))
 Path(f'seen-{dist.rank()}.json').write_text(json.dumps(seen))
 """
 

@@ -1,0 +1,300 @@
+"""What every rank does: a recipe -> a trained model.
+
+In: a resolved recipe; the ranks as worker.py was started, or this process alone. Out: a finished run folder.
+Invariant: everything that takes long on the CPU (selection, tokenising) is done before ranks wait for each
+other; one rank does it, under a lock, and the others find it done.
+Trade-off: every rank reads the recipe and plans for itself (milliseconds) instead of being sent a plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher.debugging import DebugOptions, check_overfit, debugged, overfit_one_step
+from launcher.lease import Lease, Watch, launchers_above, take_over, write_lease
+from launcher.preflight import describe_plan
+from launcher.ranks import listed_pid
+from launcher.run_folder import open_run, record_seconds
+from launcher.stages import prepare, prepare_valid
+from sftcore import dist
+from sftcore.batching.schedule import Schedule
+from sftcore.config import Recipe
+from sftcore.errors import (
+    EXIT_DONE,
+    EXIT_RANK_LOST,
+    Problem,
+    SftError,
+    StoppedOnRequest,
+    UserInputError,
+)
+from sftcore.fsio import write_json
+from sftcore.model.classifier import load_classifier_for_training
+from sftcore.model.cost import measure_recipe
+from sftcore.model.encoder import load_encoder_for_training
+from sftcore.model.load import (
+    LossModel,
+    checkpoint_activations,
+    load_for_training,
+    prove_head_and_packs,
+)
+from sftcore.recipe import deepspeed_file
+from sftcore.train.checkpoint import (
+    check_resumable,
+    for_this_world,
+    newest_usable,
+    read_state,
+    why_not_usable,
+)
+from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_stage
+from sftcore.train.engine import Engine, check_engine, init_process_group
+from sftcore.train.export import export_weights
+from sftcore.train.loop import make_schedule, plan_settings, run_steps
+from sftcore.train.stopping import SIGNALS, StopRequest
+from sftcore.train.tracking import check_tracker
+from sftcore.train.validate import Validation
+from sftcore.train.watchdog import Watchdog
+
+log = logging.getLogger("sftcore.training")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """How to train; see `train_recipe`."""
+
+    resume: str
+    restart: bool
+    debug: DebugOptions
+
+
+def run_rank(recipe: Recipe, *, resume: str, restart_schedule: bool) -> int:
+    """Train as one of several ranks; returns the exit code."""
+    for number in SIGNALS:  # what holds outside of the blocks below, and until the process ends
+        signal.signal(number, _pass_over)
+    is_listed = dist.rank() == dist.local_rank()  # on rank 0's machine
+    try:
+        with listed_pid(recipe.run_folder) if is_listed else nullcontext():
+            train_recipe(recipe, resume=resume, restart_schedule=restart_schedule)
+            return EXIT_DONE
+    except SftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except RuntimeError as error:
+        if not dist.is_about_a_lost_rank(error):
+            raise
+        what = f"another rank ended or can't be reached: {str(error).splitlines()[0][:200]}"
+        print(f"error: {what}; start again to go on from the newest checkpoint", file=sys.stderr)
+        return EXIT_RANK_LOST
+
+
+def _pass_over(number: int, frame: FrameType | None) -> None:
+    """Handle a stop signal by doing nothing: this rank has already agreed with the others on its end."""
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    raise StoppedOnRequest("stopped on request before the first step; start again to go on")
+
+
+@contextmanager
+def _stoppable_at_once() -> Iterator[None]:
+    """Until ranks have met there is nothing to agree on: a stop signal ends this one where it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.signal(number, _stop_at_once) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def train_recipe(
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    restart_schedule: bool = False,
+    debug: DebugOptions | None = None,
+) -> Path:
+    """Train, or say that the run is finished; all ranks call it.
+
+    Args:
+        resume: "auto" (newest checkpoint that verifies, if any), "never" (refuses a run that has steps), or a
+            checkpoint folder.
+        restart_schedule: take weights and optimizer from that folder, but begin this recipe's plan at step 1.
+        debug: what to look at on the way.
+
+    Returns:
+        RUN/model, or RUN/adapter.
+
+    Raises:
+        SftError: see the exit codes of DESIGN.
+    """
+    if restart_schedule and resume in ("auto", "never"):
+        remedy = "name the checkpoint: --resume PATH --restart-schedule"
+        raise UserInputError(
+            Problem(what="nothing to restart from", where="--restart-schedule", remedy=remedy)
+        )
+    lease = Lease.mine()
+    if dist.rank() == 0:
+        take_over(recipe.run_folder, lease)
+    owner = open_run(recipe, purpose="training") if dist.rank() == 0 else nullcontext(recipe.run_folder)
+    with owner as run, Watch(launchers_above()) as watch:
+        if recipe.result_folder.is_dir():
+            log.info("%s is finished; its weights are in %s", run, recipe.result_folder)
+            return recipe.result_folder
+        started = time.perf_counter()
+        if dist.rank() == 0:
+            write_lease(run, lease)
+        watch.holder = lease.holder
+        with StopRequest() as stop:
+            request = TrainRequest(resume=resume, restart=restart_schedule, debug=debug or DebugOptions())
+            _train(recipe, run, request, stop, watch)
+        if dist.rank() == 0:
+            record_seconds(run, "train", time.perf_counter() - started)
+        return recipe.result_folder
+
+
+def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, watch: Watch) -> None:
+    ds_config = read_ds_config(deepspeed_file(recipe))
+    check_engine(ds_config, recipe.train.optimizer)
+    check_tracker(recipe)
+    with _stoppable_at_once():
+        start = _checkpoint_to_resume(run, request.resume)
+        tokenizer, store = prepare(recipe)
+        valid_store = prepare_valid(recipe, tokenizer) if recipe.data.valid else None
+        cost = measure_recipe(recipe).coefficients
+        schedule = make_schedule(recipe, store, world=dist.world_size(), cost=cost)
+        if dist.rank() == 0:
+            write_json(run / "plan.json", describe_plan(recipe, store, schedule))
+    init_process_group()
+    watch.keep_lease(run, dist.gather_objects(watch.holder)[0])
+    with Watchdog(recipe.train.hang_seconds) as watchdog:
+        is_resized = start is not None and read_state(start).world_size != dist.world_size()
+        if is_resized and recipe.train.optimizer == "adamw-8bit" and zero_stage(ds_config) > 0:
+            raise UserInputError(_eight_bit_is_cut(start))
+        engine = _make_engine(recipe, ds_config, is_resized=is_resized)
+        first = _resume(engine, start, schedule, restart=request.restart)
+        validation = Validation(recipe, valid_store, tokenizer, steps_done=first) if valid_store else None
+        with debugged(engine, run, request.debug) as stepping:
+            try:
+                run_steps(
+                    recipe,
+                    stepping,
+                    schedule,
+                    store,
+                    first=first,
+                    stop=stop,
+                    validation=validation,
+                    watchdog=watchdog,
+                )
+            except StoppedOnRequest:
+                dist.barrier()  # no rank may take another's end for a failure
+                raise
+        if validation and recipe.train.keep == "best":
+            validation.promote_best()
+        else:
+            export_weights(engine, tokenizer, recipe, folder=recipe.result_folder)
+        engine.close()
+
+
+def _eight_bit_is_cut(checkpoint: Path | None) -> Problem:
+    return Problem(
+        what="8-bit optimizer state is quantised in blocks of each rank's share and can't be cut anew",
+        where=str(checkpoint),
+        got=f"{dist.world_size()} rank(s)",
+        remedy="resume at the number of ranks that it was saved with",
+    )
+
+
+def _make_engine(recipe: Recipe, ds_config: dict[str, Any], *, is_resized: bool = False) -> Engine:
+    """The model, loaded, proven on packs, and wrapped; all ranks call it."""
+    stage = zero_stage(ds_config)
+    is_sharded = loads_sharded(recipe, ds_config)
+    model = _load_model(recipe, sharded_by=complete_ds_config(ds_config, recipe) if is_sharded else None)
+    if recipe.train.activation_checkpointing == "full":
+        checkpoint_activations(model.causal_lm, stage=stage)
+    engine = Engine(model, recipe, ds_config, loads_universal=is_resized and stage > 0)
+    if is_sharded:
+        prove_head_and_packs(engine.loss_model.causal_lm)
+    return engine
+
+
+def loads_sharded(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
+    """Whether weights are sharded as they are read: under ZeRO-3, unless something needs whole weights."""
+    adapter = recipe.adapter
+    needs_whole = adapter.kind == "qlora" or adapter.dora or recipe.model.add_tokens or recipe.classifies
+    return zero_stage(ds_config) == 3 and not needs_whole
+
+
+def overfit_recipe(recipe: Recipe) -> str:
+    """Repeat one step of a recipe's plan until it is learned, in this process; writes no run.
+
+    Raises:
+        TrainingFailed: it was not learned.
+        UserInputError: the recipe's loss can't reach 0.
+    """
+    check_overfit(recipe)
+    ds_config = read_ds_config(deepspeed_file(recipe))
+    check_engine(ds_config, recipe.train.optimizer)
+    _, store = prepare(recipe)
+    schedule = make_schedule(recipe, store, world=1, cost=measure_recipe(recipe).coefficients)
+    init_process_group()
+    engine = _make_engine(recipe, ds_config)
+    return overfit_one_step(recipe, engine, schedule, store)
+
+
+def _load_model(recipe: Recipe, *, sharded_by: dict[str, Any] | None) -> LossModel:
+    if recipe.task == "matching" and recipe.matching.mode == "encoder":
+        return load_encoder_for_training(recipe)
+    if recipe.classifies:
+        return load_classifier_for_training(recipe)
+    return load_for_training(recipe, sharded_by=sharded_by)
+
+
+def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:
+    """The checkpoint folder to go on from, or None to start anew.
+
+    Raises:
+        UserInputError: `never` on a run that has steps, or a folder that is no whole checkpoint.
+    """
+    if resume == "auto":
+        return newest_usable(run)
+    if resume == "never":
+        if any((run / "checkpoints").glob("step-*")):
+            remedy = "resume it (--resume auto), or choose another name or --run DIR"
+            raise UserInputError(Problem(what="this run has checkpoints", where=str(run), remedy=remedy))
+        return None
+    reason = why_not_usable(Path(resume))
+    if reason:
+        raise UserInputError(
+            Problem(what=f"can't resume: {reason}", where=resume, remedy="try --resume auto")
+        )
+    return Path(resume)
+
+
+def _resume(engine: Engine, checkpoint: Path | None, schedule: Schedule, *, restart: bool) -> int:
+    """Load a checkpoint; returns the number of steps done."""
+    if checkpoint is None:
+        return 0
+    state = read_state(checkpoint)
+    if not restart:
+        check_resumable(
+            checkpoint, state, plan_fingerprint=schedule.fingerprint, plan_settings=plan_settings(schedule)
+        )
+    with for_this_world(checkpoint, state, stage=engine.stage) as folder:
+        engine.load(folder)
+    if restart:
+        log.info("starting this plan with the weights and optimizer of %s", checkpoint)
+        return 0
+    log.info("resuming after step %d from %s", state.step, checkpoint)
+    return state.step
