@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_logits, summarise_drift
 from sftcore.evaluate.few_shot import choose_examples, with_examples
 from sftcore.evaluate.generate import predict
-from sftcore.evaluate.pairs import judge_pairs, pair_rows, pair_scores
+from sftcore.evaluate.pairs import judge_pairs, pair_rows, pair_scores, reject_overlong
 from sftcore.evaluate.score import score
 from sftcore.fsio import (
     fingerprint_of,
@@ -70,7 +70,7 @@ def evaluate(
         UserInputError: the recipe has no held-out data, there is no such model, or shards are missing.
     """
     with open_run(recipe, purpose="evaluation") as run:
-        items = _items(recipe, run)
+        items = _items(recipe, run, model)
         tasks = _tasks(items, model)
         scores = {task.name: _evaluate_one(task, merge_only=merge_only) for task in tasks}
         if recipe.evaluate.drift and "tuned" in scores:
@@ -86,7 +86,7 @@ def evaluate_share(recipe: Recipe, share: Share, *, model: Path | None = None) -
     """
     with open_run(recipe, purpose="evaluating a shard", shared=True) as run:
         found = []
-        for task in _tasks(_items(recipe, run), model):
+        for task in _tasks(_items(recipe, run, model), model):
             folder = task.target / SHARDS / f"{share.job}-of-{share.num_jobs}"
             manifest = task.manifest()
             with folder_lock(folder, purpose="evaluating this shard"):
@@ -114,15 +114,35 @@ class _Items:
     levels: dict[str, int]
 
 
-def _items(recipe: Recipe, run: Path) -> _Items:
+def _items(recipe: Recipe, run: Path, model: Path | None) -> _Items:
     tokenizer = recipe_tokenizer(recipe)
-    records = usable_records(recipe, run, "test", "ood")
+    folder = next(iter(_models_to_evaluate(recipe, model).values()))
+    fit = _fitting(recipe, folder, tokenizer) if recipe.task == "matching" else None
+    records = usable_records(recipe, run, "test", "ood", fit=fit)
     if not records:
-        raise UserInputError(
-            Problem(what="nothing to evaluate on", where="data.test", remedy="give held-out sources there")
-        )
+        remedy = f"give held-out sources there (what was dropped is listed in {run}/ledger.test.jsonl)"
+        raise UserInputError(Problem(what="nothing to evaluate on", where="data.test", remedy=remedy))
     levels = _known_levels(recipe, run)
     return _Items(recipe=recipe, run=run, tokenizer=tokenizer, records=records, levels=levels)
+
+
+def _fitting(
+    recipe: Recipe, folder: str, tokenizer: Tokenizer
+) -> Callable[[list[Record], Ledger], list[Record]]:
+    """Rejects pairs that are longer than the model has positions for."""
+
+    def fit(records: list[Record], ledger: Ledger) -> list[Record]:
+        kept = reject_overlong(recipe, folder, records, Prompter(PromptOptions.of(recipe), tokenizer), ledger)
+        if len(kept) < len(records):
+            log.warning(
+                "%d of %d held-out pairs are longer than the model's positions and not scored; the ledger"
+                " lists them",
+                len(records) - len(kept),
+                len(records),
+            )
+        return kept
+
+    return fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

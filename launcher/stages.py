@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,12 +213,22 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     return load_tokenizer(model.path, model.trust_remote_code, add_tokens=model.add_tokens)
 
 
-def usable_records(recipe: Recipe, run: Path, *splits: str) -> list[Record]:
-    """Usable records of some splits; what is rejected on the way is listed in RUN/ledger.SPLIT.jsonl."""
+def usable_records(
+    recipe: Recipe,
+    run: Path,
+    *splits: str,
+    fit: Callable[[list[Record], Ledger], list[Record]] | None = None,
+) -> list[Record]:
+    """Usable records of some splits; what is rejected on the way is listed in RUN/ledger.SPLIT.jsonl.
+
+    Args:
+        fit: rejects what the model can't take.
+    """
     records = []
     for split in splits:
         ledger = Ledger()
         found = load_records(recipe, split, ledger)
-        records += found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
+        found = found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
+        records += fit(found, ledger) if fit else found
         ledger.write(run / f"ledger.{split}.jsonl")
     return records

@@ -13,24 +13,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from sftcore.config import Recipe
 from sftcore.data.contents import Pair
+from sftcore.data.ledger import Ledger, Reason, Rejection, printable
 from sftcore.data.prompts import Prompter
 from sftcore.data.rationales import parse_answer
 from sftcore.data.records import Record
 from sftcore.data.wording import LANGUAGES, language_of
 from sftcore.dist import WHOLE, Share
 from sftcore.log import progress
+from sftcore.model.adapters import base_of, is_adapter
 from sftcore.model.encoder import encoder_logits
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
 from sftcore.model.likelihood import Question, class_logits, continuation_scores, load_for_scoring
-from sftcore.model.load import load_for_decoding
+from sftcore.model.load import load_config, load_for_decoding
+from sftcore.model.positions import position_limit
 
-__all__ = ["Verdict", "judge_pairs", "pair_rows", "pair_scores"]
+__all__ = ["Verdict", "judge_pairs", "pair_rows", "pair_scores", "reject_overlong"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,41 @@ def judge_pairs(
         None if score is None else _verdict(score, record, prompter)
         for score, record in zip(scores, records, strict=True)
     ]
+
+
+def reject_overlong(
+    recipe: Recipe, folder: str, records: Sequence[Record], prompter: Prompter, ledger: Ledger
+) -> list[Record]:
+    """The pairs that the model in `folder` has positions for; the others go to the ledger."""
+    path = base_of(Path(folder)) if is_adapter(Path(folder)) else folder
+    limit = position_limit(load_config(recipe.model.model_copy(update={"path": path})))
+    if limit is None or not records:
+        return list(records)
+    kept = []
+    for record, needed in zip(records, _tokens_needed(recipe, records, prompter), strict=True):
+        if needed <= limit:
+            kept.append(record)
+            continue
+        rejection = Rejection(
+            file=record.file,
+            row=record.row,
+            reason=Reason.OVERLENGTH,
+            excerpt=printable(record.id),
+            detail=f"{needed} tokens, {limit} fit",
+        )
+        ledger.reject(rejection)
+    return kept
+
+
+def _tokens_needed(recipe: Recipe, records: Sequence[Record], prompter: Prompter) -> list[int]:
+    """Tokens of each pair's prompt and of what is read behind it: the last token of an answer never is."""
+    prompts = [len(ids) for ids in prompter.prompt_ids_batch(records)]
+    if recipe.classifies:
+        return prompts
+    if not recipe.matching.compares_likelihoods:
+        return [prompt + recipe.evaluate.max_new_tokens - 1 for prompt in prompts]
+    answers = [max(map(len, both)) for both in prompter.label_ids_batch(records)]
+    return [prompt + answer - 1 for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _scores_by_language(

@@ -15,12 +15,20 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from tiny import SUBJECTS, write_lines
 from tiny_bert import write_bert
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+)
 
 from launcher.evaluating import evaluate
 from launcher.inspection import inspect_recipe
 from launcher.matching import match_pairs
 from launcher.stages import prepare
+from launcher.worker import train_recipe
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
 from sftcore.errors import UserInputError
@@ -236,6 +244,90 @@ def test_an_encoder_from_recipe_to_scores(recipe):
     assert matched.returncode == 0, matched.stderr[-3000:]
     scores = [row["score"] for row in read_jsonl(Path("scores.jsonl"))]
     assert scores == pytest.approx([row["score"] for row in rows], abs=1e-5)
+
+
+@pytest.fixture
+def scorer(recipe) -> Path:
+    """A classifier that a run trained, with a corpus's own column names."""
+    rows = [{"text_a": r["sentence1"], "text_b": r["sentence2"], "label": r["label"]} for r in pairs(0, 9)]
+    write_lines(Path("pairs.jsonl"), rows)
+    data = {"train": [{"preset": "lcqmc", "path": "pairs.jsonl"}]}
+    train_recipe(load_recipe(Path(save(recipe, data=data, matching={"mode": "discriminative"}))))
+    return Path("runs/tiny/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns"),
+    [
+        ("raw.tsv", "Ann 1\tBob 1\t0\nAnn 2\tAnn 3\t1\n", None),
+        ("two.tsv", "Ann 1\tBob 1\nAnn 2\tAnn 3\n", None),
+        ("lcqmc.tsv", "text_a\ttext_b\tlabel\nAnn 1\tBob 1\t0\nAnn 2\tAnn 3\t1\n", None),
+        ("bq.csv", "sentence1,sentence2\nAnn 1,Bob 1\nAnn 2,Ann 3\n", None),
+        ("qqp.tsv", "id\tquestion1\tquestion2\n7\tAnn 1\tBob 1\n8\tAnn 2\tAnn 3\n", None),
+        ("qqp.jsonl", '{"question1": "Ann 1", "question2": "Bob 1"}\n' * 2, None),
+        ("numbered.tsv", "7\tAnn 1\tBob 1\n8\tAnn 2\tAnn 3\n", ("1", "2")),
+        ("headed.tsv", "text_a\ttext_b\nAnn 1\tBob 1\nAnn 2\tAnn 3\n", ("0", "1")),
+        ("named.tsv", "left\tright\nAnn 1\tBob 1\nAnn 2\tAnn 3\n", ("left", "right")),
+    ],
+)
+def test_pairs_are_found_in_the_files_that_people_have(scorer, name, text, columns):
+    Path(name).write_text(text)
+    assert match_pairs(scorer, Path(name), Path("to.jsonl"), columns=columns or (None, None)) == 2
+    first, second = read_jsonl(Path("to.jsonl"))
+    assert (first["sentence1"], first["sentence2"]) == ("Ann 1", "Bob 1")
+    assert second["row"] == 2
+
+
+def test_columns_that_are_not_there_name_the_options_of_the_command(scorer):
+    Path("odd.tsv").write_text("7\tAnn 1\tBob 1\tx\n")
+    with pytest.raises(UserInputError, match="no column 'text_a'(.|\n)*give --a and --b: .* 0-based numbers"):
+        match_pairs(scorer, Path("odd.tsv"), Path("to.jsonl"))
+    with pytest.raises(UserInputError, match=r"no column 9(.|\n)*give --a and --b"):
+        match_pairs(scorer, Path("odd.tsv"), Path("to.jsonl"), columns=("1", "9"))
+    write_lines(Path("odd.jsonl"), [{"q": "Ann"}])
+    with pytest.raises(UserInputError, match=r"no usable pair(.|\n)*missing_field(.|\n)*give --a and --b"):
+        match_pairs(scorer, Path("odd.jsonl"), Path("to.jsonl"))
+    with pytest.raises(UserInputError, match="columns by number(.|\n)*name the fields in --a and --b"):
+        match_pairs(scorer, Path("odd.jsonl"), Path("to.jsonl"), columns=("0", "1"))
+
+
+def test_pairs_longer_than_an_encoder_has_positions_are_listed_not_scored(recipe, caplog):
+    Path("bert").mkdir()
+    write_bert(Path("bert"))
+    long = {"id": "long", "sentence1": "a " * 20, "sentence2": "b " * 20, "label": 0}
+    write_lines(Path("pairs.jsonl"), letters(0, 12))
+    write_lines(Path("held.jsonl"), [*letters(48, 52), long])
+    changes = {"data": recipe["data"] | {"max_length": 32}, "matching": {"mode": "encoder"}}
+    loaded = load_recipe(Path(save(recipe, model={"path": "bert", "dtype": "float32"}, **changes)))
+    train_recipe(loaded)
+    assert evaluate(loaded)["tuned"]["n"] == 4
+    (row,) = (r for r in read_jsonl(Path("runs/tiny/ledger.test.jsonl")) if r["kind"] == "rejected")
+    assert (row["reason"], row["detail"]) == ("overlength", "43 tokens, 32 fit")
+    assert "1 of 5 held-out pairs are longer" in caplog.text
+    folder = Path("runs/tiny/model")
+    assert match_pairs(folder, Path("held.jsonl"), Path("to.jsonl")) == 4
+    assert len(read_jsonl(Path("to.jsonl"))) == 4
+    (row,) = (r for r in read_jsonl(Path("to.jsonl.ledger.jsonl")) if r["kind"] == "rejected")
+    assert (row["row"], row["reason"]) == (5, "overlength")
+    write_lines(Path("held.jsonl"), [long])
+    with pytest.raises(UserInputError, match="no usable pair(.|\n)*row 1: overlength"):
+        match_pairs(folder, Path("held.jsonl"), Path("to.jsonl"))
+    with pytest.raises(UserInputError, match="nothing to evaluate on(.|\n)*ledger.test.jsonl"):
+        evaluate(loaded)
+
+
+@pytest.mark.parametrize("predict", ["likelihood", "generate"])
+def test_pairs_longer_than_a_decoder_has_positions_are_listed_not_scored(recipe, tiny_model_folder, predict):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    sizes = {"n_positions": 48, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**sizes, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained("gpt")
+    tokenizer.save_pretrained("gpt")
+    long = {"id": "long", "sentence1": "a " * 40, "sentence2": "b", "label": 0}
+    write_lines(Path("held.jsonl"), [*pairs(24, 28), long])
+    model = {"path": "gpt", "dtype": "float32"}
+    loaded = load_recipe(Path(save(recipe, model=model, matching={"predict": predict})))
+    assert evaluate(loaded)["base"]["n"] == 4
 
 
 def asked_and_told(split: str, n: int) -> list[dict]:
