@@ -16,6 +16,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NUM_CLASSES = 2  # of a pair: different, same
+BARE_LABELS = ("0", "1")  # what files write for them, whatever the label words are
 
 
 class Settings(BaseModel):
@@ -29,6 +30,22 @@ class LabelWords(Settings):
 
     zh: tuple[str, str] = ("不同", "相同")
     en: tuple[str, str] = ("different", "same")
+
+    @model_validator(mode="after")
+    def _readable(self) -> LabelWords:
+        """Each word is one number's, in files of either language and beside the bare 0 and 1."""
+        owners = {bare: (number, "a file's own") for number, bare in enumerate(BARE_LABELS)}
+        faults = []
+        for language, words in (("zh", self.zh), ("en", self.en)):
+            for number, word in enumerate(words):
+                owner, whose = owners.setdefault(word.casefold(), (number, language))
+                if not word or word != word.strip() or len(word.splitlines()) > 1:
+                    faults.append(f"{language} {word!r}: a word of one line, without spaces around it")
+                elif owner != number:
+                    faults.append(f"{language} {word!r} can't mean {number}: {whose} {word!r} means {owner}")
+        if faults:
+            raise ValueError(f"label words can't be told apart or read: {'; '.join(faults)}")
+        return self
 
 
 class PairExample(Settings):

@@ -444,6 +444,29 @@ def test_combinations_that_can_not_be_honoured_are_refused(recipe, change, messa
         load_recipe(Path(save(recipe, **change)))
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"zh": ["相同", "相同"]}, "zh '相同' can't mean 1: zh '相同' means 0"),
+        ({"en": ["Same", "same"]}, "en 'same' can't mean 1: en 'same' means 0"),
+        ({"en": ["", ""]}, "en '': a word of one line"),
+        ({"en": [" no", "yes "]}, "en ' no': a word .* spaces around it; en 'yes ': a word"),
+        ({"en": ["no", "y\nes"]}, "of one line"),
+        ({"en": ["1", "0"]}, "en '1' can't mean 0: a file's own '1' means 1"),
+        ({"zh": ["yes", "no"], "en": ["no", "yes"]}, "en 'no' can't mean 0: zh 'no' means 1"),
+    ],
+)
+def test_label_words_that_can_not_be_told_apart_are_refused(recipe, labels, message):
+    with pytest.raises(UserInputError, match=f"label words .* or read: .*{message}") as caught:
+        load_recipe(Path(save(recipe, matching={"labels": labels})))
+    assert "recipe.yaml: matching.labels" in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_label_words_may_be_shared_by_languages_and_bare(recipe):
+    for labels in ({"zh": ["no", "yes"], "en": ["no", "yes"]}, {"zh": ["0", "1"], "en": ["not it", "it"]}):
+        load_recipe(Path(save(recipe, matching={"labels": labels})))
+
+
 def write_rows(rows: list[tuple]) -> None:
     text = "sentence1\tsentence2\tlabel\n" + "".join("\t".join(map(str, row)) + "\n" for row in rows)
     Path("pairs.tsv").write_text(text, encoding="utf-8")
