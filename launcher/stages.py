@@ -18,7 +18,7 @@ from launcher.run_folder import open_run, record_seconds
 from sftcore.config import Recipe
 from sftcore.data.check import check_store, check_text, draw_check
 from sftcore.data.contents import Pair
-from sftcore.data.draws import draw_pairs
+from sftcore.data.draws import draw_selected
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records, prepare_shard, prepare_store
 from sftcore.data.records import Record
@@ -108,11 +108,7 @@ def _chosen(recipe: Recipe) -> set[str] | None:
 
 def draw(recipe: Recipe) -> set[str]:
     """Draw training pairs, balanced over labels if so asked; RUN/selection.jsonl lists them."""
-    settings = recipe.select
-    assert settings is not None and settings.balance in ("label", "none")
-    records = load_records(recipe, "train", Ledger())
-    n = len(records) if settings.n == "all" else settings.n
-    chosen = draw_pairs(records, n, balance=settings.balance, seed=recipe.seed, draw=settings.draw)
+    chosen = draw_selected(load_records(recipe, "train", Ledger()), recipe.select, seed=recipe.seed)
     rows = [{"id": r.id, "label": r.content.label} for r in chosen if isinstance(r.content, Pair)]
     _write_selection(recipe.run_folder, rows)
     return {record.id for record in chosen}
