@@ -32,7 +32,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_logits, summarise_drift
 from sftcore.evaluate.few_shot import choose_examples, with_examples
 from sftcore.evaluate.generate import predict
-from sftcore.evaluate.pairs import judge_pairs, pair_rows, pair_scores, reject_overlong
+from sftcore.evaluate.pairs import has_learnt_labels, judge_pairs, pair_rows, pair_scores, reject_overlong
 from sftcore.evaluate.score import score
 from sftcore.fsio import (
     fingerprint_of,
@@ -174,7 +174,7 @@ class _Task:
         """What the predictions depend on."""
         recipe, records = self.items.recipe, self.items.records
         prompts = self.prompter.prompt_ids_batch(records)
-        manifest = {
+        manifest: dict[str, Any] = {
             "model_fingerprint": fingerprint_model(self.folder),
             "prompts_fingerprint": fingerprint_of(
                 [[r.id, r.split, ids] for r, ids in zip(records, prompts, strict=True)]
@@ -185,6 +185,7 @@ class _Task:
         }
         if recipe.task == "matching":
             manifest["matching"] = recipe.matching.model_dump(mode="json")
+            manifest |= {} if has_learnt_labels(self.folder) else {"labels": "compared without stop token"}
         return manifest
 
 
@@ -224,10 +225,22 @@ def _few_shot_tasks(items: _Items) -> list[_Task]:
         log.info("few-shot: left out, as the base model has no classifier yet")
         return []
     found = load_records(recipe, "train", Ledger())
-    examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed)
+    is_explained = recipe.task == "matching" and recipe.matching.rationale != "none"
+    examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed, explained=is_explained)
     if recipe.task == "matching":  # whose prompts know of examples themselves
-        items, examples = replace(items, recipe=with_examples(recipe, examples)), []
+        items, examples = _behind_examples(items, examples), []
+        if not items.records:
+            return []
     return [_Task(name="fewshot", items=items, folder=recipe.model.path, examples=examples)]
+
+
+def _behind_examples(items: _Items, examples: Sequence[Record]) -> _Items:
+    """The same pairs behind examples; what gets too long is listed in RUN/ledger.fewshot.jsonl."""
+    recipe, ledger = with_examples(items.recipe, examples), Ledger()
+    records = _fitting(recipe, recipe.model.path, items.tokenizer)(items.records, ledger)
+    if ledger.num_rejected:
+        ledger.write(items.run / "ledger.fewshot.jsonl")
+    return replace(items, recipe=recipe, records=records)
 
 
 def _evaluate_one(task: _Task, *, merge_only: bool) -> dict[str, Any]:

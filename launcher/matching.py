@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sftcore.config import PRESETS, Columns, Recipe
 from sftcore.data.contents import Pair
 from sftcore.data.ledger import Change, Ledger, Reason
@@ -25,9 +27,10 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.pairs import Verdict, judge_pairs, reject_overlong
 from sftcore.fsio import read_json, write_jsonl
 from sftcore.model.adapters import is_adapter
-from sftcore.train.export import MATCHING_FILE
+from sftcore.settings import MATCHING_FILE
 
 log = logging.getLogger("sftcore.matching")
+GOT_CHARACTERS = 400  # of an error that quotes a file
 
 
 def match_pairs(
@@ -102,8 +105,12 @@ def recipe_of(folder: Path) -> Recipe:
             )
         )
     values = read_json(path)
-    values["model"]["path"] = str(folder.resolve())
-    return Recipe.model_validate(values)
+    try:
+        return Recipe.model_validate(values | {"model": values["model"] | {"path": str(folder.resolve())}})
+    except (KeyError, TypeError, ValidationError) as error:
+        what, remedy = "not as this version writes it", "mend the file, or train the model anew"
+        got = "; ".join(str(error).splitlines())[:GOT_CHARACTERS]
+        raise UserInputError(Problem(what=what, where=str(path), got=got, remedy=remedy)) from error
 
 
 def _rows(records: list[Record], verdicts: list[Verdict | None]) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ from sftcore.data.rationales import parse_answer
 from sftcore.data.records import Record
 from sftcore.data.wording import LANGUAGES, language_of
 from sftcore.dist import WHOLE, Share
+from sftcore.evaluate.few_shot import first_paragraph
 from sftcore.log import progress
 from sftcore.model.adapters import base_of, is_adapter
 from sftcore.model.encoder import encoder_logits
@@ -33,8 +34,9 @@ from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
 from sftcore.model.likelihood import Question, class_logits, continuation_scores, load_for_scoring
 from sftcore.model.load import load_config, load_for_decoding
 from sftcore.model.positions import position_limit
+from sftcore.settings import MATCHING_FILE
 
-__all__ = ["Verdict", "judge_pairs", "pair_rows", "pair_scores", "reject_overlong"]
+__all__ = ["Verdict", "has_learnt_labels", "judge_pairs", "pair_rows", "pair_scores", "reject_overlong"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,8 @@ def judge_pairs(
         scores = [None if row is None else row[1] - row[0] for row in logits]
     else:
         model = load_for_scoring(settings, classifies=recipe.classifies, quantised=quantised)
-        scores = _scores_by_language(recipe, model, records, prompter, share)
+        stops = has_learnt_labels(folder)
+        scores = _scores_by_language(recipe, model, records, prompter, share, stops=stops)
     return [
         None if score is None else _verdict(score, record, prompter)
         for score, record in zip(scores, records, strict=True)
@@ -92,7 +95,8 @@ def reject_overlong(
     if limit is None or not records:
         return list(records)
     kept = []
-    for record, needed in zip(records, _tokens_needed(recipe, records, prompter), strict=True):
+    tokens = _tokens_needed(recipe, records, prompter, stops=has_learnt_labels(folder))
+    for record, needed in zip(records, tokens, strict=True):
         if needed <= limit:
             kept.append(record)
             continue
@@ -107,19 +111,32 @@ def reject_overlong(
     return kept
 
 
-def _tokens_needed(recipe: Recipe, records: Sequence[Record], prompter: Prompter) -> list[int]:
+def _tokens_needed(
+    recipe: Recipe, records: Sequence[Record], prompter: Prompter, *, stops: bool
+) -> list[int]:
     """Tokens of each pair's prompt and of what is read behind it: the last token of an answer never is."""
     prompts = [len(ids) for ids in prompter.prompt_ids_batch(records)]
     if recipe.classifies:
         return prompts
     if not recipe.matching.compares_likelihoods:
         return [prompt + recipe.evaluate.max_new_tokens - 1 for prompt in prompts]
-    answers = [max(map(len, both)) for both in prompter.label_ids_batch(records)]
+    answers = [max(map(len, both)) for both in prompter.label_ids_batch(records, stops=stops)]
     return [prompt + answer - 1 for prompt, answer in zip(prompts, answers, strict=True)]
 
 
+def has_learnt_labels(folder: str) -> bool:
+    """Whether we trained this model on pairs: it then ends a label with the stop token, others need not."""
+    return (Path(folder) / MATCHING_FILE).is_file()
+
+
 def _scores_by_language(
-    recipe: Recipe, model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, share: Share
+    recipe: Recipe,
+    model: PreTrainedModel,
+    records: Sequence[Record],
+    prompter: Prompter,
+    share: Share,
+    *,
+    stops: bool,
 ) -> list[float | None]:
     """By how much label 1 is preferred; prompts of a language begin alike, which is computed once a pack."""
     scores: list[float | None] = [None] * len(records)
@@ -131,7 +148,7 @@ def _scores_by_language(
         found = (
             _class_margins(model, chosen, prompter, recipe.matching.pooling, share)
             if recipe.classifies
-            else _text_margins(model, chosen, prompter, recipe.matching.normalise == "mean", share)
+            else _text_margins(model, chosen, prompter, share, stops=stops)
         )
         for i, score in zip(numbers, found, strict=True):
             scores[i] = score
@@ -153,9 +170,10 @@ def _class_margins(
 
 
 def _text_margins(
-    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, mean: bool, share: Share
+    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, share: Share, *, stops: bool
 ) -> list[float | None]:
-    prompts, answers = prompter.prompt_ids_batch(records), prompter.label_ids_batch(records)
+    prompts, answers = prompter.prompt_ids_batch(records), prompter.label_ids_batch(records, stops=stops)
+    mean = prompter.options.matching.normalise == "mean"
     questions = [
         Question(prompt=prompt, continuations=both) for prompt, both in zip(prompts, answers, strict=True)
     ]
@@ -186,6 +204,7 @@ def _generated(
             )
             for i, tokens in zip(batch, completions, strict=True):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
+                text = first_paragraph(text) if recipe.matching.examples else text
                 verdicts[i] = Verdict(label=_read(text, records[i], prompter), text=text, score=None)
             advance(len(batch))
     return verdicts

@@ -22,13 +22,12 @@ from sftcore.config import Recipe
 from sftcore.fsio import atomic_folder, write_json
 from sftcore.model.adapters import write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
+from sftcore.settings import MATCHING_FILE
 from sftcore.train.engine import Engine
 from sftcore.train.model_card import write_card
 
 SHARD_BYTES = 2 * 10**9
 Named = tuple[str, torch.Tensor]
-
-MATCHING_FILE = "matching.json"  # beside the weights: which prompts and label words they were trained with
 
 
 def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Path) -> None:

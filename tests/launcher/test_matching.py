@@ -26,7 +26,7 @@ from transformers import (
 
 from launcher.evaluating import evaluate
 from launcher.inspection import inspect_recipe
-from launcher.matching import match_pairs
+from launcher.matching import match_pairs, recipe_of
 from launcher.stages import prepare
 from launcher.worker import train_recipe
 from sftcore.data.prompts import Prompter, PromptOptions
@@ -34,6 +34,7 @@ from sftcore.data.records import read_source
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl
 from sftcore.knowledge.templates import load_relations, question_of
+from sftcore.model.likelihood import continuation_scores
 from sftcore.recipe import ASSETS, load_recipe
 
 
@@ -421,9 +422,83 @@ def test_the_base_model_is_scored_behind_solved_training_pairs(recipe):
     assert all(prompt.startswith(head) for prompt in prompts), "the same examples before each"
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_solved_pairs_show_the_reasons_that_answers_are_read_with(recipe, order):
+    rows = pairs(0, 24)
+    for row in rows[::2]:
+        del row["rationale"]  # such pairs are no examples
+    write_lines(Path("pairs.jsonl"), rows)
+    changes = {"evaluate": {"few_shot": 2, "max_new_tokens": 4}, "matching": {"rationale": order}}
+    assert evaluate(load_recipe(Path(save(recipe, **changes)))).keys() == {"base", "fewshot"}
+    row = read_jsonl(Path("runs/tiny/eval/fewshot/predictions.jsonl"))[0]
+    first, second, _ = row["prompt"].split("\n\n")
+    labels = []
+    for example in (first, second):
+        lines = example.split("Meaning: ")[1].split("\n")
+        labels.append(lines[0] if order == "after" else lines[1].removeprefix("Conclusion: "))
+        assert ("Reason: " in lines[1]) == (order == "after") and len(lines) == 2
+    assert sorted(labels) == ["different", "same"]
+    write_lines(Path("pairs.jsonl"), [{k: v for k, v in r.items() if k != "rationale"} for r in rows])
+    with pytest.raises(UserInputError, match="too few training records with a rationale for the examples"):
+        evaluate(load_recipe(Path(save(recipe, **changes, name="bare"))))
+
+
+def test_a_folder_that_another_version_wrote_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("matching.json").write_text(
+        '{"model": {"path": ""}, "matching": {"labels": {"en": [" no", " yes"]}}}'
+    )
+    with pytest.raises(UserInputError, match="matching.json: not as this version(.|\n)*mend the file"):
+        recipe_of(Path("."))
+
+
+def test_an_example_behind_the_answer_is_not_read(recipe, monkeypatch):
+    """A model without training goes on with an example of its own, which may conclude otherwise."""
+    shown = [{"a": "Ann 1", "b": "Bob 1", "label": 0, "rationale": "Ann is not Bob"}]
+    monkeypatch.setattr("sftcore.evaluate.pairs.decode_batch", lambda *_, **__: [[0]] * 12)
+    matching = {"rationale": "before", "examples": shown}
+    loaded = load_recipe(Path(save(recipe, matching=matching, evaluate={"batch_size": 12})))
+    said = " one name\nConclusion: same\n\nText 1: x\nMeaning: why\nConclusion: different"
+    kind = type(AutoTokenizer.from_pretrained(loaded.model.path))
+    monkeypatch.setattr(kind, "decode", lambda *_, **__: said)
+    assert evaluate(loaded)["base"]["pairs"]["test"]["predicted_same"] == 1
+
+
+def test_only_a_model_that_we_trained_is_asked_for_its_stop_token(recipe, monkeypatch):
+    """Behind solved pairs a text goes on with the next one: a stop token there says nothing of the label."""
+    asked = {}
+
+    def note(model, questions, **options):
+        asked[Path(model.name_or_path).name] = questions[0].continuations
+        return continuation_scores(model, questions, **options)
+
+    monkeypatch.setattr("sftcore.evaluate.pairs.continuation_scores", note)
+    path = Path(save(recipe, evaluate={"few_shot": 2}))
+    train_recipe(load_recipe(path))
+    evaluate(load_recipe(path))
+    stop = AutoTokenizer.from_pretrained(recipe["model"]["path"]).eos_token_id
+    assert len(asked) == 2
+    for folder, continuations in asked.items():
+        assert [ids[-1] == stop for ids in continuations] == [folder == "model"] * 2
+        assert continuations[0] != continuations[1]
+
+
+def test_a_label_that_begins_another_is_compared_with_its_line_end(recipe):
+    loaded = load_recipe(Path(save(recipe, matching={"labels": {"en": ["Ann Bob", "Ann"]}})))
+    tokenizer = AutoTokenizer.from_pretrained(loaded.model.path)
+    prompter = Prompter(PromptOptions.of(loaded), tokenizer)
+    record = next(iter(read_source(loaded.data.train[0], split="train", labels=loaded.matching.labels)))
+    ((long, short),) = prompter.label_ids_batch([record], stops=False)
+    assert [tokenizer.decode(ids) for ids in (long, short)] == [" Ann Bob\n", " Ann\n"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"matching": {"rationale": "after", "examples": [{"a": "x", "b": "y", "label": 0}]}},
+            "each of the examples needs a rationale",
+        ),
         ({"matching": {"mode": "discriminative", "rationale": "after"}}, "so it has no rationale"),
         ({"matching": {"mode": "encoder"}, "adapter": {"kind": "lora"}}, "trains all weights"),
         ({"matching": {"mode": "discriminative"}, "adapter": {"kind": "qlora"}}, "no 4-bit weights"),
