@@ -247,8 +247,12 @@ def match(
     model: Annotated[Path, typer.Argument(help="folder of a matching run's model", metavar="MODEL_DIR")],
     pairs: Annotated[Path, typer.Option(metavar="FILE", help="TSV, CSV or JSONL; labels are not needed")],
     to: Annotated[Path, typer.Option(metavar="FILE", help="scores, as JSON lines")] = Path("scores.jsonl"),
-    a: Annotated[str, typer.Option(help="column of the first text")] = "sentence1",
-    b: Annotated[str, typer.Option(help="column of the second text")] = "sentence2",
+    a: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="first text: name or 0-based number")
+    ] = None,
+    b: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="second text; both default to those of training")
+    ] = None,
 ) -> None:
     """Score the pairs of a file: how much the model prefers "same"."""
     from launcher.matching import match_pairs

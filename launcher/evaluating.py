@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_logits, summarise_drift
 from sftcore.evaluate.few_shot import choose_examples, with_examples
 from sftcore.evaluate.generate import predict
-from sftcore.evaluate.pairs import judge_pairs, pair_rows, pair_scores
+from sftcore.evaluate.pairs import has_learnt_labels, judge_pairs, pair_rows, pair_scores, reject_overlong
 from sftcore.evaluate.score import score
 from sftcore.fsio import (
     fingerprint_of,
@@ -70,7 +70,7 @@ def evaluate(
         UserInputError: the recipe has no held-out data, there is no such model, or shards are missing.
     """
     with open_run(recipe, purpose="evaluation") as run:
-        items = _items(recipe, run)
+        items = _items(recipe, run, model)
         tasks = _tasks(items, model)
         scores = {task.name: _evaluate_one(task, merge_only=merge_only) for task in tasks}
         if recipe.evaluate.drift and "tuned" in scores:
@@ -86,7 +86,7 @@ def evaluate_share(recipe: Recipe, share: Share, *, model: Path | None = None) -
     """
     with open_run(recipe, purpose="evaluating a shard", shared=True) as run:
         found = []
-        for task in _tasks(_items(recipe, run), model):
+        for task in _tasks(_items(recipe, run, model), model):
             folder = task.target / SHARDS / f"{share.job}-of-{share.num_jobs}"
             manifest = task.manifest()
             with folder_lock(folder, purpose="evaluating this shard"):
@@ -114,15 +114,35 @@ class _Items:
     levels: dict[str, int]
 
 
-def _items(recipe: Recipe, run: Path) -> _Items:
+def _items(recipe: Recipe, run: Path, model: Path | None) -> _Items:
     tokenizer = recipe_tokenizer(recipe)
-    records = usable_records(recipe, run, "test", "ood")
+    folder = next(iter(_models_to_evaluate(recipe, model).values()))
+    fit = _fitting(recipe, folder, tokenizer) if recipe.task == "matching" else None
+    records = usable_records(recipe, run, "test", "ood", fit=fit)
     if not records:
-        raise UserInputError(
-            Problem(what="nothing to evaluate on", where="data.test", remedy="give held-out sources there")
-        )
+        remedy = f"give held-out sources there (what was dropped is listed in {run}/ledger.test.jsonl)"
+        raise UserInputError(Problem(what="nothing to evaluate on", where="data.test", remedy=remedy))
     levels = _known_levels(recipe, run)
     return _Items(recipe=recipe, run=run, tokenizer=tokenizer, records=records, levels=levels)
+
+
+def _fitting(
+    recipe: Recipe, folder: str, tokenizer: Tokenizer
+) -> Callable[[list[Record], Ledger], list[Record]]:
+    """Rejects pairs that are longer than the model has positions for."""
+
+    def fit(records: list[Record], ledger: Ledger) -> list[Record]:
+        kept = reject_overlong(recipe, folder, records, Prompter(PromptOptions.of(recipe), tokenizer), ledger)
+        if len(kept) < len(records):
+            log.warning(
+                "%d of %d held-out pairs are longer than the model's positions and not scored; the ledger"
+                " lists them",
+                len(records) - len(kept),
+                len(records),
+            )
+        return kept
+
+    return fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +174,7 @@ class _Task:
         """What the predictions depend on."""
         recipe, records = self.items.recipe, self.items.records
         prompts = self.prompter.prompt_ids_batch(records)
-        manifest = {
+        manifest: dict[str, Any] = {
             "model_fingerprint": fingerprint_model(self.folder),
             "prompts_fingerprint": fingerprint_of(
                 [[r.id, r.split, ids] for r, ids in zip(records, prompts, strict=True)]
@@ -165,6 +185,7 @@ class _Task:
         }
         if recipe.task == "matching":
             manifest["matching"] = recipe.matching.model_dump(mode="json")
+            manifest |= {} if has_learnt_labels(self.folder) else {"labels": "compared without stop token"}
         return manifest
 
 
@@ -204,10 +225,22 @@ def _few_shot_tasks(items: _Items) -> list[_Task]:
         log.info("few-shot: left out, as the base model has no classifier yet")
         return []
     found = load_records(recipe, "train", Ledger())
-    examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed)
+    is_explained = recipe.task == "matching" and recipe.matching.rationale != "none"
+    examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed, explained=is_explained)
     if recipe.task == "matching":  # whose prompts know of examples themselves
-        items, examples = replace(items, recipe=with_examples(recipe, examples)), []
+        items, examples = _behind_examples(items, examples), []
+        if not items.records:
+            return []
     return [_Task(name="fewshot", items=items, folder=recipe.model.path, examples=examples)]
+
+
+def _behind_examples(items: _Items, examples: Sequence[Record]) -> _Items:
+    """The same pairs behind examples; what gets too long is listed in RUN/ledger.fewshot.jsonl."""
+    recipe, ledger = with_examples(items.recipe, examples), Ledger()
+    records = _fitting(recipe, recipe.model.path, items.tokenizer)(items.records, ledger)
+    if ledger.num_rejected:
+        ledger.write(items.run / "ledger.fewshot.jsonl")
+    return replace(items, recipe=recipe, records=records)
 
 
 def _evaluate_one(task: _Task, *, merge_only: bool) -> dict[str, Any]:

@@ -15,46 +15,79 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sftcore.config import Recipe
+from pydantic import ValidationError
+
+from sftcore.config import PRESETS, Columns, Recipe
 from sftcore.data.contents import Pair
-from sftcore.data.ledger import Ledger
+from sftcore.data.ledger import Change, Ledger, Reason
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record, read_unlabelled
 from sftcore.data.tokens import load_tokenizer
 from sftcore.errors import Problem, UserInputError
-from sftcore.evaluate.pairs import Verdict, judge_pairs
+from sftcore.evaluate.pairs import Verdict, judge_pairs, reject_overlong
 from sftcore.fsio import read_json, write_jsonl
 from sftcore.model.adapters import is_adapter
-from sftcore.train.export import MATCHING_FILE
+from sftcore.settings import MATCHING_FILE
 
 log = logging.getLogger("sftcore.matching")
+GOT_CHARACTERS = 400  # of an error that quotes a file
 
 
-def match_pairs(folder: Path, pairs: Path, to: Path, *, columns: tuple[str, str]) -> int:
+def match_pairs(
+    folder: Path, pairs: Path, to: Path, *, columns: tuple[str | None, str | None] = (None, None)
+) -> int:
     """Score the pairs of a file; returns their number.
 
     Args:
         folder: RUN/model or RUN/adapter, or a copy of it.
         to: JSONL file to write; rejected rows go to TO.ledger.jsonl.
-        columns: names of the two text columns.
+        columns: of the two texts, names or 0-based numbers; None: as in training, or as known corpora have
+            them.
 
     Raises:
         UserInputError: no such model or file, or no usable pair in it.
     """
     recipe = recipe_of(folder)
     ledger = Ledger()
-    records = list(ledger.take(read_unlabelled(pairs, columns, ledger)))
-    if not records:
-        raise UserInputError(Problem(what="no usable pair", where=str(pairs), got=_first_rejections(ledger)))
+    layouts = layouts_of(recipe, columns)
+    found = read_unlabelled(pairs, layouts, labels=recipe.matching.labels, ledger=ledger)
+    records = list(ledger.take(found))
     prompter = Prompter(PromptOptions.of(recipe), load_tokenizer(str(folder)))
+    records = reject_overlong(recipe, str(folder.resolve()), records, prompter, ledger)
+    if not records:
+        remedy = "give --a and --b: header names or 0-based numbers" if _lacks_fields(ledger) else ""
+        got = _first_rejections(ledger)
+        raise UserInputError(Problem(what="no usable pair", where=str(pairs), got=got, remedy=remedy))
+    if ledger.altered_by_reason[Change.HEADER_ABSENT]:
+        log.warning("%s has no header: its first line is taken for a pair", pairs)
     quantised = recipe.adapter.kind == "qlora" and is_adapter(folder)
     verdicts = judge_pairs(recipe, str(folder.resolve()), records, prompter, quantised=quantised)
     write_jsonl(to, _rows(records, verdicts))
+    listed = to.with_name(to.name + ".ledger.jsonl")
+    listed.unlink(missing_ok=True)  # of an earlier call
     if ledger.num_rejected:
-        listed = to.with_name(to.name + ".ledger.jsonl")
         ledger.write(listed)
         log.warning("%d rows can't be used; they are listed in %s", ledger.num_rejected, listed)
     return len(records)
+
+
+def layouts_of(recipe: Recipe, columns: tuple[str | None, str | None] = (None, None)) -> list[Columns]:
+    """Where the two texts may stand: as the user says; else as in training, then as known corpora have them.
+
+    >>> columns = layouts_of(Recipe.model_construct(), ("2", "text b"))
+    >>> [(one.a, one.b) for one in columns]
+    [(2, 'text b')]
+    """
+    named = {field: _place(text) for field, text in zip("ab", columns, strict=True) if text is not None}
+    if named:
+        return [Columns.model_validate(named)]
+    trained = [source.columns for source in recipe.data.train]
+    return [*trained, Columns(), *(Columns.model_validate(names) for names in PRESETS.values())]
+
+
+def _place(text: str) -> str | int:
+    """A column's name, or its 0-based number."""
+    return int(text) if text.isdecimal() else text
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -72,8 +105,12 @@ def recipe_of(folder: Path) -> Recipe:
             )
         )
     values = read_json(path)
-    values["model"]["path"] = str(folder.resolve())
-    return Recipe.model_validate(values)
+    try:
+        return Recipe.model_validate(values | {"model": values["model"] | {"path": str(folder.resolve())}})
+    except (KeyError, TypeError, ValidationError) as error:
+        what, remedy = "not as this version writes it", "mend the file, or train the model anew"
+        got = "; ".join(str(error).splitlines())[:GOT_CHARACTERS]
+        raise UserInputError(Problem(what=what, where=str(path), got=got, remedy=remedy)) from error
 
 
 def _rows(records: list[Record], verdicts: list[Verdict | None]) -> Iterator[dict[str, Any]]:
@@ -86,3 +123,7 @@ def _rows(records: list[Record], verdicts: list[Verdict | None]) -> Iterator[dic
 def _first_rejections(ledger: Ledger) -> str:
     rejected = [entry for entry in ledger.entries() if entry["kind"] == "rejected"]
     return "; ".join(f"row {entry['row']}: {entry['reason']}" for entry in rejected[:3])
+
+
+def _lacks_fields(ledger: Ledger) -> bool:
+    return bool(ledger.rejected_by_reason[Reason.MISSING_FIELD])

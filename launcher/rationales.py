@@ -1,7 +1,7 @@
 """`sftcore rationales`: ask a teacher why pairs match or not, and keep what agrees with the gold labels.
 
-In: a recipe's training pairs and `matching.teacher`. Out: a `pairs` file with a rationale in each row, and
-beside it FILE.summary.json; RUN/teacher.jsonl holds every reply.
+In: a recipe's training pairs (those that `select` draws) and `matching.teacher`. Out: a `pairs` file with a
+rationale in each row, and beside it FILE.summary.json; RUN/teacher.jsonl holds every reply.
 Invariant: pairs = kept + disagreeing + unparsable + failed; the file appears whole, in the order of the data.
 Trade-off: the teacher sees no gold label, so its reply is a judgement and some are lost to disagreement (the
 summary reports the yield); told the answer, it would find reasons for wrong labels too.
@@ -18,9 +18,10 @@ from typing import Any
 from launcher.run_folder import open_run
 from sftcore.config import Recipe
 from sftcore.data.contents import Pair
+from sftcore.data.draws import draw_selected
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records
-from sftcore.data.rationales import CONCLUSION, parse_answer
+from sftcore.data.rationales import read_reply
 from sftcore.data.records import Record
 from sftcore.data.teacher import Failure, Reply, ReplyCache, ask_all, connect
 from sftcore.data.tokens import load_tokenizer
@@ -39,7 +40,7 @@ Replies = Mapping[str, Reply | Failure]
 
 
 def write_rationales(recipe: Recipe, to: Path | None = None) -> dict[str, Any]:
-    """Ask for all training pairs what the cache does not hold, and write the pairs that are kept.
+    """Ask of the training pairs (those that `select` draws) what the cache does not hold; write what is kept.
 
     Args:
         to: the pairs file; None: RUN/rationales.jsonl.
@@ -56,7 +57,7 @@ def write_rationales(recipe: Recipe, to: Path | None = None) -> dict[str, Any]:
         remedy = "e.g. teacher: {base_url: http://127.0.0.1:8000/v1, model: NAME}"
         raise UserInputError(Problem(what="no teacher is named", where="matching.teacher", remedy=remedy))
     with open_run(recipe, purpose="rationales") as run:
-        records = load_records(recipe, "train", Ledger())
+        records = draw_selected(load_records(recipe, "train", Ledger()), recipe.select, seed=recipe.seed)
         prompts = {record.id: teacher_prompt(record, recipe.matching) for record in records}
         named = {"model": teacher.model or recipe.model.path}
         deciding = {"backend", "temperature", "max_new_tokens"}
@@ -106,8 +107,7 @@ def _judge(record: Record, reply: Reply | Failure, settings: MatchingSettings) -
         return "failed", ""
     language = language_of(pair, settings.language)
     words = settings.labels.zh if language == "zh" else settings.labels.en
-    label = parse_answer(reply.text, words, order="before", language=language)
-    rationale = " ".join(reply.text.rpartition(CONCLUSION[language].strip())[0].split())
+    label, rationale = read_reply(reply.text, words)
     if label is None or not rationale:
         return "unparsable", ""
     return ("kept" if label == pair.label else "disagreeing"), rationale
@@ -138,6 +138,7 @@ def _ask_here(
     """Greedy replies of a model in this process, batch by batch into the cache."""
     known = {key: cache.get(prompt) for key, prompt in prompts.items()}
     todo = [key for key, reply in known.items() if reply is None]
+    log.info("%d prompts to ask; the other replies are in %s", len(todo), cache.path)
     settings = recipe.model.model_copy(update={"path": teacher.model or recipe.model.path})
     tokenizer = load_tokenizer(settings.path, settings.trust_remote_code)
     model = load_for_decoding(settings) if todo else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from launcher.run_folder import open_run, record_seconds
 from sftcore.config import Recipe
 from sftcore.data.check import check_store, check_text, draw_check
 from sftcore.data.contents import Pair
-from sftcore.data.draws import draw_pairs
+from sftcore.data.draws import draw_selected
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records, prepare_shard, prepare_store
 from sftcore.data.records import Record
@@ -107,12 +108,10 @@ def _chosen(recipe: Recipe) -> set[str] | None:
 
 def draw(recipe: Recipe) -> set[str]:
     """Draw training pairs, balanced over labels if so asked; RUN/selection.jsonl lists them."""
-    settings = recipe.select
-    assert settings is not None and settings.balance in ("label", "none")
     records = load_records(recipe, "train", Ledger())
-    chosen = draw_pairs(records, settings.n, balance=settings.balance, seed=recipe.seed, draw=settings.draw)
-    if settings.n == "all" and len(chosen) < len(records):
-        log.info("select: %d of %d pairs, as many of each label", len(chosen), len(records))
+    chosen = draw_selected(records, recipe.select, seed=recipe.seed)
+    if len(chosen) < len(records):
+        log.info("select: %d of %d pairs", len(chosen), len(records))
     rows = [{"id": r.id, "label": r.content.label} for r in chosen if isinstance(r.content, Pair)]
     _write_selection(recipe.run_folder, rows)
     return {record.id for record in chosen}
@@ -213,12 +212,22 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     return load_tokenizer(model.path, model.trust_remote_code, add_tokens=model.add_tokens)
 
 
-def usable_records(recipe: Recipe, run: Path, *splits: str) -> list[Record]:
-    """Usable records of some splits; what is rejected on the way is listed in RUN/ledger.SPLIT.jsonl."""
+def usable_records(
+    recipe: Recipe,
+    run: Path,
+    *splits: str,
+    fit: Callable[[list[Record], Ledger], list[Record]] | None = None,
+) -> list[Record]:
+    """Usable records of some splits; what is rejected on the way is listed in RUN/ledger.SPLIT.jsonl.
+
+    Args:
+        fit: rejects what the model can't take.
+    """
     records = []
     for split in splits:
         ledger = Ledger()
         found = load_records(recipe, split, ledger)
-        records += found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
+        found = found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
+        records += fit(found, ledger) if fit else found
         ledger.write(run / f"ledger.{split}.jsonl")
     return records

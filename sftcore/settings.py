@@ -16,6 +16,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NUM_CLASSES = 2  # of a pair: different, same
+MATCHING_FILE = "matching.json"  # beside the weights: which prompts and label words they were trained with
+BARE_LABELS = ("0", "1")  # what files write for them, whatever the label words are
 
 
 class Settings(BaseModel):
@@ -30,6 +32,22 @@ class LabelWords(Settings):
     zh: tuple[str, str] = ("不同", "相同")
     en: tuple[str, str] = ("different", "same")
 
+    @model_validator(mode="after")
+    def _readable(self) -> LabelWords:
+        """Each word is one number's, in files of either language and beside the bare 0 and 1."""
+        owners = {bare: (number, "a file's own") for number, bare in enumerate(BARE_LABELS)}
+        faults = []
+        for language, words in (("zh", self.zh), ("en", self.en)):
+            for number, word in enumerate(words):
+                owner, whose = owners.setdefault(word.casefold(), (number, language))
+                if not word or word != word.strip() or len(word.splitlines()) > 1:
+                    faults.append(f"{language} {word!r}: a word of one line, without spaces around it")
+                elif owner != number:
+                    faults.append(f"{language} {word!r} can't mean {number}: {whose} {word!r} means {owner}")
+        if faults:
+            raise ValueError(f"label words can't be told apart or read: {'; '.join(faults)}")
+        return self
+
 
 class PairExample(Settings):
     """A pair with its label, shown in the prompt."""
@@ -37,6 +55,7 @@ class PairExample(Settings):
     a: str = Field(min_length=1)
     b: str = Field(min_length=1)
     label: Literal[0, 1]
+    rationale: str | None = Field(None, min_length=1, description="why; needed where answers hold one")
 
 
 class TeacherSettings(Settings):
@@ -114,6 +133,8 @@ class MatchingSettings(Settings):
             raise ValueError("pooling and layers are for mode discriminative")
         if self.rationale == "before" and self.predict == "likelihood":
             raise ValueError("a rationale before the label has to be generated: set predict: generate")
+        if self.rationale != "none" and any(example.rationale is None for example in self.examples):
+            raise ValueError(f"with rationale: {self.rationale} each of the examples needs a rationale")
         if self.rationale != "none" and self.prompt == "complex" and self.wording:
             raise ValueError("the complex prompt that asks for a rationale has one wording: set wording: 0")
         return self

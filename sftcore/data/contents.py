@@ -16,10 +16,9 @@ from typing import Any
 
 from sftcore.data.ledger import Alteration, Change, Reason
 from sftcore.data.rows import Note, RawRow, has_surrogates
-from sftcore.settings import LabelWords
+from sftcore.settings import BARE_LABELS, LabelWords
 
 UNKNOWN_LABEL = -1
-BARE_LABELS = ("0", "1")
 FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NOT_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "weight")  # each changes what is trained
@@ -183,7 +182,7 @@ def label_numbers(labels: LabelWords) -> dict[str, int]:
     1
     """
     words = {word.strip().casefold(): i for pair in (labels.zh, labels.en) for i, word in enumerate(pair)}
-    return {"0": 0, "1": 1} | words
+    return {bare: number for number, bare in enumerate(BARE_LABELS)} | words
 
 
 def parse_pair(fields: Fields, labels: Mapping[str, int]) -> Pair:

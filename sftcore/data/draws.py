@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from sftcore.config import SelectSettings
 from sftcore.data.contents import Pair
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
@@ -46,6 +47,18 @@ def draw_pairs(
         order = np.random.default_rng([seed, draw, number]).permutation(len(group))
         drawn |= {group[int(i)].id for i in order[:size]}
     return [record for record in records if record.id in drawn]
+
+
+def draw_selected(records: Sequence[Record], select: SelectSettings | None, *, seed: int) -> list[Record]:
+    """The pairs that a recipe trains on: all of them without `select`.
+
+    Raises:
+        UserInputError: as `draw_pairs`.
+    """
+    if select is None:
+        return list(records)
+    assert select.balance in ("label", "none")
+    return draw_pairs(records, select.n, balance=select.balance, seed=seed, draw=select.draw)
 
 
 def _of_label(records: Sequence[Record], label: int) -> list[Record]:

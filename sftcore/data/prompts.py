@@ -125,23 +125,31 @@ class Prompter:
         """What would be trained after a pair's prompt for label 0 and for label 1, stop token included."""
         return self.label_ids_batch([record])[0]
 
-    def label_ids_batch(self, records: Sequence[Record]) -> list[tuple[list[int], list[int]]]:
-        """`label_ids` of each pair; where a rationale follows, the label's line alone."""
-        drafts = [draft for record in records for draft in self._label_drafts(record)]
+    def label_ids_batch(
+        self, records: Sequence[Record], *, stops: bool = True
+    ) -> list[tuple[list[int], list[int]]]:
+        """`label_ids` of each pair; where a rationale follows, the label's line alone.
+
+        Args:
+            stops: whether the model has learnt to stop after a label; else the label is compared alone.
+        """
+        drafts = [draft for record in records for draft in self._label_drafts(record, stops=stops)]
         answers = [
             encoded.ids[encoded.num_prompt :] for encoded in encode_drafts(self.codec, drafts) if encoded
         ]
-        if self.options.matching.rationale == "after":
+        if self.options.matching.rationale == "after" or not stops:
             answers = [ids[:-1] for ids in answers]  # no stop token: the text goes on
         return list(zip(answers[::2], answers[1::2], strict=True))
 
-    def _label_drafts(self, record: Record) -> list[Draft]:
+    def _label_drafts(self, record: Record, *, stops: bool) -> list[Draft]:
         pair = record.content
         assert isinstance(pair, Pair)
         prompt = self.prompt_text(record)
         template, language = self._template_of(pair)
-        goes_on = self.options.matching.rationale == "after"
-        words = [f"{word}\n" if goes_on else word for word in self.label_words(language)]
+        words = self.label_words(language)
+        is_nested = words[0].startswith(words[1]) or words[1].startswith(words[0])  # the shorter always wins
+        ends_line = self.options.matching.rationale == "after" or (is_nested and not stops)
+        words = (f"{words[0]}\n", f"{words[1]}\n") if ends_line else words
         nothing = dict.fromkeys(("a", "b", "label_0", "label_1"), "")  # completions hold the label only
         answers = [template.fill(nothing | {"label": word})[1] for word in words]
         return [Draft(pieces=(prompt, answer), is_bare=True) for answer in answers]
@@ -237,7 +245,7 @@ class Prompter:
                 values = {"question": content.question or "", "subject": content.subject}
                 return self.options.templates["any"].fill(values | {"answer": content.answers[0]})
             case Pair():
-                examples = [Pair(a=e.a, b=e.b, label=e.label) for e in self.options.matching.examples]
+                examples = [Pair(**example.model_dump()) for example in self.options.matching.examples]
                 shown = [self._pair_texts(example, content) for example in examples]
                 prompt, completion = self._pair_texts(content, content)
                 return "".join(f"{p}{c}\n\n" for p, c in shown) + prompt, completion

@@ -40,7 +40,7 @@ from sftcore.data.contents import (
 from sftcore.data.ledger import Ledger, Rejection, printable, printable_path
 from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore, json_line_rows, json_list_rows
 from sftcore.data.subjects import recover_subjects
-from sftcore.data.tables import object_rows, pair_rows
+from sftcore.data.tables import choose_columns, object_rows, pair_rows
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.settings import LabelWords
@@ -138,12 +138,14 @@ def span_records(
 
 
 def read_unlabelled(
-    file: Path, columns: tuple[str, str], ledger: Ledger | None = None
+    file: Path, layouts: Sequence[Columns], *, labels: LabelWords, ledger: Ledger | None = None
 ) -> Iterator[Record | Rejection]:
-    """The pairs of a TSV, CSV or JSONL file without labels (a label column is not looked at).
+    """The pairs of a TSV, CSV or JSONL file that need no labels (a label column is not looked at).
 
     Args:
-        columns: names of the two text columns; a file of two columns may lack a header.
+        layouts: where the texts may stand; the first that the file's header names, else the first of all. A
+            file of two columns, or of three whose third holds labels, may lack a header.
+        labels: words that look like labels, beside 0 and 1.
 
     Raises:
         UserInputError: no such file, one of another kind, or without these columns.
@@ -151,8 +153,9 @@ def read_unlabelled(
     if not file.is_file():
         raise UserInputError(Problem(what="no such file", where=str(file)))
     note = ledger.alter if ledger else ignore
-    layout = Columns(a=columns[0], b=columns[1], label=None)
-    rows = pair_rows(file, layout, is_label=lambda _: False, note=note)
+    unlabelled = [layout.model_copy(update={"label": None}) for layout in layouts]
+    layout = choose_columns(file, unlabelled)
+    rows = pair_rows(file, layout, is_label=_label_test(labels), note=note)
     for row in _parsed(rows, file, parse_unlabelled, note):
         if isinstance(row, Rejection):
             yield row
@@ -250,15 +253,13 @@ def _raw_rows(
     if source.format == "entityquestions":
         return json_list_rows(file, note)
     if source.format == "pairs":
-        numbers = label_numbers(labels)
-        return pair_rows(
-            file,
-            source.columns,
-            is_label=lambda text: text.strip().casefold() in numbers,
-            note=note,
-            span=span,
-        )
+        return pair_rows(file, source.columns, is_label=_label_test(labels), note=note, span=span)
     return json_line_rows(file, note, span)
+
+
+def _label_test(labels: LabelWords) -> Callable[[str], bool]:
+    numbers = label_numbers(labels)
+    return lambda text: text.strip().casefold() in numbers
 
 
 def _contents(

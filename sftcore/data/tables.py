@@ -10,15 +10,17 @@ in one text would otherwise shift the label (cost: that row).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sftcore.config import Columns
+from sftcore.config import PRESETS, Columns
 from sftcore.data.ledger import Alteration, Change, Reason, Rejection, printable
 from sftcore.data.rows import WHOLE, Note, RawRow, Span, csv_rows, damaged, ignore, json_line_rows, tsv_rows
+from sftcore.errors import UserInputError
 
 EXTENSIONS = {".tsv": tsv_rows, ".txt": tsv_rows, ".csv": csv_rows, ".jsonl": json_line_rows}
+KNOWN_NAMES = frozenset((names["a"], names["b"]) for names in PRESETS.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +73,22 @@ def _first_cells(rows: Iterator[RawRow | Rejection]) -> list[str]:
     return first.value if isinstance(first, RawRow) else []
 
 
+def choose_columns(path: Path, layouts: Sequence[Columns]) -> Columns:
+    """The first of some layouts whose two texts the first row of a file names, else the first of all."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    first = next(EXTENSIONS[suffix](path, ignore, WHOLE), None) if suffix in EXTENSIONS else None
+    names = [str(name).strip() for name in first.value] if isinstance(first, RawRow) else []
+    return next((layout for layout in layouts if layout.a in names and layout.b in names), layouts[0])
+
+
 def object_rows(
     path: Path, columns: Columns, rows: Iterator[RawRow | Rejection]
 ) -> Iterator[RawRow | Rejection]:
     """The rows' objects with the names of `columns` replaced by a, b and label."""
     names = {field: name for field, name in columns.model_dump().items() if name is not None} | {"id": "id"}
     if not all(isinstance(name, str) for name in names.values()):
-        raise damaged(path, "columns by number need a TSV or CSV file", remedy="name the fields in `columns`")
+        remedy = f"name the fields in {'--a and --b' if columns.label is None else '`columns`'}"
+        raise damaged(path, "columns by number need a TSV or CSV file", remedy=remedy)
     for row in rows:
         if isinstance(row, RawRow) and isinstance(row.value, dict):
             value = {field: row.value[name] for field, name in names.items() if name in row.value}
@@ -134,7 +145,8 @@ def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callab
     """Decide from the first row where the fields are.
 
     Three columns whose last holds a label are read as (a, b, label) when none of the names is found: a corpus
-    with and without header lines (LCQMC is spread both ways) then needs one recipe only.
+    with and without header lines (LCQMC is spread both ways) then needs one recipe only. Where no label is
+    wanted, so are two columns.
 
     Raises:
         UserInputError: a named or numbered column is not there.
@@ -143,32 +155,45 @@ def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callab
     optional = wanted.pop("rationale")
     header = [cell.strip() for cell in cells]
     missing = [name for name in wanted.values() if not _is_there(name, header)]
-    is_bare = len(missing) == len(wanted) == len(cells) and all(isinstance(name, str) for name in missing)
-    if is_bare and ("label" not in wanted or is_label(cells[2])):
+    is_unnamed = len(missing) == len(wanted) and all(isinstance(name, str) for name in missing)
+    is_labelled = len(cells) == 3 and is_label(cells[2])
+    if is_unnamed and (is_labelled or (len(cells) == 2 and "label" not in wanted)):
         positions = {field: place for place, field in enumerate(wanted)}
         return Layout(
             positions=positions, num_cells=len(cells), has_header=False, assumption=Change.HEADER_ABSENT
         )
     if missing:
-        near = [n for c in missing for n in difflib.get_close_matches(str(c), header, n=1)]
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise damaged(
-            path,
-            f"no column {missing[0]!r}",
-            got=f"first row: {printable(' | '.join(cells))}",
-            remedy=f"{hint}set `columns: {{a:, b:, label:}}` of the source: header names or 0-based numbers",
-        )
+        raise _no_column(path, missing[0], cells, columns)
     if _is_there(optional, header):
         wanted["rationale"] = optional
     positions = {f: header.index(name) if isinstance(name, str) else name for f, name in wanted.items()}
     named = any(isinstance(name, str) for name in wanted.values())
-    label = cells[positions["label"]] if "label" in positions else ""
-    assumed = not named and bool(label) and not is_label(label) and not label.strip().lstrip("-").isdigit()
+    assumed = not named and _looks_named(header, positions, is_label)
     return Layout(
         positions=positions,
         num_cells=len(cells),
         has_header=named or assumed,
         assumption=Change.HEADER_ASSUMED if assumed else None,
+    )
+
+
+def _looks_named(header: list[str], positions: dict[str, int], is_label: Callable[[str], bool]) -> bool:
+    """Whether a first row holds names: a label that is none, or a known corpus's names of the two texts."""
+    label = header[positions["label"]] if "label" in positions else ""
+    has_other_label = bool(label) and not is_label(label) and not label.lstrip("-").isdigit()
+    return has_other_label or (header[positions["a"]], header[positions["b"]]) in KNOWN_NAMES
+
+
+def _no_column(path: Path, missing: str | int, cells: Sequence[str], columns: Columns) -> UserInputError:
+    """`columns.label` is None where somebody asks on the command line and has no source to mend."""
+    near = difflib.get_close_matches(str(missing), [cell.strip() for cell in cells], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    how = "give --a and --b" if columns.label is None else "set `columns: {a:, b:, label:}` of the source"
+    return damaged(
+        path,
+        f"no column {missing!r}",
+        got=f"first row: {printable(' | '.join(cells))}",
+        remedy=f"{hint}{how}: header names or 0-based numbers",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from sftcore.config import Recipe
 from sftcore.data.contents import Fact, Pair
@@ -22,16 +23,23 @@ from sftcore.settings import PairExample
 SEPARATOR = "\n\n"
 
 
-def choose_examples(records: Sequence[Record], count: int, *, seed: int) -> list[Record]:
+def choose_examples(
+    records: Sequence[Record], count: int, *, seed: int, explained: bool = False
+) -> list[Record]:
     """`count` training records, in turn of each relation (of pairs: of each label), as far as there are any.
+
+    Args:
+        explained: take only pairs with a rationale.
 
     Raises:
         UserInputError: there are fewer.
     """
+    if explained:
+        records = [r for r in records if isinstance(r.content, Pair) and r.content.rationale is not None]
     if len(records) < count:
         raise UserInputError(
             Problem(
-                what="too few training records for the examples",
+                what=f"too few training records{' with a rationale' if explained else ''} for the examples",
                 where="evaluate.few_shot",
                 got=str(count),
                 allowed=f"up to {len(records)}",
@@ -55,9 +63,12 @@ def _group_of(record: Record) -> str:
 
 
 def with_examples(recipe: Recipe, examples: Sequence[Record]) -> Recipe:
-    """A matching recipe whose prompts begin with these solved pairs, after the recipe's own."""
+    """A matching recipe whose prompts begin with these solved pairs, after the recipe's own.
+
+    Their rationales come along: an answer without one would show another form than the one that is read.
+    """
     pairs = [example.content for example in examples if isinstance(example.content, Pair)]
-    shown = [PairExample.model_validate({"a": pair.a, "b": pair.b, "label": pair.label}) for pair in pairs]
+    shown = [PairExample.model_validate(asdict(pair)) for pair in pairs]
     matching = recipe.matching.model_copy(update={"examples": [*recipe.matching.examples, *shown]})
     return recipe.model_copy(update={"matching": matching})
 

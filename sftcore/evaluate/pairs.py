@@ -13,24 +13,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from sftcore.config import Recipe
 from sftcore.data.contents import Pair
+from sftcore.data.ledger import Ledger, Reason, Rejection, printable
 from sftcore.data.prompts import Prompter
 from sftcore.data.rationales import parse_answer
 from sftcore.data.records import Record
 from sftcore.data.wording import LANGUAGES, language_of
 from sftcore.dist import WHOLE, Share
+from sftcore.evaluate.few_shot import first_paragraph
 from sftcore.log import progress
+from sftcore.model.adapters import base_of, is_adapter
 from sftcore.model.encoder import encoder_logits
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
 from sftcore.model.likelihood import Question, class_logits, continuation_scores, load_for_scoring
-from sftcore.model.load import load_for_decoding
+from sftcore.model.load import load_config, load_for_decoding
+from sftcore.model.positions import position_limit
+from sftcore.settings import MATCHING_FILE
 
-__all__ = ["Verdict", "judge_pairs", "pair_rows", "pair_scores"]
+__all__ = ["Verdict", "has_learnt_labels", "judge_pairs", "pair_rows", "pair_scores", "reject_overlong"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,15 +78,65 @@ def judge_pairs(
         scores = [None if row is None else row[1] - row[0] for row in logits]
     else:
         model = load_for_scoring(settings, classifies=recipe.classifies, quantised=quantised)
-        scores = _scores_by_language(recipe, model, records, prompter, share)
+        stops = has_learnt_labels(folder)
+        scores = _scores_by_language(recipe, model, records, prompter, share, stops=stops)
     return [
         None if score is None else _verdict(score, record, prompter)
         for score, record in zip(scores, records, strict=True)
     ]
 
 
+def reject_overlong(
+    recipe: Recipe, folder: str, records: Sequence[Record], prompter: Prompter, ledger: Ledger
+) -> list[Record]:
+    """The pairs that the model in `folder` has positions for; the others go to the ledger."""
+    path = base_of(Path(folder)) if is_adapter(Path(folder)) else folder
+    limit = position_limit(load_config(recipe.model.model_copy(update={"path": path})))
+    if limit is None or not records:
+        return list(records)
+    kept = []
+    tokens = _tokens_needed(recipe, records, prompter, stops=has_learnt_labels(folder))
+    for record, needed in zip(records, tokens, strict=True):
+        if needed <= limit:
+            kept.append(record)
+            continue
+        rejection = Rejection(
+            file=record.file,
+            row=record.row,
+            reason=Reason.OVERLENGTH,
+            excerpt=printable(record.id),
+            detail=f"{needed} tokens, {limit} fit",
+        )
+        ledger.reject(rejection)
+    return kept
+
+
+def _tokens_needed(
+    recipe: Recipe, records: Sequence[Record], prompter: Prompter, *, stops: bool
+) -> list[int]:
+    """Tokens of each pair's prompt and of what is read behind it: the last token of an answer never is."""
+    prompts = [len(ids) for ids in prompter.prompt_ids_batch(records)]
+    if recipe.classifies:
+        return prompts
+    if not recipe.matching.compares_likelihoods:
+        return [prompt + recipe.evaluate.max_new_tokens - 1 for prompt in prompts]
+    answers = [max(map(len, both)) for both in prompter.label_ids_batch(records, stops=stops)]
+    return [prompt + answer - 1 for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def has_learnt_labels(folder: str) -> bool:
+    """Whether we trained this model on pairs: it then ends a label with the stop token, others need not."""
+    return (Path(folder) / MATCHING_FILE).is_file()
+
+
 def _scores_by_language(
-    recipe: Recipe, model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, share: Share
+    recipe: Recipe,
+    model: PreTrainedModel,
+    records: Sequence[Record],
+    prompter: Prompter,
+    share: Share,
+    *,
+    stops: bool,
 ) -> list[float | None]:
     """By how much label 1 is preferred; prompts of a language begin alike, which is computed once a pack."""
     scores: list[float | None] = [None] * len(records)
@@ -92,7 +148,7 @@ def _scores_by_language(
         found = (
             _class_margins(model, chosen, prompter, recipe.matching.pooling, share)
             if recipe.classifies
-            else _text_margins(model, chosen, prompter, recipe.matching.normalise == "mean", share)
+            else _text_margins(model, chosen, prompter, share, stops=stops)
         )
         for i, score in zip(numbers, found, strict=True):
             scores[i] = score
@@ -114,9 +170,10 @@ def _class_margins(
 
 
 def _text_margins(
-    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, mean: bool, share: Share
+    model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, share: Share, *, stops: bool
 ) -> list[float | None]:
-    prompts, answers = prompter.prompt_ids_batch(records), prompter.label_ids_batch(records)
+    prompts, answers = prompter.prompt_ids_batch(records), prompter.label_ids_batch(records, stops=stops)
+    mean = prompter.options.matching.normalise == "mean"
     questions = [
         Question(prompt=prompt, continuations=both) for prompt, both in zip(prompts, answers, strict=True)
     ]
@@ -147,6 +204,7 @@ def _generated(
             )
             for i, tokens in zip(batch, completions, strict=True):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
+                text = first_paragraph(text) if recipe.matching.examples else text
                 verdicts[i] = Verdict(label=_read(text, records[i], prompter), text=text, score=None)
             advance(len(batch))
     return verdicts

@@ -25,6 +25,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length
 from sftcore.model.load import DTYPES, LossModel, load_config, load_for_decoding, load_pretrained
+from sftcore.model.positions import position_limit
 from sftcore.settings import NUM_CLASSES
 
 ROWS_PER_BATCH = 64  # of inference
@@ -93,13 +94,14 @@ def _problems(recipe: Recipe, config: Any) -> list[Problem]:
         remedy = "set matching.mode: discriminative"
         what = f"model type {config.model_type!r} is no encoder"
         return [Problem(what=what, where="matching.mode", got="encoder", remedy=remedy)]
-    if recipe.max_length > config.max_position_embeddings:
+    limit = position_limit(config)
+    if limit is not None and recipe.max_length > limit:
         return [
             Problem(
                 what="samples may be longer than the encoder has positions",
                 where="data.max_length",
                 got=str(recipe.max_length),
-                allowed=f"at most {config.max_position_embeddings}",
+                allowed=f"at most {limit}",
             )
         ]
     return []

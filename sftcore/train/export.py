@@ -22,13 +22,12 @@ from sftcore.config import Recipe
 from sftcore.fsio import atomic_folder, write_json
 from sftcore.model.adapters import write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
+from sftcore.settings import MATCHING_FILE
 from sftcore.train.engine import Engine
 from sftcore.train.model_card import write_card
 
 SHARD_BYTES = 2 * 10**9
 Named = tuple[str, torch.Tensor]
-
-MATCHING_FILE = "matching.json"  # beside the weights: which prompts and label words they were trained with
 
 
 def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Path) -> None:
@@ -59,12 +58,16 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
 
 def _what_inference_needs(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide prompts and predictions; paths of data stay behind."""
+    layouts: list[dict[str, Any]] = []
+    for source in (*recipe.data.train, *recipe.data.test):
+        columns = source.columns.model_dump(mode="json")
+        layouts += [columns] if columns not in layouts else []
     return {
         "task": recipe.task,
         "model": {"path": "", "dtype": recipe.model.dtype},
         "adapter": {"kind": recipe.adapter.kind},
         "data": {
-            "train": [{"format": "pairs", "path": ""}],
+            "train": [{"format": "pairs", "path": "", "columns": columns} for columns in layouts],
             "template": recipe.model_dump(mode="json")["data"]["template"],
         },
         "batch": {"samples_per_step": 1, "capacity": recipe.max_length},

@@ -96,18 +96,20 @@ def test_every_prompt_is_a_reply_or_a_failure_and_the_run_goes_on(tmp_path, monk
         assert Moody.asked["busy 0"] == 3 and Moody.asked["broken 0"] == 3, "retried twice"
         assert results.keys() == prompts.keys()
         whys = {key: result.why for key, result in results.items() if isinstance(result, Failure)}
-        assert {key.split("-")[0] for key in whys} == {"broken", "slow"}
+        assert {key.split("-")[0] for key in whys} == {"broken", "slow", "page", "torn"}
+        assert whys["page-0"] == whys["torn-1"] == "no chat completion in the answer"
         assert whys["broken-0"] == "InternalServerError" and whys["slow-1"] == "APITimeoutError"
         texts = {key: result.text for key, result in results.items() if isinstance(result, Reply)}
         assert texts == {"fine-0": "0 enif", "fine-1": "1 enif", "busy-0": "0 ysub", "busy-1": "1 ysub"} | {
-            f"{mood}-{i}": "" for mood in ("page", "torn", "mute") for i in range(2)
+            f"mute-{i}": "" for i in range(2)
         }
         before = Moody.asked.copy()
         again = ask_all(
             prompts, connect(settings(url)), ReplyCache(cache.path, {"model": "m"}), concurrency=4
         )
         new = Moody.asked - before
-        assert {prompt.split()[0] for prompt in new} == {"broken", "slow"}, "replies are not asked for again"
+        asked_again = {prompt.split()[0] for prompt in new}
+        assert asked_again == {"broken", "slow", "page", "torn", "mute"}, "only replies with a text stay"
         assert {k: r for k, r in again.items() if isinstance(r, Reply)} == {
             k: r for k, r in results.items() if isinstance(r, Reply)
         }
@@ -149,3 +151,32 @@ def test_another_model_is_asked_anew_and_a_torn_line_is_mended(tmp_path):
     reopened.put("q", Reply(text="t"))
     assert ReplyCache(cache.path, {"model": "m"}).get("q") == Reply(text="t")
     assert ReplyCache(cache.path, {"model": "other"}).get("p") is None
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"key": "a", "te', b"\xe4\xb8", b'{"key": "a"}\n{"key": "b", "te{"key": "c"}\n']
+)
+def test_a_file_of_torn_lines_alone_is_mended(tmp_path, torn):
+    path = tmp_path / "replies.jsonl"
+    path.write_bytes(torn)
+    ReplyCache(path, {}).put("p", Reply(text="r"))
+    assert ReplyCache(path, {}).get("p") == Reply(text="r")
+    assert len(path.read_bytes().splitlines()) == 1
+
+
+def test_empty_replies_of_an_earlier_version_are_asked_again(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.jsonl", {})
+    cache.put("fine 1", Reply(text=""))
+    with moody_server() as url:
+        results = ask_all({"a": "fine 1"}, connect(settings(url)), cache, concurrency=1)
+    assert results == {"a": Reply(text="1 enif", num_input_tokens=7, num_output_tokens=5)}
+    assert ReplyCache(cache.path, {}).get("fine 1") == results["a"]
+
+
+def test_a_server_that_says_nothing_stops_the_run(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.jsonl", {})
+    with (
+        moody_server() as url,
+        pytest.raises(MissingEnvironmentError, match="20 times in a row: empty reply"),
+    ):
+        ask_all({str(i): f"mute {i}" for i in range(50)}, connect(settings(url)), cache, concurrency=1)

@@ -15,17 +15,26 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from tiny import SUBJECTS, write_lines
 from tiny_bert import write_bert
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+)
 
 from launcher.evaluating import evaluate
 from launcher.inspection import inspect_recipe
-from launcher.matching import match_pairs
+from launcher.matching import match_pairs, recipe_of
 from launcher.stages import prepare
+from launcher.worker import train_recipe
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl
 from sftcore.knowledge.templates import load_relations, question_of
+from sftcore.model.likelihood import continuation_scores
 from sftcore.recipe import ASSETS, load_recipe
 
 
@@ -238,6 +247,90 @@ def test_an_encoder_from_recipe_to_scores(recipe):
     assert scores == pytest.approx([row["score"] for row in rows], abs=1e-5)
 
 
+@pytest.fixture
+def scorer(recipe) -> Path:
+    """A classifier that a run trained, with a corpus's own column names."""
+    rows = [{"text_a": r["sentence1"], "text_b": r["sentence2"], "label": r["label"]} for r in pairs(0, 9)]
+    write_lines(Path("pairs.jsonl"), rows)
+    data = {"train": [{"preset": "lcqmc", "path": "pairs.jsonl"}]}
+    train_recipe(load_recipe(Path(save(recipe, data=data, matching={"mode": "discriminative"}))))
+    return Path("runs/tiny/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns"),
+    [
+        ("raw.tsv", "Ann 1\tBob 1\t0\nAnn 2\tAnn 3\t1\n", None),
+        ("two.tsv", "Ann 1\tBob 1\nAnn 2\tAnn 3\n", None),
+        ("lcqmc.tsv", "text_a\ttext_b\tlabel\nAnn 1\tBob 1\t0\nAnn 2\tAnn 3\t1\n", None),
+        ("bq.csv", "sentence1,sentence2\nAnn 1,Bob 1\nAnn 2,Ann 3\n", None),
+        ("qqp.tsv", "id\tquestion1\tquestion2\n7\tAnn 1\tBob 1\n8\tAnn 2\tAnn 3\n", None),
+        ("qqp.jsonl", '{"question1": "Ann 1", "question2": "Bob 1"}\n' * 2, None),
+        ("numbered.tsv", "7\tAnn 1\tBob 1\n8\tAnn 2\tAnn 3\n", ("1", "2")),
+        ("headed.tsv", "text_a\ttext_b\nAnn 1\tBob 1\nAnn 2\tAnn 3\n", ("0", "1")),
+        ("named.tsv", "left\tright\nAnn 1\tBob 1\nAnn 2\tAnn 3\n", ("left", "right")),
+    ],
+)
+def test_pairs_are_found_in_the_files_that_people_have(scorer, name, text, columns):
+    Path(name).write_text(text)
+    assert match_pairs(scorer, Path(name), Path("to.jsonl"), columns=columns or (None, None)) == 2
+    first, second = read_jsonl(Path("to.jsonl"))
+    assert (first["sentence1"], first["sentence2"]) == ("Ann 1", "Bob 1")
+    assert second["row"] == 2
+
+
+def test_columns_that_are_not_there_name_the_options_of_the_command(scorer):
+    Path("odd.tsv").write_text("7\tAnn 1\tBob 1\tx\n")
+    with pytest.raises(UserInputError, match="no column 'text_a'(.|\n)*give --a and --b: .* 0-based numbers"):
+        match_pairs(scorer, Path("odd.tsv"), Path("to.jsonl"))
+    with pytest.raises(UserInputError, match=r"no column 9(.|\n)*give --a and --b"):
+        match_pairs(scorer, Path("odd.tsv"), Path("to.jsonl"), columns=("1", "9"))
+    write_lines(Path("odd.jsonl"), [{"q": "Ann"}])
+    with pytest.raises(UserInputError, match=r"no usable pair(.|\n)*missing_field(.|\n)*give --a and --b"):
+        match_pairs(scorer, Path("odd.jsonl"), Path("to.jsonl"))
+    with pytest.raises(UserInputError, match="columns by number(.|\n)*name the fields in --a and --b"):
+        match_pairs(scorer, Path("odd.jsonl"), Path("to.jsonl"), columns=("0", "1"))
+
+
+def test_pairs_longer_than_an_encoder_has_positions_are_listed_not_scored(recipe, caplog):
+    Path("bert").mkdir()
+    write_bert(Path("bert"))
+    long = {"id": "long", "sentence1": "a " * 20, "sentence2": "b " * 20, "label": 0}
+    write_lines(Path("pairs.jsonl"), letters(0, 12))
+    write_lines(Path("held.jsonl"), [*letters(48, 52), long])
+    changes = {"data": recipe["data"] | {"max_length": 32}, "matching": {"mode": "encoder"}}
+    loaded = load_recipe(Path(save(recipe, model={"path": "bert", "dtype": "float32"}, **changes)))
+    train_recipe(loaded)
+    assert evaluate(loaded)["tuned"]["n"] == 4
+    (row,) = (r for r in read_jsonl(Path("runs/tiny/ledger.test.jsonl")) if r["kind"] == "rejected")
+    assert (row["reason"], row["detail"]) == ("overlength", "43 tokens, 32 fit")
+    assert "1 of 5 held-out pairs are longer" in caplog.text
+    folder = Path("runs/tiny/model")
+    assert match_pairs(folder, Path("held.jsonl"), Path("to.jsonl")) == 4
+    assert len(read_jsonl(Path("to.jsonl"))) == 4
+    (row,) = (r for r in read_jsonl(Path("to.jsonl.ledger.jsonl")) if r["kind"] == "rejected")
+    assert (row["row"], row["reason"]) == (5, "overlength")
+    write_lines(Path("held.jsonl"), [long])
+    with pytest.raises(UserInputError, match="no usable pair(.|\n)*row 1: overlength"):
+        match_pairs(folder, Path("held.jsonl"), Path("to.jsonl"))
+    with pytest.raises(UserInputError, match="nothing to evaluate on(.|\n)*ledger.test.jsonl"):
+        evaluate(loaded)
+
+
+@pytest.mark.parametrize("predict", ["likelihood", "generate"])
+def test_pairs_longer_than_a_decoder_has_positions_are_listed_not_scored(recipe, tiny_model_folder, predict):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    sizes = {"n_positions": 48, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**sizes, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained("gpt")
+    tokenizer.save_pretrained("gpt")
+    long = {"id": "long", "sentence1": "a " * 40, "sentence2": "b", "label": 0}
+    write_lines(Path("held.jsonl"), [*pairs(24, 28), long])
+    model = {"path": "gpt", "dtype": "float32"}
+    loaded = load_recipe(Path(save(recipe, model=model, matching={"predict": predict})))
+    assert evaluate(loaded)["base"]["n"] == 4
+
+
 def asked_and_told(split: str, n: int) -> list[dict]:
     """Questions about shipped facts beside a sentence's beginning: of the same relation, or of another."""
     relations, draw = load_relations(), random.Random(0)
@@ -329,9 +422,83 @@ def test_the_base_model_is_scored_behind_solved_training_pairs(recipe):
     assert all(prompt.startswith(head) for prompt in prompts), "the same examples before each"
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_solved_pairs_show_the_reasons_that_answers_are_read_with(recipe, order):
+    rows = pairs(0, 24)
+    for row in rows[::2]:
+        del row["rationale"]  # such pairs are no examples
+    write_lines(Path("pairs.jsonl"), rows)
+    changes = {"evaluate": {"few_shot": 2, "max_new_tokens": 4}, "matching": {"rationale": order}}
+    assert evaluate(load_recipe(Path(save(recipe, **changes)))).keys() == {"base", "fewshot"}
+    row = read_jsonl(Path("runs/tiny/eval/fewshot/predictions.jsonl"))[0]
+    first, second, _ = row["prompt"].split("\n\n")
+    labels = []
+    for example in (first, second):
+        lines = example.split("Meaning: ")[1].split("\n")
+        labels.append(lines[0] if order == "after" else lines[1].removeprefix("Conclusion: "))
+        assert ("Reason: " in lines[1]) == (order == "after") and len(lines) == 2
+    assert sorted(labels) == ["different", "same"]
+    write_lines(Path("pairs.jsonl"), [{k: v for k, v in r.items() if k != "rationale"} for r in rows])
+    with pytest.raises(UserInputError, match="too few training records with a rationale for the examples"):
+        evaluate(load_recipe(Path(save(recipe, **changes, name="bare"))))
+
+
+def test_a_folder_that_another_version_wrote_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("matching.json").write_text(
+        '{"model": {"path": ""}, "matching": {"labels": {"en": [" no", " yes"]}}}'
+    )
+    with pytest.raises(UserInputError, match="matching.json: not as this version(.|\n)*mend the file"):
+        recipe_of(Path("."))
+
+
+def test_an_example_behind_the_answer_is_not_read(recipe, monkeypatch):
+    """A model without training goes on with an example of its own, which may conclude otherwise."""
+    shown = [{"a": "Ann 1", "b": "Bob 1", "label": 0, "rationale": "Ann is not Bob"}]
+    monkeypatch.setattr("sftcore.evaluate.pairs.decode_batch", lambda *_, **__: [[0]] * 12)
+    matching = {"rationale": "before", "examples": shown}
+    loaded = load_recipe(Path(save(recipe, matching=matching, evaluate={"batch_size": 12})))
+    said = " one name\nConclusion: same\n\nText 1: x\nMeaning: why\nConclusion: different"
+    kind = type(AutoTokenizer.from_pretrained(loaded.model.path))
+    monkeypatch.setattr(kind, "decode", lambda *_, **__: said)
+    assert evaluate(loaded)["base"]["pairs"]["test"]["predicted_same"] == 1
+
+
+def test_only_a_model_that_we_trained_is_asked_for_its_stop_token(recipe, monkeypatch):
+    """Behind solved pairs a text goes on with the next one: a stop token there says nothing of the label."""
+    asked = {}
+
+    def note(model, questions, **options):
+        asked[Path(model.name_or_path).name] = questions[0].continuations
+        return continuation_scores(model, questions, **options)
+
+    monkeypatch.setattr("sftcore.evaluate.pairs.continuation_scores", note)
+    path = Path(save(recipe, evaluate={"few_shot": 2}))
+    train_recipe(load_recipe(path))
+    evaluate(load_recipe(path))
+    stop = AutoTokenizer.from_pretrained(recipe["model"]["path"]).eos_token_id
+    assert len(asked) == 2
+    for folder, continuations in asked.items():
+        assert [ids[-1] == stop for ids in continuations] == [folder == "model"] * 2
+        assert continuations[0] != continuations[1]
+
+
+def test_a_label_that_begins_another_is_compared_with_its_line_end(recipe):
+    loaded = load_recipe(Path(save(recipe, matching={"labels": {"en": ["Ann Bob", "Ann"]}})))
+    tokenizer = AutoTokenizer.from_pretrained(loaded.model.path)
+    prompter = Prompter(PromptOptions.of(loaded), tokenizer)
+    record = next(iter(read_source(loaded.data.train[0], split="train", labels=loaded.matching.labels)))
+    ((long, short),) = prompter.label_ids_batch([record], stops=False)
+    assert [tokenizer.decode(ids) for ids in (long, short)] == [" Ann Bob\n", " Ann\n"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"matching": {"rationale": "after", "examples": [{"a": "x", "b": "y", "label": 0}]}},
+            "each of the examples needs a rationale",
+        ),
         ({"matching": {"mode": "discriminative", "rationale": "after"}}, "so it has no rationale"),
         ({"matching": {"mode": "encoder"}, "adapter": {"kind": "lora"}}, "trains all weights"),
         ({"matching": {"mode": "discriminative"}, "adapter": {"kind": "qlora"}}, "no 4-bit weights"),
@@ -350,6 +517,29 @@ def test_the_base_model_is_scored_behind_solved_training_pairs(recipe):
 def test_combinations_that_can_not_be_honoured_are_refused(recipe, change, message):
     with pytest.raises(UserInputError, match=message):
         load_recipe(Path(save(recipe, **change)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"zh": ["相同", "相同"]}, "zh '相同' can't mean 1: zh '相同' means 0"),
+        ({"en": ["Same", "same"]}, "en 'same' can't mean 1: en 'same' means 0"),
+        ({"en": ["", ""]}, "en '': a word of one line"),
+        ({"en": [" no", "yes "]}, "en ' no': a word .* spaces around it; en 'yes ': a word"),
+        ({"en": ["no", "y\nes"]}, "of one line"),
+        ({"en": ["1", "0"]}, "en '1' can't mean 0: a file's own '1' means 1"),
+        ({"zh": ["yes", "no"], "en": ["no", "yes"]}, "en 'no' can't mean 0: zh 'no' means 1"),
+    ],
+)
+def test_label_words_that_can_not_be_told_apart_are_refused(recipe, labels, message):
+    with pytest.raises(UserInputError, match=f"label words .* or read: .*{message}") as caught:
+        load_recipe(Path(save(recipe, matching={"labels": labels})))
+    assert "recipe.yaml: matching.labels" in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_label_words_may_be_shared_by_languages_and_bare(recipe):
+    for labels in ({"zh": ["no", "yes"], "en": ["no", "yes"]}, {"zh": ["0", "1"], "en": ["not it", "it"]}):
+        load_recipe(Path(save(recipe, matching={"labels": labels})))
 
 
 def write_rows(rows: list[tuple]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import subprocess
@@ -78,6 +79,19 @@ def test_the_local_model_is_asked_once(tiny_model_folder, tmp_path, monkeypatch)
     content = cache.read_bytes()
     assert write_rationales(recipe) == first and cache.read_bytes() == content
     assert read_json(Path("runs/asked/rationales.jsonl.summary.json"))["unparsable"] == NUM_PAIRS
+
+
+def test_only_drawn_pairs_are_asked_of_and_their_number_is_told_first(
+    tiny_model_folder, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("sftcore"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="sftcore")
+    path = teacher_recipe(tiny_model_folder, backend="local")
+    recipe = load_recipe(path, ["select={n: 4, balance: label, draw: 1}"])
+    assert write_rationales(recipe)["num_pairs"] == 4
+    assert len(read_jsonl(Path("runs/asked/teacher.jsonl"))) == 4
+    assert "4 prompts to ask" in caplog.text
 
 
 @contextmanager
