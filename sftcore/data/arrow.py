@@ -1,8 +1,9 @@
 """Rows of Parquet files and of Hugging Face data sets, on disk (`save_to_disk`) or by name.
 
 In: a Parquet file, a data set folder, or a `hub:` name. Out: `RawRow`s whose values are objects; identities.
-Invariant: a data set is known by the bytes of its Arrow files, so a cache key never depends on when or how it
-was loaded (trl#6206: a hash that never repeats).
+Invariant: a data set is known by the bytes of its Arrow files, and which of their rows were asked for, so a
+cache key never depends on when or how it was loaded (trl#6206: a hash that never repeats; datasets' own
+fingerprint is another for the same file elsewhere).
 Trade-off: rows become Python objects, 1,000 at a time (1 MB at 1 kB a row), so that all formats share one set
 of checks.
 """
@@ -96,7 +97,7 @@ def open_dataset(path: str, subset: str | None = None, split: str | None = None)
     if path.startswith(HUB_PREFIX):
         return _by_name(path, subset, split)
     try:
-        dataset = datasets.load_from_disk(path)
+        dataset = datasets.load_from_disk(path, keep_in_memory=False)
     except Exception as error:  # datasets raises whatever its JSON and Arrow readers do
         remedy = (
             "a folder must be one that `Dataset.save_to_disk` wrote; for files, give a glob such as DIR/*"
@@ -115,7 +116,8 @@ def _by_name(path: str, subset: str | None, split: str | None) -> Any:
 
     name = path.removeprefix(HUB_PREFIX)
     try:
-        return datasets.load_dataset(name, subset, split=split)
+        # else HF_DATASETS_IN_MEMORY_MAX_SIZE may leave it without files to be known by
+        return datasets.load_dataset(name, subset, split=split, keep_in_memory=False)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         remedy = "load it once on a machine with network, or save it to a folder (save_to_disk) and name that"
         raise MissingEnvironmentError(
@@ -138,7 +140,7 @@ def dataset_files(source: Source, file: Path) -> list[Path]:
 
 
 def identity_of(source: Source, file: Path, digest: Callable[[Path], str] = sha256_of_file) -> str:
-    """SHA-256 of a source file's bytes; of a data set, of its files, and its number of rows.
+    """SHA-256 of a source file's bytes; of a data set, of its files, its number of rows, and which they are.
 
     Raises:
         UserInputError: unreadable.
@@ -147,7 +149,10 @@ def identity_of(source: Source, file: Path, digest: Callable[[Path], str] = sha2
         if not is_dataset(file):
             return digest(file)
         num_rows = len(open_dataset(str(file), source.subset, source.split))
-        return " ".join([*(digest(f) for f in dataset_files(source, file)), f"{num_rows} rows"])
+        digests = [digest(f) for f in dataset_files(source, file)]
+        # train[:3] and train[3:6] share their files; those of a folder are all of its rows
+        chosen = [f"{source.subset}/{source.split}"] if str(file).startswith(HUB_PREFIX) else []
+        return " ".join([*digests, f"{num_rows} rows", *chosen])
 
 
 def arrow_spans(source: Source, file: Path, part_bytes: int) -> list[tuple[Span, int]]:

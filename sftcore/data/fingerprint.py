@@ -2,7 +2,7 @@
 
 In: a recipe, a tokenizer. Out: 16 hex digits.
 Invariant: contents count, never names of folders or times; a changed template, tokenizer, option, file or
-version of this code gives another key, and nothing else does.
+version of this code gives another key, and nothing else does: how many rows may be dropped is no part of it.
 Trade-off: every source file is read for its checksum (1 GB/s) the first time, and remembered after that.
 """
 
@@ -21,7 +21,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import fingerprint_of, sha256_of_file
 from sftcore.recipe import source_files
 
-CODE_VERSION = 4  # raise it when the same inputs give other samples, or other parts
+CODE_VERSION = 5  # raise it when the same inputs give other samples, or other parts
 Digest = Callable[[Path], str]
 
 
@@ -45,7 +45,6 @@ def store_fingerprint(
             "prompts": PromptOptions.of(recipe).identity(),
             "patterns": question_patterns(data.relations) if recipe.task == "qa" else None,
             "deduplicate": data.deduplicate,
-            "max_reject_fraction": data.max_reject_fraction,
             "tokenizer": tokenizer_identity(tokenizer),
             "only_ids": None if only_ids is None else sorted(set(only_ids)),
         }

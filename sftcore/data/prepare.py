@@ -3,8 +3,9 @@
 In: a recipe and a tokenizer. Out: an open `TokenStore` in .cache/stores/FINGERPRINT.
 Invariant: num_rows_read = num_samples + num_rejected + num_not_selected; two stores with one fingerprint hold
 the same samples, since it covers every byte that decides them.
-Trade-off: finished parts of an interrupted prepare stay in FINGERPRINT.parts until somebody asks for the same
-store again (at most the size of the store); only what is missing is then made.
+Trade-off: finished parts of a prepare that was interrupted, met a file that it could not read, or found too
+many odd rows stay in FINGERPRINT.parts until somebody asks for the same store again (at most its size); only
+what is missing is then made, and another `max_reject_fraction` is the same store.
 """
 
 from __future__ import annotations
@@ -48,12 +49,16 @@ from sftcore.data.tokens import Tokenizer
 from sftcore.data.units import Unit, cut_sources, share_of_job
 from sftcore.data.workers import Workshop, default_num_workers, write_parts
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import folder_lock, sync_entry
+from sftcore.fsio import folder_lock, read_jsonl, sync_entry
 from sftcore.log import log
 
 __all__ = ["load_items", "load_records", "prepare_shard", "prepare_store", "store_fingerprint"]
 
 STORES = Path(".cache/stores")
+
+
+class _NeverAStore(UserInputError):
+    """Only other data or another recipe helps: these parts are of no more use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,16 +131,16 @@ def prepare_store(
     with _remembered(cache_root) as digest:
         order = _order(recipe, tokenizer, only_ids, cache_root, digest)
         if store := _reusable(order, digest):
-            return store
+            return _allowed(recipe, store)
         lock = cache_root / ".locks" / order.fingerprint
         with folder_lock(lock, purpose="preparing data", wait=True) as is_alone:
             if store := _reusable(order, digest):
-                return store
+                return _allowed(recipe, store)
             if order.folder.exists():
                 log.warning("%s is damaged: writing it again", order.folder)
                 shutil.rmtree(order.folder)
             _build(order, num_workers or default_num_workers(), is_alone=is_alone, merge_only=merge_only)
-    store = TokenStore.open(order.folder, order.fingerprint)
+    store = _allowed(recipe, TokenStore.open(order.folder, order.fingerprint))
     _report(store)
     return store
 
@@ -222,6 +227,20 @@ def _reusable(order: _Order, digest: Digest) -> TokenStore | None:
     return store
 
 
+def _allowed(recipe: Recipe, store: TokenStore) -> TokenStore:
+    """`store`, unless this recipe allows fewer dropped rows than the one that it was made for."""
+    dropped = store.manifest["rejected_by_reason"]
+    if not any(dropped.get(reason) for reason in READING | PROMPTING):
+        return store
+    path, ledger = store.folder / "ledger.jsonl", Ledger()
+    ledger.absorb(read_jsonl(path), num_rows_read=store.manifest["num_rows_read"], altered={})
+    try:
+        _check_limits(recipe, ledger, len(store))
+    except UserInputError as error:
+        raise UserInputError(*error.problems, _listed(ledger, path)) from error
+    return store
+
+
 def _build(order: _Order, num_workers: int, *, is_alone: bool, merge_only: bool) -> None:
     """Make what is missing, compare, and give the store its name."""
     workshop, units = order.workshop(), order.units()
@@ -232,8 +251,11 @@ def _build(order: _Order, num_workers: int, *, is_alone: bool, merge_only: bool)
     try:
         _finish(order, workshop, units, num_workers)
         _give_name(order)
+    except _NeverAStore:
+        shutil.rmtree(order.parts, ignore_errors=True)
+        raise
     except UserInputError:
-        shutil.rmtree(order.parts, ignore_errors=True)  # mended data will have another fingerprint
+        log.info("finished parts are kept in %s (mended data will not need them)", order.parts)
         raise
     except FileNotFoundError:  # without locks, another process may have renamed it under our hands
         if not order.folder.is_dir():
@@ -260,6 +282,8 @@ def _finish(order: _Order, workshop: Workshop, units: Sequence[Unit], num_worker
     except UserInputError as error:
         problems += error.problems
     done = [unit for unit in units if workshop.is_done(unit)]
+    if not problems and len(done) < len(units):
+        raise FileNotFoundError(order.parts)
     parts = read_parts(order.parts, done)
     problems += files_without_records(parts, done)
     if problems:
@@ -283,13 +307,13 @@ def _merge(order: _Order, parts: Sequence[Part], asked: Hashes) -> None:
     wanted = None if only is None else np.array([hash_id(id) for id in only], np.uint64)
     outcomes, copies = decide(parts, asked, wanted, deduplicate=data.deduplicate)
     ledger = account(parts, outcomes, copies)
+    num_samples = int(np.count_nonzero(outcomes == KEPT))
     try:
-        ledger.check(data.max_reject_fraction, reasons=READING, num_rows=ledger.num_rows_read)
+        _check_limits(order.recipe, ledger, num_samples)
         if only is not None and (missing := _not_offered(parts, outcomes, only)):
-            raise UserInputError(_not_found(missing))
-        _check_prompting(order.recipe, ledger, int(np.count_nonzero(_is_offered(outcomes))))
-        if not np.count_nonzero(outcomes == KEPT):
-            raise UserInputError(Problem(what="no row became a training sample", where="data.train"))
+            raise _NeverAStore(_not_found(missing))
+        if not num_samples:
+            raise _NeverAStore(Problem(what="no row became a training sample", where="data.train"))
     except UserInputError as error:
         path = order.cache_root / f"{order.fingerprint}.ledger.jsonl"
         raise _with_ledger(error, ledger, path) from error
@@ -323,10 +347,12 @@ def _not_found(ids: Collection[str]) -> Problem:
     )
 
 
-def _check_prompting(recipe: Recipe, ledger: Ledger, num_offered: int) -> None:
-    data = recipe.data
-    num_overlength = ledger.rejected_by_reason[Reason.OVERLENGTH]
-    if data.overlength == "error" and num_overlength:
+def _check_limits(recipe: Recipe, ledger: Ledger, num_samples: int) -> None:
+    """Refuse data of which more rows were dropped than the recipe allows."""
+    data, rejected = recipe.data, ledger.rejected_by_reason
+    ledger.check(data.max_reject_fraction, reasons=READING, num_rows=ledger.num_rows_read)
+    num_offered = num_samples + sum(rejected[reason] for reason in PROMPTING)
+    if data.overlength == "error" and rejected[Reason.OVERLENGTH]:
         problem = ledger.problem(frozenset({Reason.OVERLENGTH}), num_rows=num_offered, max_fraction=0)
         remedy = "raise data.max_length, or set data.overlength: reject or trim_prompt"
         raise UserInputError(replace(problem, remedy=remedy))
@@ -338,8 +364,11 @@ def _with_ledger(error: UserInputError, ledger: Ledger, path: Path) -> UserInput
     if not ledger.num_rejected:
         return error
     ledger.write(path)
-    listed = Problem(what=f"all {ledger.num_rejected} dropped rows are listed there", where=str(path))
-    return UserInputError(*error.problems, listed)
+    return type(error)(*error.problems, _listed(ledger, path))
+
+
+def _listed(ledger: Ledger, path: Path) -> Problem:
+    return Problem(what=f"all {ledger.num_rejected} dropped rows are listed there", where=str(path))
 
 
 def _report(store: TokenStore) -> None:

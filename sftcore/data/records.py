@@ -37,7 +37,7 @@ from sftcore.data.contents import (
     parse_question,
     parse_unlabelled,
 )
-from sftcore.data.ledger import Ledger, Rejection, printable, printable_path
+from sftcore.data.ledger import Ledger, Reason, Rejection, printable, printable_path
 from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore, json_line_rows, json_list_rows
 from sftcore.data.subjects import recover_subjects
 from sftcore.data.tables import choose_columns, object_rows, pair_rows
@@ -288,14 +288,23 @@ def _parsed(
         try:
             yield Parsed(id=parse_id(fields), row=row.number, content=parse(fields))
         except OddRow as odd:
-            excerpt = odd.excerpt or json.dumps(row.value, ensure_ascii=False, default=str)
-            yield Rejection(
-                file=str(file),
-                row=row.number,
-                reason=odd.reason,
-                excerpt=printable(excerpt),
-                detail=printable(odd.detail),
-            )
+            yield _rejected(row, file, odd)
+        except RecursionError:  # nested as deep as a JSON reader goes, deeper than repr() does
+            yield _rejected(row, file, OddRow(Reason.WRONG_TYPE, "nested too deeply"))
+
+
+def _rejected(row: RawRow, file: Path, odd: OddRow) -> Rejection:
+    try:
+        excerpt = odd.excerpt or json.dumps(row.value, ensure_ascii=False, default=str)
+    except RecursionError:
+        excerpt = f"a {type(row.value).__name__}, nested too deeply to be shown"
+    return Rejection(
+        file=str(file),
+        row=row.number,
+        reason=odd.reason,
+        excerpt=printable(excerpt),
+        detail=printable(odd.detail),
+    )
 
 
 def _with_subjects(file: Path, rows: Iterator[Parsed | Rejection]) -> Iterator[Parsed | Rejection]:

@@ -33,8 +33,9 @@ FOREIGN_STARTS = {
     b"\xff\xfe": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
     b"\xfe\xff": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
     b"\x1f\x8b": ("gzip data under a name without .gz", "rename it to end in .gz"),
-    b"PK": ("a zip archive", "unpack it"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),  # "PK" alone may begin a text
 }
+LONGEST_START = max(map(len, FOREIGN_STARTS))
 LONG_NUMBER = re.compile(r"\d{19}")
 Note = Callable[[Alteration], None]
 
@@ -112,7 +113,7 @@ def text_lines(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[
         position = span.start
         for number, line in enumerate(handle, span.first_row):
             if number == 1:
-                _refuse_foreign(path, line[:2])
+                _refuse_foreign(path, line[:LONGEST_START])
             yield _decoded(path, line, number=number, note=note)
             position += len(line)
             if span.end is not None and position >= span.end:

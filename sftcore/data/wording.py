@@ -208,7 +208,7 @@ class PromptOptions:
             if self.task == "matching"
             else None,
             "max_length": self.max_length,
-            "overlength": self.overlength,
+            "overlength": "trim_prompt" if self.overlength == "trim_prompt" else "reject",
         }
 
 

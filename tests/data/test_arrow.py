@@ -100,7 +100,8 @@ def test_unusable_files_and_folders_are_named(saved, read):
 def test_data_sets_by_name(monkeypatch, read, saved):
     asked = []
 
-    def load(name, subset, split):
+    def load(name, subset, split, keep_in_memory):
+        assert not keep_in_memory
         asked.append((name, subset, split))
         return Dataset.load_from_disk(str(saved / "r"))
 
@@ -110,6 +111,23 @@ def test_data_sets_by_name(monkeypatch, read, saved):
     assert len(records) == 2500 and records[0].id == "set:1" and asked == [("org/set", "main", "train")]
     source = Source(format="jsonl", path="hub:org/set", split="train")
     assert "2500 rows" in identity_of(source, arrow_module.Path("hub:org/set"))
+
+
+def test_slices_of_a_data_set_are_told_apart_by_their_fingerprints(saved, read, tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    monkeypatch.setattr("datasets.config.IN_MEMORY_MAX_SIZE", 10**9)
+    (tmp_path / "set").mkdir()
+    (saved / "r.jsonl").rename(tmp_path / "set" / "train.jsonl")
+    prints, prompts = set(), []
+    for split in ("train[:3]", "train[3:6]", "train[:3]"):
+        open_dataset.cache_clear()
+        source = {"format": "jsonl", "path": f"hub:{tmp_path}/set", "split": split}
+        prompts.append([r.content.prompt for r in read(**source)[0]])
+        recipe = {"model": {"path": "m"}, "data": {"train": [source]}, "batch": {"samples_per_step": 4}}
+        prints.add(store_fingerprint(Recipe.model_validate(recipe), bpe))
+        assert open_dataset(source["path"], None, split).cache_files
+    assert prompts == [["Q0?", "Q1?", "Q2?"], ["Q3?", "Q4?", "Q5?"], ["Q0?", "Q1?", "Q2?"]]
+    assert len(prints) == 2
 
 
 def test_a_name_that_cannot_be_reached(read, monkeypatch):

@@ -15,7 +15,7 @@ from sftcore.config import Recipe
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_items, load_records, prepare_store, store_fingerprint
 from sftcore.data.store import TokenStore
-from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 FACTS = [
     {"relation": "P1", "subject": f"S{i}", "answers": ["Paris", "Rome"], "question": f"Where is S{i}?"}
@@ -136,7 +136,42 @@ def test_too_many_bad_rows_are_an_error_with_a_list_of_all(recipe, bpe, cache):
     (listed,) = cache.glob("*.ledger.jsonl")
     assert "all 5 dropped rows are listed" in str(caught.value) and str(listed) in str(caught.value)
     assert len(listed.read_text().splitlines()) == 5
-    assert [p.name for p in cache.iterdir() if p.is_dir()] == [".locks"]  # no store
+    assert not list(cache.glob("*/manifest.json"))  # no store
+
+
+def test_another_limit_makes_nothing_anew_and_holds_for_ready_stores_too(recipe, bpe, cache, monkeypatch):
+    bad = [{"relation": "P1", "subject": "x", "answers": []}] * 5
+    with pytest.raises(UserInputError, match="5 of 25 rows can't be used"):
+        prepare_store(recipe([*FACTS, *bad]), bpe, cache_root=cache)
+    monkeypatch.setattr("sftcore.data.workers.write_part", None)  # a second writing would fail
+    lax = recipe([*FACTS, *bad], max_reject_fraction=0.2)
+    store = prepare_store(lax, bpe, cache_root=cache)
+    assert account(store)["rejected_by_reason"] == {"empty_answer": 5} and len(store) == 20
+    with pytest.raises(UserInputError, match="5 of 25 rows can't be used(.|\n)*empty_answer: 5") as caught:
+        prepare_store(recipe([*FACTS, *bad], max_reject_fraction=0.19), bpe, cache_root=cache)
+    assert f"{store.folder}/ledger.jsonl: all 5 dropped rows are listed there" in str(caught.value)
+    assert prepare_store(lax, bpe, cache_root=cache).ids == store.ids  # still there
+
+
+def test_parts_stay_when_a_held_out_file_cannot_be_read(recipe, bpe, cache, monkeypatch):
+    def unreadable(_):
+        raise UserInputError(Problem(what="can't be read: Input/output error", where="test.jsonl"))
+
+    it = recipe(FACTS, test=FACTS[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "held_out_records", unreadable)
+        with pytest.raises(UserInputError, match="Input/output error"):
+            prepare_store(it, bpe, cache_root=cache)
+    monkeypatch.setattr("sftcore.data.workers.write_part", None)
+    assert len(prepare_store(it, bpe, cache_root=cache)) == 19
+
+
+def test_parts_that_never_make_a_store_are_removed(recipe, bpe, cache):
+    with pytest.raises(UserInputError, match="selected records are not among"):
+        prepare_store(recipe(FACTS), bpe, only_ids=["nope"], cache_root=cache)
+    with pytest.raises(UserInputError, match="no row became a training sample"):
+        prepare_store(recipe(FACTS, test=FACTS), bpe, cache_root=cache)
+    assert not list(cache.glob("*.parts"))
 
 
 def test_overlong_rows_count_against_the_limit_or_stop_the_run(recipe, bpe, cache):

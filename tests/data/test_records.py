@@ -257,3 +257,46 @@ def test_label_words_ignore_case():
     assert label_numbers(LabelWords(zh=("否", "是"), en=("No", "Yes"))) == {
         "0": 0, "1": 1, "否": 0, "是": 1, "no": 0, "yes": 1,
     }  # fmt: skip
+
+
+DEEP = range(900, 1101, 10)  # around the depths at which orjson, repr and json.dumps give up
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "good"),
+    [
+        ("jsonl", "DEEP", {"prompt": "Q", "completion": "A"}),
+        ("jsonl", '{"prompt": DEEP, "completion": "A"}', {"prompt": "Q", "completion": "A"}),
+        ("jsonl", '{"messages": [{"role": DEEP, "content": "x"}]}', {"messages": TURNS}),
+        ("jsonl", '{"id": DEEP, "prompt": "Q", "completion": "A"}', {"prompt": "Q", "completion": "A"}),
+        ("facts", '{"relation": "P1", "subject": "S", "answers": DEEP}', FACT),
+        ("pairs", '{"sentence1": "a", "sentence2": "b", "label": DEEP}',
+         {"sentence1": "a", "sentence2": "b", "label": 1}),
+    ],
+)  # fmt: skip
+def test_rows_nested_deeper_than_python_can_show_are_rejections(write, read, format, row, good):
+    deep = [row.replace("DEEP", opening * n + '""' + closing * n)
+            for n in DEEP for opening, closing in (("[", "]"), ('{"k":', "}"))]  # fmt: skip
+    path = write("d.jsonl", "\n".join([*deep, json.dumps(good)]))
+    records, rejections, _ = read(format, path)
+    assert len(records) == 1 and len(rejections) == len(deep)
+    assert all(r.excerpt and r.detail for r in rejections)
+
+
+def test_a_list_with_a_deep_element_costs_that_element_only(write, read):
+    good = questions("Ann", "Bob")[:-1]
+    for n in DEEP:
+        path = write(f"P{n}.json", f"{good}, {'[' * n + ']' * n}]")
+        try:
+            records, rejections, _ = read("entityquestions", path)
+        except UserInputError as error:
+            assert "not valid JSON" in str(error)  # deeper than the reader goes
+        else:
+            assert (len(records), [r.row for r in rejections]) == (2, [3])
+
+
+def test_a_table_that_begins_with_pk_is_no_zip_archive(write, read):
+    records, rejections, _ = read("pairs", write("pk.tsv", "PK是什么意思\t什么是PK\t1\n你好吗\t你好\t0\n"))
+    assert records[0].content == Pair(a="PK是什么意思", b="什么是PK", label=1) and rejections == []
+    with pytest.raises(UserInputError, match="a zip archive, not UTF-8 text"):
+        read("pairs", write("archive.tsv", b"PK\x03\x04\x14\x00"))

@@ -208,7 +208,7 @@ def test_all_unusable_files_are_named_at_once(recipe, bpe, tmp_path, write):
         ("cut.jsonl.gz", "damaged or cut-off gzip file"),
         ("test.jsonl", "no usable row"),
     }
-    assert not list((tmp_path / "s").glob("*.parts"))
+    assert not list((tmp_path / "s").glob("*/manifest.json"))
 
 
 def test_ready_stores_are_not_read_again(recipe, bpe, tmp_path, monkeypatch):
