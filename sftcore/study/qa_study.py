@@ -246,7 +246,8 @@ def recommend(best: Mapping[str, Any]) -> list[str]:
     if rivals and rivals[0]["n"] < best["n"]:
         return [
             f"For this model, train on {describe_set(rivals[0])}: {format_share(rivals[0]['mean'])}. "
-            f"The highest mean is that of {describe_set(best)}, {numbers}, but fewer facts are not clearly worse.",
+            f"The highest mean is that of {describe_set(best)}, {numbers}, "
+            "but fewer facts are not clearly worse.",
             unclear,
         ]
     sentences = [f"For this model, train on {describe_set(best)}: {numbers}."]
