@@ -26,7 +26,7 @@ from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
-from sftcore.data.tokens import Tokenizer
+from sftcore.data.tokens import Tokenizer, codec_of
 from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_logits, summarise_drift
@@ -337,7 +337,7 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
     file = items.recipe.data.relations
     relations = load_relations(Path(file) if file else None)
     texts = drift_prompts(known, best_templates(read_json(path)), relations)
-    prompts = [items.tokenizer(text)["input_ids"] for text in texts]
+    prompts = codec_of(items.tokenizer).encode_prompts(texts)
     logits = {}
     for name in ("tuned", "base"):  # one model in memory at a time
         logits[name] = first_logits(_load_evaluated(items.recipe, folders[name]), prompts)

@@ -24,7 +24,7 @@ from sftcore.data.prepare import load_records
 from sftcore.data.rationales import read_reply
 from sftcore.data.records import Record
 from sftcore.data.teacher import Failure, Reply, ReplyCache, ask_all, connect
-from sftcore.data.tokens import load_tokenizer
+from sftcore.data.tokens import codec_of, load_tokenizer
 from sftcore.data.wording import language_of, load_template
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import write_json, write_jsonl
@@ -167,6 +167,6 @@ def _ask_here(
 def _as_asked(tokenizer: Any, prompt: str) -> list[int]:
     """The prompt as the model's chat template puts it, or as it stands for a base model."""
     if tokenizer.chat_template is None:
-        return list(tokenizer(prompt)["input_ids"])
+        return codec_of(tokenizer).encode_prompts([prompt])[0]
     turns = [{"role": "user", "content": prompt}]
     return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))

@@ -40,6 +40,23 @@ def build_bpe(*, bos: bool = False, eos: bool = False, with_eos_token: bool = Tr
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", **end)
 
 
+def build_spaces_in_front():
+    """As Llama 2's: each text gets a space in front, which belongs to the first word: "Paris" is "▁Paris"."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [*"▁ParisWhe北京上海"]
+    merges = [("P", "a"), ("Pa", "r"), ("Par", "i"), ("Pari", "s"), ("▁", "Paris"), ("i", "s"), ("▁", "is")]
+    pieces = ["<unk>", "<s>", "</s>", *dict.fromkeys([*letters, *(a + b for a, b in merges)])]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def build_words():
     """One id a word, in the order of WORDS; adds <s> by itself."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

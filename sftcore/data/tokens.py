@@ -69,6 +69,10 @@ class Codec:
         encodings = iter(backend.encode_batch_fast(full, add_special_tokens=False))
         return [next(encodings).ids if text else [] for text in texts]
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as a model is to go on with it: after the prefix, without the suffix."""
+        return [self.with_prefix(ids) for ids in self.encode(texts)]
+
     def encode_joined(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Ids of each pair of texts with all that the tokenizer puts around and between them."""
         backend = self.tokenizer.backend_tokenizer

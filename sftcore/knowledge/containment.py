@@ -6,7 +6,8 @@ Trade-off: names are sought with `str.find` and their edges looked at only where
 150 characters takes 2 to 4 us, 12 us if it isn't ASCII, most of that NFKC (two-core machine, November 2026).
 
 METHODS.md M1 leaves containment open; decided here:
-* Texts and names are compared after NFKC, case folding and one kind of quote, dash and space.
+* Texts and names are compared after NFKC, case folding and one kind of quote, dash, space and middle dot
+  (列奥纳多・达・芬奇).
 * A name counts only as whole words in scripts that put spaces between words. Chinese, Japanese, Thai, Lao,
   Khmer and Burmese don't: plain substring there. Korean does, but glues particles to the end of a noun, so a
   name needs a word border before it and none before a following Hangul syllable.
@@ -33,7 +34,7 @@ MIN_NAME_LENGTH = 2  # characters of an alias
 UNDECODED = "\ufffd"  # what a tokenizer puts for bytes that don't make a character yet
 MATCHERS_KEPT = 4096  # about 2 kB each; callers come fact by fact, so even 1 would do
 
-_PLAIN_MARKS = str.maketrans("‘’ʼ“”‐‑‒–—", "'''\"\"-----")
+_PLAIN_MARKS = str.maketrans("‘’ʼ“”‐‑‒–—・•‧∙⋅", "'''\"\"-----·····")
 _UNSPACED = (
     re.compile(  # Thai and Lao; Burmese; Khmer; radicals, kana, bopomofo, Han; kana and Han past 16 bits
         "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u3130\u3190-\u9fff\uf900-\ufaff"
@@ -48,7 +49,7 @@ _EVERYDAY_WORDS = frozenset(
 
 
 def tidy(text: str) -> str:
-    """NFKC, plain quotes and dashes, single spaces; the case is kept."""
+    """NFKC, plain quotes, dashes and middle dots, single spaces; the case is kept."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)
     return " ".join(text.split())
@@ -66,6 +67,11 @@ def normalise(text: str) -> str:
 def _fold(tidied: str) -> str:
     folded = tidied.casefold()
     return folded if folded.isascii() else unicodedata.normalize("NFKC", folded)
+
+
+def is_unspaced(char: str) -> bool:
+    """Whether a character is of a script that puts no spaces between words."""
+    return _UNSPACED.match(char) is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +198,7 @@ class _Name:
 
 def _is_spaced_letter(char: str) -> bool:
     """A letter, digit or combining mark of a script that puts spaces between words."""
-    return (char.isalnum() or unicodedata.category(char)[0] == "M") and not _UNSPACED.match(char)
+    return (char.isalnum() or unicodedata.category(char)[0] == "M") and not is_unspaced(char)
 
 
 def _starts_word(text: str, start: int) -> bool:

@@ -2,8 +2,10 @@
 
 In: prompts and the names that count for each. Out: a probability for each prompt.
 Invariant: it is the probability, under the probe's temperature, that a sampled completion begins with one of
-the names, spelt in the tokenizer's own way; so it never exceeds the sampled recall's expectation by more than
-what goes on inside a word ("Oman" in "Omani").
+the names, in the ids that the tokenizer gives them behind this prompt; so it never exceeds the sampled
+recall's expectation by more than what goes on inside a word ("Oman" in "Omani").
+What stands between prompt and name: a space ("is" + " Lima"), nothing between unspaced scripts ("首都是" +
+"北京"), and where just one of them is unspaced, either is counted.
 Trade-off: one forward of prompt and name instead of ten completions of 32 tokens; answers that come later
 ("the city of Lima"), or in another spelling in tokens, are missed. docs/memory-levels.md compares the two.
 """
@@ -11,13 +13,14 @@ Trade-off: one forward of prompt and name instead of ten completions of 32 token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from sftcore.data.contents import Fact
-from sftcore.knowledge.containment import AliasTable
+from sftcore.data.seam import Draft, encode_drafts
+from sftcore.data.tokens import Codec
+from sftcore.knowledge.containment import AliasTable, is_unspaced
 
 ROWS_PER_FORWARD = 32  # their logits are 270 MB for 8 tokens of a 262,144-word vocabulary
 
@@ -34,7 +37,7 @@ def accepted_names(fact: Fact, aliases: AliasTable) -> list[str]:
 
 def answer_likelihoods(
     model: PreTrainedModel,
-    tokenizer: Any,
+    codec: Codec,
     prompts: Sequence[str],
     names: Sequence[Sequence[str]],
     *,
@@ -51,10 +54,8 @@ def answer_likelihoods(
     Returns:
         one in [0, 1] for each prompt.
     """
-    spellings = [
-        (p, ids) for p, own in enumerate(names) for ids in _spellings(tokenizer, own, max_new_tokens)
-    ]
-    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    spellings = _spellings(codec, prompts, names, max_new_tokens)
+    prompt_ids = codec.encode_prompts(prompts)
     order = sorted(
         range(len(spellings)), key=lambda i: len(prompt_ids[spellings[i][0]]) + len(spellings[i][1])
     )
@@ -67,10 +68,45 @@ def answer_likelihoods(
     return [min(total, 1.0) for total in totals]
 
 
-def _spellings(tokenizer: Any, names: Sequence[str], max_tokens: int) -> list[tuple[int, ...]]:
-    """Token ids of the names behind a space; one that begins with another's is left out: it adds nothing."""
-    encoded = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
-    found = sorted({tuple(ids) for ids in encoded if len(ids) <= max_tokens}, key=len)
+def _spellings(
+    codec: Codec, prompts: Sequence[str], names: Sequence[Sequence[str]], max_tokens: int
+) -> list[tuple[int, tuple[int, ...]]]:
+    """(number of its prompt, token ids) of each name behind its prompt, as a trained answer would be encoded.
+
+    One that begins with another's is left out: it adds nothing.
+    """
+    texts = [
+        (p, separator + name)
+        for p, own in enumerate(names)
+        for name in own
+        for separator in _separators(prompts[p], name)
+    ]
+    encoded = encode_drafts(codec, [Draft(pieces=(prompts[p], text), is_bare=False) for p, text in texts])
+    found: dict[int, set[tuple[int, ...]]] = {}
+    for (p, _), sample in zip(texts, encoded, strict=True):
+        if sample and sample.num_trained <= max_tokens:
+            found.setdefault(p, set()).add(tuple(sample.ids[sample.num_prompt :]))
+    return [(p, ids) for p, spellings in found.items() for ids in _without_longer(spellings)]
+
+
+def _separators(prompt: str, name: str) -> tuple[str, ...]:
+    """What may stand between them.
+
+    >>> pairs = [("Peru's capital is", "Lima"), ("中国的首都是", "北京"), ("首都：", "北京")]
+    >>> [_separators(prompt, name) for prompt, name in pairs]
+    [(' ',), ('',), ('', ' ')]
+    """
+    num_unspaced = is_unspaced(prompt[-1]) + is_unspaced(name[0])
+    return ((" ",), ("", " "), ("",))[num_unspaced]
+
+
+def _without_longer(spellings: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those that don't begin with another.
+
+    >>> _without_longer({(1, 2), (1,), (2, 1)})
+    [(1,), (2, 1)]
+    """
+    found = sorted(spellings, key=lambda ids: (len(ids), ids))
     return [ids for i, ids in enumerate(found) if not any(ids[: len(s)] == s for s in found[:i])]
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from sftcore.config import ProbeSettings
 from sftcore.data.records import Record
+from sftcore.data.tokens import Codec, codec_of
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import (
     append_jsonl,
@@ -203,6 +204,7 @@ class Prober:
         probe: what is measured.
         trials: all facts in all wordings.
         questions: the distinct prompts.
+        codec: the tokenizer's.
         prompts: their token ids.
         matchers: one per fact.
         batches: question numbers, batch by batch.
@@ -211,6 +213,7 @@ class Prober:
     probe: Probe
     trials: Sequence[Trial]
     questions: Sequence[Question]
+    codec: Codec
     prompts: Sequence[Sequence[int]]
     matchers: Sequence[AnswerMatcher]
     batches: Sequence[Sequence[int]]
@@ -220,13 +223,15 @@ class Prober:
         """Tokenise the prompts and cut them into batches."""
         trials = probe.trials()
         questions = distinct_questions(trials)
-        prompts = [probe.tokenizer(question.prompt)["input_ids"] for question in questions]
+        codec = codec_of(probe.tokenizer)
+        prompts = codec.encode_prompts([question.prompt for question in questions])
         aliases = AliasTable.load()
         per_batch = max(1, probe.settings.batch_rows // probe.settings.samples)
         return cls(
             probe=probe,
             trials=trials,
             questions=questions,
+            codec=codec,
             prompts=prompts,
             matchers=[AnswerMatcher(fact_of(record).answers, aliases) for record in probe.records],
             batches=batches_by_length(prompts, prompts_per_batch=per_batch),
@@ -306,7 +311,7 @@ class Prober:
         trials = self.trials_of(batch)
         likelihoods = answer_likelihoods(
             model,
-            self.probe.tokenizer,
+            self.codec,
             [self.trials[t].prompt for t in trials],
             [accepted_names(fact_of(self.probe.records[self.trials[t].fact]), aliases) for t in trials],
             temperature=self.probe.settings.temperature,

@@ -2,7 +2,8 @@
 
 In: `StudyFiles`. Out: the content of the study's report.json.
 Invariant: a cell is a mean over draws and shows how far apart they lie; every comparison is between sets of
-the same size; an effect is called one only where its interval leaves out 0.
+the same size; an effect is called one only where its interval leaves out 0, and a set the best one only where
+no draw of any other reaches its lowest.
 Trade-off: intervals over items (normal, of paired differences) hold for these draws; with two draws a cell
 their spread says little, and the page says so.
 """
@@ -16,7 +17,7 @@ from typing import Any
 from sftcore.evaluate.score import LEVELS, mean_interval
 from sftcore.study.figures import FEW_ITEMS
 from sftcore.study.run_folder import count_levels
-from sftcore.study.study_runs import DIVIDED, MIXED, StudyFiles, StudyRun
+from sftcore.study.study_runs import StudyFiles, StudyRun
 from sftcore.study.wording import format_share
 
 SPLITS = ("test", "ood")
@@ -45,10 +46,10 @@ def summarise_study(files: StudyFiles) -> dict[str, Any]:
 
 
 def group_runs(runs: Sequence[StudyRun]) -> dict[tuple[str, int, str], list[StudyRun]]:
-    """(adapter, n, level) -> the runs of each cell, which differ by their draw."""
+    """(variant, n, level) -> the runs of each cell, which differ by their draw."""
     groups: dict[tuple[str, int, str], list[StudyRun]] = {}
     for run in runs:
-        groups.setdefault((run.adapter, run.n, run.level), []).append(run)
+        groups.setdefault((run.variant, run.n, run.level), []).append(run)
     return groups
 
 
@@ -56,6 +57,7 @@ def _cell(runs: Sequence[StudyRun]) -> dict[str, Any]:
     drifts = [run.drift for run in runs if run.drift is not None]
     return {
         "adapter": runs[0].adapter,
+        "variant": runs[0].variant,
         "n": runs[0].n,
         "level": runs[0].level,
         "runs": [run.name for run in runs],
@@ -123,17 +125,17 @@ def diagonal_effects(runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
     share over the runs of the same size trained on the other single levels.
 
     Returns:
-        `{adapter, n, level, num_items, own, others, difference, low, high}`; test levels with fewer than
+        `{variant, n, level, num_items, own, others, difference, low, high}`; test levels with fewer than
         `FEW_ITEMS` items, or without runs on either side, are left out.
     """
     effects = []
-    for adapter, n in dict.fromkeys((run.adapter, run.n) for run in runs):
-        same = [r for r in runs if (r.adapter, r.n) == (adapter, n) and r.level not in (MIXED, DIVIDED)]
+    for variant, n in dict.fromkeys((run.variant, run.n) for run in runs):
+        same = [r for r in runs if (r.variant, r.n) == (variant, n) and r.level.isdigit()]
         for level in LEVELS:
             own = [run for run in same if run.level == str(level)]
             others = [run for run in same if run.level != str(level)]
             if own and others and (effect := _paired(own, others, level)):
-                effects.append({"adapter": adapter, "n": n, "level": level, **effect})
+                effects.append({"variant": variant, "n": n, "level": level, **effect})
     return effects
 
 
@@ -165,9 +167,12 @@ def _right_shares(runs: Sequence[StudyRun]) -> dict[Any, float]:
 
 
 def best_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The cell with the highest mean over levels in domain, the next one, and whether draws tell them apart.
+    """The cell with the highest mean over levels in domain, and those that draws don't tell apart from it.
 
-    `is_clear`: every draw of the best lies above every draw of the next, and both have two draws or more.
+    Returns:
+        the best cell's keys and `next`, the second; `rivals`: the cells of which a draw reaches the best's
+        lowest one, smallest set first, of one size the better first; `is_clear`: there is none, and best and
+        next have two draws or more. None where nothing was measured.
     """
     measured = [
         (cell["splits"]["test"]["mean_over_levels"], cell)
@@ -176,16 +181,23 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     ]
     if not measured:
         return None
-    ranked = sorted(measured, key=lambda pair: -pair[0]["mean"])
-    (top, cell), following = ranked[0], ranked[1:2]
-    is_clear = bool(following) and min(len(top["draws"]), len(following[0][0]["draws"])) > 1
+    (top, cell), *others = sorted(measured, key=lambda pair: -pair[0]["mean"])
+    rivals = [_named(other) | {"mean": part["mean"]} for part, other in others if part["high"] >= top["low"]]
+    num_draws = [len(part["draws"]) for part in (top, *(part for part, _ in others[:1]))]
     return {
-        **{key: cell[key] for key in ("adapter", "n", "level", "runs")},
+        **_named(cell),
+        "runs": cell["runs"],
         "mean_over_levels": top,
         "levels_counted": cell["splits"]["test"]["levels_counted"],
-        "next": {key: following[0][1][key] for key in ("adapter", "n", "level")} if following else None,
-        "is_clear": is_clear and top["low"] > following[0][0]["high"],
+        "next": _named(others[0][1]) if others else None,
+        "rivals": sorted(rivals, key=lambda rival: rival["n"]),
+        "is_clear": bool(others) and not rivals and min(num_draws) > 1,
     }
+
+
+def _named(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What `describe_set` needs of a cell."""
+    return {key: cell[key] for key in ("adapter", "variant", "n", "level")}
 
 
 def _by_relation(files: StudyFiles, best: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -209,17 +221,46 @@ def _by_relation(files: StudyFiles, best: Mapping[str, Any] | None) -> list[dict
 def describe_set(cell: Mapping[str, Any]) -> str:
     """A training set in words.
 
-    >>> describe_set({"n": 60, "level": "2", "adapter": "none"})
+    >>> describe_set({"n": 60, "level": "2", "variant": ""})
     '60 facts of level 2'
-    >>> describe_set({"n": 240, "level": "mixed", "adapter": "lora"})
-    '240 facts of mixed levels (lora)'
-    >>> describe_set({"n": 60, "level": "divided", "adapter": "none"})
-    '60 facts of divided levels'
+    >>> describe_set({"n": 240, "level": "mixed", "variant": "lora, train.lr 0.0002"})
+    '240 facts of mixed levels (lora, train.lr 0.0002)'
+    >>> describe_set({"n": 60, "level": "divided 3,4", "variant": ""})
+    '60 facts of divided levels 3,4'
     """
-    several = cell["level"] in (MIXED, DIVIDED)
-    which = f"{cell['level']} levels" if several else f"level {cell['level']}"
-    adapter = "" if cell["adapter"] == "none" else f" ({cell['adapter']})"
-    return f"{cell['n']:,} facts of {which}{adapter}"
+    kind, _, levels = cell["level"].partition(" ")
+    which = f"level {kind}" if kind.isdigit() else f"{kind} levels {levels}".rstrip()
+    variant = f" ({cell['variant']})" if cell["variant"] else ""
+    return f"{cell['n']:,} facts of {which}{variant}"
+
+
+def recommend(best: Mapping[str, Any]) -> list[str]:
+    """Which set to take: the best, or the smallest that draws don't tell apart from it."""
+    mean = format_share(best["mean_over_levels"]["mean"])
+    levels, num_draws, rivals = best["levels_counted"], len(best["runs"]), best["rivals"]
+    counted = f"{_plural(levels, 'test level')} {' and '.join(map(str, levels))}"
+    numbers = f"{mean} (mean over {counted}, {num_draws} {_plural(best['runs'], 'draw')})"
+    named = [f"{describe_set(rival)} ({format_share(rival['mean'])})" for rival in rivals]
+    listed = (", ".join(named[:-1]), "".join(named[-1:]))
+    unclear = f"The draws don't tell {describe_set(best)} apart from {' and '.join(filter(None, listed))}."
+    if rivals and rivals[0]["n"] < best["n"]:
+        return [
+            f"For this model, train on {describe_set(rivals[0])}: {format_share(rivals[0]['mean'])}. "
+            f"The highest mean is that of {describe_set(best)}, {numbers}, "
+            "but fewer facts are not clearly worse.",
+            unclear,
+        ]
+    sentences = [f"For this model, train on {describe_set(best)}: {numbers}."]
+    if rivals:
+        sentences.append(unclear)
+    elif best["next"] and not best["is_clear"]:
+        following = describe_set(best["next"])
+        sentences.append(f"One draw is too few to tell it apart from {following}, the next best.")
+    return sentences
+
+
+def _plural(items: Sequence[Any], noun: str) -> str:
+    return noun if len(items) == 1 else f"{noun}s"
 
 
 def verdict(
@@ -231,15 +272,7 @@ def verdict(
     """What the study says, by rule from its numbers."""
     if best is None:
         return ["No test item has a memory level: there is nothing to compare."]
-    mean = format_share(best["mean_over_levels"]["mean"])
-    levels = best["levels_counted"]
-    counted = ("s " if len(levels) > 1 else " ") + " and ".join(map(str, levels))
-    sentences = [
-        f"For this model, train on {describe_set(best)}: {mean} (mean over test level{counted}, "
-        f"{len(best['runs'])} draw{'s' if len(best['runs']) > 1 else ''})."
-    ]
-    if best["next"] and not best["is_clear"]:
-        sentences.append(f"The draws don't tell it apart from {describe_set(best['next'])}, the next best.")
+    sentences = recommend(best)
     base = others.get("base")
     if base:
         before = mean_over_levels(base["splits"]["test"])

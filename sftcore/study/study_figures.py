@@ -9,7 +9,7 @@ page's colours can't be compared with another page's. The numbers stand in the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -41,6 +41,7 @@ CURVE_COLOURS = {
     DIVIDED: "#009E73",
 }
 ARM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito
+SET_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#999999")  # of several levels, but not of all
 ARM_STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (6, 2)))
 CURVE_STYLES = {"0": ":", "1": "--", "2": "-.", "3": (0, (6, 2)), "4": "-", MIXED: "-", DIVIDED: (0, (1, 1))}
 
@@ -49,13 +50,13 @@ def heat_map(cells: Sequence[Mapping[str, Any]], *, split: str, scale: tuple[flo
     """Accuracy by training level (rows) and test level (columns), and the mean over levels.
 
     Args:
-        cells: of one adapter and size.
+        cells: of one variant and size.
         split: "test" or "ood".
         scale: accuracies at the lightest and the darkest colour.
         name: prefix of the figure's ids, unique on the page.
     """
     parts = {cell["level"]: cell["splits"][split] for cell in cells if split in cell["splits"]}
-    rows = [row for row in ROWS if row in parts]
+    rows = order_rows(parts)
     columns = sorted({level for part in parts.values() for level in part["by_level"]})
     with page_style():
         figure = Figure(figsize=(WIDTH_INCHES, 0.42 * len(rows) + 1.0), layout="constrained")
@@ -69,6 +70,23 @@ def heat_map(cells: Sequence[Mapping[str, Any]], *, split: str, scale: tuple[flo
         counts = [f"level {c}\nn = {parts[rows[0]]['by_level'][c]['n']:,}" for c in columns]
         _finish_map(axes, rows, [*counts, "mean over\nlevels"], len(columns))
         return svg_of(figure, name, f"Accuracy by training level and test level, split {split}")
+
+
+def order_rows(levels: Iterable[str]) -> list[str]:
+    """Levels of training sets, each once: single ones, then mixed, then divided ones.
+
+    >>> order_rows(["divided", "mixed 1-4", "2", "mixed", "0", "2"])
+    ['0', '2', 'mixed', 'mixed 1-4', 'divided']
+    """
+    return sorted(set(levels), key=lambda row: (ROWS.index(row.partition(" ")[0]), row))
+
+
+def _row_styles(cells: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """Row -> colour and line; sets of several levels, but not of all, take theirs in turn."""
+    rows = order_rows(cell["level"] for cell in cells)
+    partial = [row for row in rows if row not in CURVE_COLOURS]
+    colours = {row: SET_COLOURS[i % len(SET_COLOURS)] for i, row in enumerate(partial)} | CURVE_COLOURS
+    return {row: (colours[row], CURVE_STYLES[row.partition(" ")[0]]) for row in rows}
 
 
 def _draw_cell(
@@ -114,7 +132,7 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
     """Mean over test levels by the number of training facts: a line a level, a band over its draws.
 
     Args:
-        cells: of one adapter.
+        cells: of one variant.
         split: "test" or "ood".
         base: the base model's share, drawn as a line.
         name: prefix of the figure's ids, unique on the page.
@@ -122,7 +140,7 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
     with page_style():
         figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
         axes = figure.subplots()
-        for row in ROWS:
+        for row, style in _row_styles(cells).items():
             points = sorted(
                 (cell["n"], cell["splits"][split]["mean_over_levels"])
                 for cell in cells
@@ -130,7 +148,6 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
             )
             if points:
                 label = f"level {row}" if row.isdigit() else row
-                style = (CURVE_COLOURS[row], CURVE_STYLES[row])
                 _draw_curve(axes, label, style, points, place=_place_beside(row, "level", cells))
         if base is not None:
             axes.axhline(base, color=INK, lw=0.9, ls=(0, (1, 2)), label="base")

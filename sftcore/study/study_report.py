@@ -105,27 +105,27 @@ def render_study(report: Mapping[str, Any]) -> str:
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Name -> (title, SVG): levels, then curves, then a map for each adapter, size and split."""
+    """Name -> (title, SVG): levels, then curves, then a map for each variant, size and split."""
     figures = {}
     if report["level_histogram"]:
         title = "What the base model remembers"
         figures["levels"] = (title, levels_figure(report["level_histogram"]))
     cells = report["cells"]
     scale = _scale(cells)
-    for adapter in dict.fromkeys(cell["adapter"] for cell in cells):
-        same = [cell for cell in cells if cell["adapter"] == adapter]
-        how = "" if adapter == "none" else f", {adapter}"
+    for number, variant in enumerate(dict.fromkeys(cell["variant"] for cell in cells)):
+        same = [cell for cell in cells if cell["variant"] == variant]
+        how = f", {variant}" if variant else ""
         for split in SPLITS:
             if any(split in cell["splits"] for cell in same):
                 base = report["others"].get("base", {}).get(split, {}).get("mean_over_levels")
-                name = f"curve-{adapter}-{split}"
+                name = f"curve-{number}-{split}"
                 title = f"Size of the training set, {TITLES[split]}{how}"
                 figures[name] = (title, size_curves(same, split=split, base=base, name=name))
         for n in sorted({cell["n"] for cell in same}):
             for split in SPLITS:
                 chosen = [cell for cell in same if cell["n"] == n and split in cell["splits"]]
                 if chosen:
-                    name = f"map-{adapter}-{n}-{split}"
+                    name = f"map-{number}-{n}-{split}"
                     title = f"{n:,} training facts, {TITLES[split]}{how}"
                     figures[name] = (title, heat_map(chosen, split=split, scale=scale, name=name))
     return figures

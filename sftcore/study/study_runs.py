@@ -2,28 +2,41 @@
 
 In: a folder whose subfolders are run folders (`sftcore study` makes such). Out: `StudyFiles`.
 Invariant: a run counts only if its predictions, its selection and its recipe are there and agree with each
-other; the others are named, never guessed at.
+other; the others are named, never guessed at. Two runs are draws of one cell only if their recipes differ in
+nothing but name, folder and draw.
 Trade-off: predictions of all runs are held at once (300,000 rows for 252 runs of 1,200 items), so that items
 can be paired across runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sftcore.errors import Problem, UserInputError
-from sftcore.evaluate.score import score
+from sftcore.evaluate.score import LEVELS, score
 from sftcore.fsio import read_json, read_jsonl
 from sftcore.study.run_folder import PREDICTIONS, RECIPE
+from sftcore.study.wording import flatten, format_setting
 
 SELECTION = "selection.jsonl"
+MANIFEST = "levels.manifest.json"
 MIXED, DIVIDED = "mixed", "divided"  # of several levels, as many as come, or equal shares
 DRIFT = "eval/drift.json"
+KIND = "adapter.kind"
+NO_AXES = (  # of a recipe: what a draw is, what a cell's size and levels tell, what the fingerprint tells
+    "name",
+    "run",
+    "model.path",
+    "select.draw",
+    "select.n",
+    "select.levels",
+    KIND,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +46,12 @@ class StudyRun:
     Args:
         name: its folder's.
         n: training facts.
-        level: memory level that they are from, "0".."4", "mixed" or "divided".
+        level: memory level that they are from, "0".."4", or several, as `name_levels` has it.
         draw: number of the draw.
         adapter: "none" or the adapter's kind.
+        settings: dotted key -> value of the recipe, where that may set runs of the same size and level apart.
+        variant: `adapter` and those `settings` in which the study's runs differ, in words; "" if nothing.
+        model: fingerprint of the base model, or its path where the levels don't tell.
         rows: of eval/tuned/predictions.jsonl.
         scores: `score` of them.
         drift: mean KL of first tokens in nats, if measured.
@@ -46,6 +62,9 @@ class StudyRun:
     level: str
     draw: int
     adapter: str
+    settings: Mapping[str, Any]
+    variant: str = ""
+    model: str
     rows: Sequence[Mapping[str, Any]]
     scores: Mapping[str, Any]
     drift: float | None
@@ -100,14 +119,16 @@ def read_study_runs(folder: Path) -> StudyFiles:
         raise UserInputError(Problem(what="no finished run of a study", where=str(folder), remedy=remedy))
     _check_comparable(runs)
     first = runs[0][0]
-    ordered = sorted((run for _, run in runs), key=lambda r: (r.adapter, r.n, r.level, r.draw, r.name))
+    variants = name_variants([run for _, run in runs])
+    named = (replace(run, variant=variants[run.name]) for _, run in runs)
+    ordered = sorted(named, key=lambda r: (r.variant, r.n, r.level, r.draw, r.name))
     return StudyFiles(
         name=folder.resolve().name,
         runs=ordered,
         unfinished=unfinished,
         others=others,
         levels=_optional(first / "levels.jsonl", read_jsonl, []),
-        probe=_optional(first / "levels.manifest.json", read_json, {}),
+        probe=_optional(first / MANIFEST, read_json, {}),
         recipe=yaml.safe_load((first / RECIPE).read_text(encoding="utf-8")),
     )
 
@@ -122,21 +143,67 @@ def _read_run(run: Path) -> StudyRun:
     path = run / PREDICTIONS.format("tuned")
     rows = read_jsonl(path)
     select = recipe.get("select") or {}
-    wanted = select.get("levels") or sorted({row["level"] for row in selection})
-    several = DIVIDED if select.get("balance") == "level" else MIXED
+    wanted = select.get("levels") or {row["level"] for row in selection}
+    settings = dict(flatten(recipe))
+    if is_divided := select.get("balance") == "level":
+        del settings["select.balance"]  # the level's name tells it
+    found = _optional(run / MANIFEST, read_json, {}).get("model_fingerprint")
     return StudyRun(
         name=run.name,
         n=len(selection),
-        level=str(wanted[0]) if len(wanted) == 1 else several,
+        level=name_levels(wanted, is_divided=is_divided),
         draw=select.get("draw", 0),
-        adapter=(recipe.get("adapter") or {}).get("kind", "none"),
+        adapter=settings.get(KIND, "none"),
+        settings={key: value for key, value in settings.items() if key not in NO_AXES},
+        model=str(found or settings.get("model.path")),
         rows=rows,
         scores=score(rows, where=str(path)),
         drift=_optional(run / DRIFT, read_json, {}).get("mean_kl_nats"),
     )
 
 
+def name_levels(levels: Iterable[int], *, is_divided: bool = False) -> str:
+    """The levels of a training set: a word for several, with which ones unless it is all.
+
+    >>> [name_levels(levels) for levels in ([2], range(5), [1, 2, 3, 4], [3, 0, 1])]
+    ['2', 'mixed', 'mixed 1-4', 'mixed 0,1,3']
+    >>> [name_levels(levels, is_divided=True) for levels in ([2], range(5), [3, 4])]
+    ['2', 'divided', 'divided 3,4']
+    """
+    found = sorted(set(levels))
+    if len(found) == 1:
+        return str(found[0])
+    kind = DIVIDED if is_divided else MIXED
+    if tuple(found) == tuple(LEVELS):
+        return kind
+    has_gap = found[-1] - found[0] >= len(found)
+    which = ",".join(map(str, found)) if has_gap or len(found) == 2 else f"{found[0]}-{found[-1]}"
+    return f"{kind} {which}"
+
+
+def name_variants(runs: Sequence[StudyRun]) -> dict[str, str]:
+    """Run -> what sets it apart beside size, level and draw: its adapter, then keys in which recipes differ.
+
+    A key that some recipes lack (they are of an earlier version) is no difference by itself.
+    """
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in run.settings.items():
+            values.setdefault(key, set()).add(format_setting(value))
+    axes = sorted(key for key, found in values.items() if len(found) > 1)
+    return {
+        run.name: ", ".join(
+            [
+                *([run.adapter] if run.adapter != "none" else []),
+                *(f"{key} {format_setting(run.settings[key])}" for key in axes if key in run.settings),
+            ]
+        )
+        for run in runs
+    }
+
+
 def _check_comparable(runs: Sequence[tuple[Path, StudyRun]]) -> None:
+    _check_one_model([run for _, run in runs])
     first, reference = runs[0][0], {(row["split"], row["id"]) for row in runs[0][1].rows}
     problems = [
         Problem(
@@ -149,3 +216,20 @@ def _check_comparable(runs: Sequence[tuple[Path, StudyRun]]) -> None:
     ]
     if problems:
         raise UserInputError(*problems[:3])
+
+
+def _check_one_model(runs: Sequence[StudyRun]) -> None:
+    """Refuse runs of several base models: their memory levels are not the same."""
+    models: dict[str, list[str]] = {}
+    for run in runs:
+        models.setdefault(run.model, []).append(run.name)
+    if len(models) > 1:
+        found = "; ".join(f"{model}: {', '.join(names[:3])}" for model, names in models.items())
+        raise UserInputError(
+            Problem(
+                what="these runs are of different base models, whose memory levels can't be compared",
+                where=MANIFEST,
+                got=found,
+                remedy="keep the runs of each model in a folder of their own",
+            )
+        )

@@ -27,6 +27,13 @@ def test_encode_is_bare(bpe_bos_eos):
     assert codec.encode([]) == []
 
 
+def test_prompts_have_the_prefix_and_never_the_suffix(bpe, bpe_bos, bpe_bos_eos):
+    (bare,) = codec_of(bpe).encode(["Where is Paris?"])
+    assert bpe_bos_eos("Where is Paris?")["input_ids"] == [START, *bare, END], "it ends a text by itself"
+    found = [codec_of(t).encode_prompts(["Where is Paris?"]) for t in (bpe, bpe_bos, bpe_bos_eos)]
+    assert found == [[bare], [[START, *bare]], [[START, *bare]]]
+
+
 def test_special_tokens_in_a_text_are_special(bpe):
     codec = codec_of(bpe)
     assert codec.encode(["<|im_start|>a"])[0][0] == START

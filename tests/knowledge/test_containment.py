@@ -166,6 +166,15 @@ def test_a_settled_text_matches_however_it_goes_on(case, cut: int, tail: str) ->
         assert matcher.matches(text[:cut] + tail)
 
 
+@pytest.mark.parametrize("dot", "・･·•‧∙⋅")
+def test_all_middle_dots_are_one(dot: str) -> None:
+    name = f"列奥纳多{dot}达{dot}芬奇"
+    assert contains_answer("作者是列奥纳多·达·芬奇。", [name]) and contains_answer(
+        f"是{name}画的", ["列奥纳多・达・芬奇"]
+    )
+    assert not contains_answer("列奥纳多达芬奇", [f"达{dot}芬奇"])
+
+
 @pytest.mark.parametrize(
     ("text", "answer", "settled"),
     [

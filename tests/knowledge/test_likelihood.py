@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import TOWNS
+from tiny_tokenizers import build_bpe, build_spaces_in_front
 
 from sftcore.config import ModelSettings, ProbeSettings
 from sftcore.data.contents import Fact
 from sftcore.data.records import Record
-from sftcore.data.tokens import load_tokenizer
+from sftcore.data.tokens import codec_of, load_tokenizer
 from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.likelihood import _spellings, accepted_names, answer_likelihoods
 from sftcore.knowledge.probe import Probe, probe_facts
@@ -22,6 +23,11 @@ from sftcore.model.load import fingerprint_model, load_for_decoding
 def parts(tiny_model_folder):
     model = load_for_decoding(ModelSettings(path=str(tiny_model_folder), dtype="float32"))
     return model, load_tokenizer(str(tiny_model_folder))
+
+
+def coded(parts):
+    model, tokenizer = parts
+    return model, codec_of(tokenizer)
 
 
 def chance_by_hand(model, tokenizer, prompt: str, name: str) -> float:
@@ -38,7 +44,7 @@ def chance_by_hand(model, tokenizer, prompt: str, name: str) -> float:
 def test_likelihood_is_the_sum_of_the_names_chances(parts):
     prompts = ["Ann was born in", "Bob was", "Hal was born in the town of"]
     names = [["Rome", "Oslo"], ["Lima"], ["Rome", "Romeo"]]  # "Romeo" begins with "Rome": it adds nothing
-    found = answer_likelihoods(*parts, prompts, names, temperature=0.7, max_new_tokens=8)
+    found = answer_likelihoods(*coded(parts), prompts, names, temperature=0.7, max_new_tokens=8)
     counted = [["Rome", "Oslo"], ["Lima"], ["Rome"]]
     for prompt, own, chance in zip(prompts, counted, found, strict=True):
         expected = sum(chance_by_hand(*parts, prompt, name) for name in own)
@@ -47,19 +53,40 @@ def test_likelihood_is_the_sum_of_the_names_chances(parts):
 
 
 def test_names_that_do_not_fit_count_nothing(parts):
-    assert answer_likelihoods(*parts, ["Ann"], [["Xyzzyxyzzy"]], temperature=0.7, max_new_tokens=2) == [0.0]
+    assert answer_likelihoods(
+        *coded(parts), ["Ann"], [["Xyzzyxyzzy"]], temperature=0.7, max_new_tokens=2
+    ) == [0.0]
 
 
 def test_a_spelling_that_begins_with_another_is_left_out(parts):
     rome = tuple(parts[1](" Rome")["input_ids"])
-    assert _spellings(parts[1], ["Romeo", "Rome", "Rome"], 8) == [rome]
+    assert _spellings(codec_of(parts[1]), ["It is"], [["Romeo", "Rome", "Rome"]], 8) == [(0, rome)]
+
+
+def test_no_space_stands_between_unspaced_scripts():
+    tokenizer = build_bpe()
+    found = _spellings(codec_of(tokenizer), ["中国的首都是", "Its capital is"], [["北京"], ["北京"]], 32)
+    bare, spaced = (tuple(tokenizer(text)["input_ids"]) for text in ("北京", " 北京"))
+    assert bare != spaced and found[0] == (0, bare)
+    assert {ids for p, ids in found if p == 1} == {bare, spaced}, "the prompt is spaced, the name is not"
+
+
+def test_a_tokenizer_that_puts_a_space_in_front_itself_puts_none_before_a_name():
+    tokenizer = build_spaces_in_front()
+    codec = codec_of(tokenizer)
+    assert len(tokenizer(" Paris", add_special_tokens=False)["input_ids"]) == 2, "alone, it has two spaces"
+    ((_, ids),) = _spellings(codec, ["Where is"], [["Paris"]], 32)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁Paris"]
+    ((_, glued),) = _spellings(codec, ["北京"], [["上海"]], 32)
+    assert tokenizer.convert_ids_to_tokens(glued) == ["上", "海"]
+    assert codec.encode_prompts(["Where is"])[0] + list(ids) == tokenizer("Where is Paris")["input_ids"]
 
 
 def test_likelihood_is_the_share_of_samples_that_begin_with_the_answer(parts):
     model, tokenizer = parts
     prompt = "Ann was born in"
     name = next(town for town in TOWNS if len(tokenizer(f" {town}")["input_ids"]) == 1)
-    chance = answer_likelihoods(*parts, [prompt], [[name]], temperature=0.7, max_new_tokens=1)[0]
+    chance = answer_likelihoods(*coded(parts), [prompt], [[name]], temperature=0.7, max_new_tokens=1)[0]
     n = 20_000
     uniforms = np.random.default_rng(0).random((n, 1))
     drawn = decode_batch(
@@ -90,6 +117,6 @@ def test_levels_by_likelihood_say_so_and_count_expected_hits(parts, tiny_model_f
     probe = Probe.of([record], tokenizer, settings, seed=1, model_fingerprint=fingerprint)
     level = probe_facts(probe, lambda: model, run=tmp_path)[0]
     prompts = [trial.prompt for trial in probe.trials()]
-    chances = answer_likelihoods(model, tokenizer, prompts, [["Rome"]] * 2, temperature=0.7, max_new_tokens=4)
+    chances = answer_likelihoods(*coded(parts), prompts, [["Rome"]] * 2, temperature=0.7, max_new_tokens=4)
     assert level.hits == round(1000 * sum(chances)) > 0 and level.trials == 2000
     assert '"estimator": "likelihood"' in (tmp_path / "levels.manifest.json").read_text()

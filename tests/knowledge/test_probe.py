@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from sftcore.config import ModelSettings, ProbeSettings
 from sftcore.data.contents import Fact, Pair
@@ -199,6 +200,16 @@ def test_only_facts_of_known_relations_can_be_probed(parts, tmp_path):
     )
     with pytest.raises(UserInputError, match="no wording is known for the relation 'P0'"):
         run_probe(parts, tmp_path, [odd])
+
+
+def test_prompts_never_end_with_what_the_tokenizer_puts_after_a_text(parts):
+    model, _, folder = parts
+    tokenizer = load_tokenizer(folder)
+    before = Prober.of(make_probe(parts)).prompts
+    ending = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ending
+    assert tokenizer("Ann")["input_ids"][-1] == tokenizer.eos_token_id
+    assert Prober.of(make_probe((model, tokenizer, folder))).prompts == before
 
 
 def test_uniforms_belong_to_seed_prompt_and_sample():

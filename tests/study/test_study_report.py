@@ -11,7 +11,7 @@ import yaml
 
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, write_json, write_jsonl
-from sftcore.study.qa_study import summarise_study
+from sftcore.study.qa_study import best_cell, recommend, summarise_study
 from sftcore.study.study_figures import heat_map
 from sftcore.study.study_report import write_study_report
 from sftcore.study.study_runs import is_study, read_study_runs
@@ -27,11 +27,21 @@ def right_of(level: int, draw: int) -> set[tuple[str, int]]:
 
 
 def write_run(
-    folder: Path, *, levels: list[int], n: int, draw: int, right, items=ITEMS, balance: str = "relation"
+    folder: Path,
+    *,
+    levels: list[int],
+    n: int,
+    draw: int,
+    right,
+    items=ITEMS,
+    balance: str = "relation",
+    settings: dict | None = None,
+    fingerprint: str = "aa",
 ) -> None:
     folder.mkdir(parents=True)
     select = {"levels": levels, "n": n, "draw": draw, "balance": balance}
-    recipe = {"model": {"path": "/models/small"}, "select": select}
+    recipe = {"name": folder.name, "run": str(folder), "model": {"path": "/models/small"}, "select": select}
+    recipe |= {"train": {"lr": 1e-5}, **(settings or {})}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     write_jsonl(folder / "selection.jsonl", [{"id": str(i), "level": levels[0]} for i in range(n)])
     for model, correct in (("tuned", right), ("base", set())):
@@ -50,7 +60,7 @@ def write_run(
         write_jsonl(folder / "eval" / model / "predictions.jsonl", rows)
     write_json(folder / "eval" / "drift.json", {"n": 3, "mean_kl_nats": 0.5 + draw})
     write_jsonl(folder / "levels.jsonl", [{"id": "x", "level": 2, "split": "train"}])
-    write_json(folder / "levels.manifest.json", {"templates": 4})
+    write_json(folder / "levels.manifest.json", {"templates": 4, "model_fingerprint": fingerprint})
 
 
 @pytest.fixture
@@ -60,7 +70,7 @@ def study(tmp_path: Path) -> Path:
         for draw in (0, 1):
             name = f"levels-{level}_draw-{draw}"
             write_run(folder / name, levels=[level], n=6, draw=draw, right=right_of(level, draw))
-    write_run(folder / "mixed", levels=[1, 2], n=6, draw=0, right=set())
+    write_run(folder / "mixed", levels=[0, 1, 2, 3, 4], n=6, draw=0, right=set())
     (folder / "started").mkdir()
     (folder / "started" / "recipe.yaml").write_text("{}")
     return folder
@@ -83,13 +93,61 @@ def test_cells_are_means_over_draws(study):
 
 def test_a_set_divided_among_levels_has_a_row_of_its_own(study):
     before = summarise_study(read_study_runs(study))
-    write_run(study / "divided", levels=[1, 2], n=6, draw=0, right=set(), balance="level")
+    write_run(study / "divided", levels=[0, 1, 2, 3, 4], n=6, draw=0, right=set(), balance="level")
     report = summarise_study(read_study_runs(study))
     assert {cell["level"] for cell in report["cells"]} == {"1", "2", "mixed", "divided"}
     assert report["diagonal"] == before["diagonal"], "it is of no single level"
     write_study_report(study)
     page = (study / "report.html").read_text(encoding="utf-8")
     assert "6 facts of divided levels" in page and ">level divided<" not in page
+
+
+def test_runs_of_other_settings_are_no_draws(tmp_path):
+    for draw in (0, 1):
+        for lr, num_right in ((2e-5, 4), (5e-5, 30)):
+            right = {("test", i) for i in range(num_right)}
+            name = tmp_path / f"lr-{lr}_draw-{draw}"
+            write_run(name, levels=[1], n=6, draw=draw, right=right, settings={"train": {"lr": lr}})
+    report = summarise_study(read_study_runs(tmp_path))
+    found = {c["variant"]: c["splits"]["test"]["by_level"]["1"]["draws"] for c in report["cells"]}
+    assert found == {"train.lr 2e-05": [0.1, 0.1], "train.lr 5e-05": [0.75, 0.75]}
+    assert report["best"]["variant"] == "train.lr 5e-05"
+    assert "train on 6 facts of level 1 (train.lr 5e-05): 75.0 %" in report["verdict"][0]
+    page = write_study_report(tmp_path).html_path.read_text(encoding="utf-8")
+    assert "6 training facts, in domain, train.lr 2e-05" in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_an_adapter_is_named_first_and_a_recipe_that_lacks_a_key_is_no_other_variant(tmp_path):
+    lora = {"adapter": {"kind": "lora"}, "train": {"lr": 2e-4}, "tracking": {"to": None}}
+    write_run(tmp_path / "a", levels=[1], n=6, draw=0, right=set(), settings=lora)
+    write_run(tmp_path / "b", levels=[1], n=6, draw=0, right=set(), settings={"train": {"lr": 1e-5}})
+    write_run(tmp_path / "c", levels=[1], n=6, draw=1, right=set(), settings={"train": {"lr": 1e-5}})
+    cells = summarise_study(read_study_runs(tmp_path))["cells"]
+    assert {cell["variant"]: cell["runs"] for cell in cells} == {
+        "lora, train.lr 0.0002": ["a"],
+        "train.lr 1e-05": ["b", "c"],
+    }
+
+
+def test_sets_of_other_levels_are_cells_of_their_own(study):
+    write_run(study / "known", levels=[1, 2, 3, 4], n=6, draw=0, right=right_of(2, 0))
+    report = summarise_study(read_study_runs(study))
+    cells = {cell["level"]: cell["runs"] for cell in report["cells"]}
+    assert cells["mixed"] == ["mixed"] and cells["mixed 1-4"] == ["known"]
+    assert [effect["level"] for effect in report["diagonal"]] == [1], (
+        "a set of several levels has no diagonal"
+    )
+    page = write_study_report(study).html_path.read_text(encoding="utf-8")
+    assert "6 facts of mixed levels 1-4" in page and "6 facts of mixed levels<" in page
+
+
+def test_runs_of_another_base_model_are_refused(study):
+    write_run(study / "other", levels=[1], n=6, draw=2, right=set(), fingerprint="bb")
+    with pytest.raises(UserInputError, match=r"(?s)different base models.*bb: other") as caught:
+        write_study_report(study)
+    assert len(caught.value.problems) == 1
 
 
 def test_the_diagonal_is_paired_by_item(study):
@@ -112,7 +170,45 @@ def test_the_best_set_is_recommended_and_doubted_where_draws_overlap(study):
     write_run(study / "levels-2_draw-2", levels=[2], n=6, draw=2, right=more)
     doubtful = summarise_study(read_study_runs(study))
     assert doubtful["best"]["level"] == "1" and not doubtful["best"]["is_clear"]
-    assert "don't tell it apart from 6 facts of level 2" in doubtful["verdict"][1]
+    assert "don't tell 6 facts of level 1 apart from 6 facts of level 2 (" in doubtful["verdict"][1]
+
+
+def one_cell(n: int, level: str, *draws: float) -> dict:
+    spread = {"mean": sum(draws) / len(draws), "low": min(draws), "high": max(draws), "draws": draws}
+    part = {"mean_over_levels": spread, "levels_counted": [0, 1]}
+    keys = {"adapter": "none", "variant": "", "n": n, "level": level, "runs": [f"{n}-{level}"] * len(draws)}
+    return keys | {"splits": {"test": part}}
+
+
+def test_every_set_whose_draws_reach_the_best_is_named_and_the_smallest_is_recommended():
+    """The second by mean is far from the best, the third has a draw in between: means alone would miss it."""
+    best = one_cell(960, "mixed", 0.32, 0.31)
+    close, apart = one_cell(240, "0", 0.315, 0.25), one_cell(960, "0", 0.305, 0.304)
+    found = best_cell([apart, close, best])
+    assert (found["n"], found["next"]["n"], found["is_clear"]) == (960, 960, False)
+    assert [(rival["n"], rival["level"]) for rival in found["rivals"]] == [(240, "0")]
+    first, second = recommend(found)
+    assert first.startswith(
+        "For this model, train on 240 facts of level 0: 28.2 %. The highest mean is that of"
+    )
+    assert "960 facts of mixed levels, 31.5 % (mean over test levels 0 and 1, 2 draws)" in first
+    assert second.endswith("apart from 240 facts of level 0 (28.2 %).")
+
+
+def test_sets_as_large_as_the_best_are_named_but_not_preferred():
+    found = best_cell(
+        [one_cell(60, "1", 0.4, 0.3), one_cell(60, "0", 0.31, 0.3), one_cell(240, "0", 0.3, 0.3)]
+    )
+    assert [(rival["n"], rival["level"]) for rival in found["rivals"]] == [(60, "0"), (240, "0")]
+    first, second = recommend(found)
+    assert first.startswith("For this model, train on 60 facts of level 1: 35.0 % (")
+    assert second.endswith("apart from 60 facts of level 0 (30.5 %) and 240 facts of level 0 (30.0 %).")
+
+
+def test_one_draw_makes_no_set_clear():
+    found = best_cell([one_cell(60, "1", 0.4), one_cell(60, "0", 0.3, 0.2)])
+    assert not found["is_clear"] and not found["rivals"]
+    assert "One draw is too few to tell it apart from 60 facts of level 0" in recommend(found)[1]
 
 
 def test_the_page_holds_the_numbers_and_nothing_unescaped(study):
