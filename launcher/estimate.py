@@ -19,11 +19,12 @@ from statistics import mean
 import torch
 
 from launcher.stages import recipe_tokenizer
-from launcher.whole_run import EVALUATED, LEVEL_FILES, PROBED, shared_name
+from launcher.whole_run import EVALUATED, PROBED, shared_name
 from sftcore.config import Recipe
 from sftcore.data.ledger import Ledger
 from sftcore.data.prompts import Prompter, PromptOptions, Sample
 from sftcore.data.splits import load_records
+from sftcore.knowledge.level_files import holds_levels
 from sftcore.model.cost import measure_recipe
 from sftcore.model.load import DTYPES
 from sftcore.recipe import source_files
@@ -80,7 +81,7 @@ def estimate_seconds(recipes: Sequence[Recipe], shared: Path) -> float | None:
 
 def _is_whole(folder: Path) -> bool:
     """Whether what runs share is there; a probe's folder is there before its levels are."""
-    return not folder.name.startswith("levels") or all((folder / name).is_file() for name in LEVEL_FILES)
+    return not folder.name.startswith("levels") or holds_levels(folder)
 
 
 def _source_bytes(recipe: Recipe) -> int:

@@ -42,11 +42,8 @@ from sftcore.fsio import (
     write_json,
     write_jsonl,
 )
+from sftcore.knowledge.level_files import LEVELS, TEMPLATES, check_same_facts, read_levels
 from sftcore.knowledge.levels import MAX_LEVEL
-from sftcore.knowledge.probe import (
-    TEMPLATES,
-    read_levels,
-)
 from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
 from sftcore.model.load import fingerprint_model, load_for_decoding
@@ -104,14 +101,14 @@ class _Items:
 
     Args:
         records: held-out, "test" and "ood".
-        levels: memory level by record id, as far as known.
+        levels: memory level by split and id, as far as known.
     """
 
     recipe: Recipe
     run: Path
     tokenizer: Tokenizer
     records: list[Record]
-    levels: dict[str, int]
+    levels: dict[tuple[str, str], int]
 
 
 def _items(recipe: Recipe, run: Path, model: Path | None) -> _Items:
@@ -122,7 +119,7 @@ def _items(recipe: Recipe, run: Path, model: Path | None) -> _Items:
     if not records:
         remedy = f"give held-out sources there (what was dropped is listed in {run}/ledger.test.jsonl)"
         raise UserInputError(Problem(what="nothing to evaluate on", where="data.test", remedy=remedy))
-    levels = _known_levels(recipe, run)
+    levels = _known_levels(recipe, run, records)
     return _Items(recipe=recipe, run=run, tokenizer=tokenizer, records=records, levels=levels)
 
 
@@ -179,7 +176,7 @@ class _Task:
             "prompts_fingerprint": fingerprint_of(
                 [[r.id, r.split, ids] for r, ids in zip(records, prompts, strict=True)]
             ),
-            "levels_fingerprint": fingerprint_of(self.items.levels),
+            "levels_fingerprint": fingerprint_of([[*key, n] for key, n in self.items.levels.items()]),
             "settings": recipe.evaluate.model_dump(),
             "examples": [example.id for example in self.examples],
         }
@@ -209,11 +206,21 @@ def _models_to_evaluate(recipe: Recipe, model: Path | None) -> dict[str, str]:
     return tuned if recipe.classifies else {"base": recipe.model.path, **tuned}
 
 
-def _known_levels(recipe: Recipe, run: Path) -> dict[str, int]:
-    if not (run / "levels.jsonl").is_file():
+def _known_levels(recipe: Recipe, run: Path, records: Sequence[Record]) -> dict[tuple[str, str], int]:
+    """Levels of those items that were probed; of all splits, as ids are unique within one only.
+
+    Raises:
+        UserInputError: they are another model's, or of facts that have changed since.
+    """
+    if not (run / LEVELS).is_file():
         return {}
     levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
-    return {level.id: level.level for level in levels}
+    items = {(record.split, record.id) for record in records}
+    found = [level for level in levels if (level.split, level.id) in items]
+    check_same_facts(found, records, where=run / LEVELS)
+    if len(found) < len(records):
+        log.warning("%d of %d items have no memory level", len(records) - len(found), len(records))
+    return {(level.split, level.id): level.level for level in found}
 
 
 def _few_shot_tasks(items: _Items) -> list[_Task]:
@@ -330,7 +337,7 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
     if not path.is_file():
         remedy = "sftcore probe RECIPE, or evaluate.drift: false"
         raise UserInputError(Problem(what="no hits by template yet", where=str(path), remedy=remedy))
-    known = [r for r in items.records if items.levels.get(r.id) == MAX_LEVEL and r.split == "test"]
+    known = [r for r in items.records if r.split == "test" and items.levels.get((r.split, r.id)) == MAX_LEVEL]
     if not known:
         log.warning("no held-out fact has level %d: no drift is measured", MAX_LEVEL)
         return

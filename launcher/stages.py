@@ -2,8 +2,9 @@
 
 In: a resolved recipe. Out: a token store; RUN/levels.jsonl, selection.jsonl, ledger.jsonl.
 Invariant: a stage whose inputs have not changed finds its files and does nothing.
-Trade-off: stages hand over through files, not objects, so each can be run, killed and looked at alone;
-reading them again costs under a second.
+Trade-off: stages hand over through files, not objects, so each can be run, killed and looked at alone.
+Reading them again costs under a second; comparing levels with the data files as they are now reads these
+too, 10 s for 176,000 facts (two-core machine, November 2026).
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from sftcore.fsio import (
     write_json,
     write_jsonl,
 )
+from sftcore.knowledge.level_files import LEVELS, check_same_facts, holds_levels, is_probed, read_levels
 from sftcore.knowledge.levels import FactLevel, level_counts
 from sftcore.knowledge.probe import (
     SHARDS,
     Probe,
     probe_facts,
     probe_shard,
-    read_levels,
 )
 from sftcore.knowledge.questions import without_trivial
 from sftcore.knowledge.selection import select_facts
@@ -118,11 +119,16 @@ def draw(recipe: Recipe) -> set[str]:
 
 
 def select(recipe: Recipe) -> list[FactLevel]:
-    """Draw the training facts by memory level; RUN/selection.jsonl lists them."""
+    """Draw the training facts by memory level; RUN/selection.jsonl lists them.
+
+    Raises:
+        UserInputError: no levels yet, those of another model or of other facts, or too few of them.
+    """
     assert recipe.select is not None and recipe.select.balance != "label"
     run = recipe.run_folder
     levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
     trainable = [level for level in levels if level.split == "train"]
+    check_same_facts(trainable, load_records(recipe, "train", Ledger()), where=run / LEVELS)
     n = recipe.select.n
     if n == "all":
         n = sum(level.level in recipe.select.levels for level in trainable)
@@ -157,6 +163,12 @@ def probe(recipe: Recipe, *, merge_only: bool = False) -> list[FactLevel]:
         )
         record_seconds(run, "probe", time.perf_counter() - started)
         return levels
+
+
+def is_probed_now(recipe: Recipe) -> bool:
+    """Whether the run folder holds the levels that a probe of today's model and facts would give."""
+    run = recipe.run_folder
+    return holds_levels(run) and is_probed(run, _probe(recipe, run).manifest())
 
 
 def probe_share(recipe: Recipe, share: Share) -> str:

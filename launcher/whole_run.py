@@ -24,11 +24,11 @@ from sftcore.config import Recipe
 from sftcore.data.digests import KnownDigests
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_json, write_json
+from sftcore.knowledge.level_files import LEVEL_FILES
 from sftcore.recipe import source_files
 
 FINISHED = "finished.json"
 DIGESTS = Path(".cache/digests.json")
-LEVEL_FILES = ("levels.jsonl", "levels.manifest.json", "levels.templates.json")
 PROBED = ("data", "probe", "seed", "model")  # sections that memory levels depend on
 EVALUATED = (*PROBED, "task", "matching", "evaluate", "batch")  # ... and the base model's scores
 
@@ -136,18 +136,19 @@ def _digests(recipe: Recipe) -> list[str]:
 
 def _probe_once(recipe: Recipe, shared: Path | None) -> None:
     """Memory levels in the run folder: probed there, or copied from the folder of runs that share them."""
-    from launcher.stages import probe
+    from launcher.stages import is_probed_now, probe
 
     run = recipe.run_folder
     if shared is None:
         probe(recipe)
         return
-    if all((run / name).is_file() for name in LEVEL_FILES):
+    if is_probed_now(recipe):
         return
     source = shared / shared_name("levels", recipe, PROBED)
+    common = recipe.model_copy(update={"run": str(source), "select": None})
     with folder_lock(source.with_name(f"{source.name}.probing"), purpose="probing", wait=True):
-        if not all((source / name).is_file() for name in LEVEL_FILES):
-            probe(recipe.model_copy(update={"run": str(source), "select": None}))
+        if not is_probed_now(common):
+            probe(common)
     for name in LEVEL_FILES:
         with atomic_file(run / name, "wb") as handle:
             handle.write((source / name).read_bytes())

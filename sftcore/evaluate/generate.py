@@ -32,14 +32,14 @@ def predict(
     prompter: Prompter,
     settings: EvaluateSettings,
     *,
-    levels: Mapping[str, int],
+    levels: Mapping[tuple[str, str], int],
     examples: Sequence[Record] = (),
     share: Share = WHOLE,
 ) -> list[dict[str, Any]]:
     """Rows of predictions.jsonl, in the records' order (of a share: of the records in its batches).
 
     Args:
-        levels: memory level by record id; items without one get no `level`.
+        levels: memory level by split and id; items without one get no `level`.
         examples: solved before each prompt (few-shot); then only a completion's first paragraph counts.
 
     Raises:
@@ -71,7 +71,12 @@ def predict(
 
 
 def _row(
-    record: Record, prompt: str, text: str, prompter: Prompter, levels: Mapping[str, int], aliases: AliasTable
+    record: Record,
+    prompt: str,
+    text: str,
+    prompter: Prompter,
+    levels: Mapping[tuple[str, str], int],
+    aliases: AliasTable,
 ) -> dict[str, Any]:
     """One row; `correct` by containment for facts, by the exact text otherwise."""
     row: dict[str, Any] = {"id": record.id, "prompt": prompt, "prediction": text, "split": record.split}
@@ -90,6 +95,6 @@ def _row(
                 remedy="give data.test as facts, pairs, or prompt and completion",
             )
         )
-    if record.id in levels:
-        row["level"] = levels[record.id]
+    if (record.split, record.id) in levels:
+        row["level"] = levels[record.split, record.id]
     return row

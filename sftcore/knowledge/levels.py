@@ -50,7 +50,7 @@ class FactLevel:
     """A fact with the outcome of its probe; one row of levels.jsonl.
 
     Args:
-        id: unique over all facts of a run.
+        id: unique within its split.
         relation: key of the relations table, e.g. P17.
         subject: as the fact names it.
         answers: gold answers, any of them counts.

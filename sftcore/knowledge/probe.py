@@ -28,12 +28,12 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import (
     append_jsonl,
     fingerprint_of,
-    read_json,
     read_jsonl,
     write_json,
     write_jsonl,
 )
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
+from sftcore.knowledge.level_files import LEVELS, MANIFEST, TEMPLATES, is_probed, read_levels
 from sftcore.knowledge.levels import FactLevel
 from sftcore.knowledge.likelihood import accepted_names, answer_likelihoods
 from sftcore.knowledge.questions import Question, Trial, distinct_questions, fact_of, make_trials
@@ -43,7 +43,6 @@ from sftcore.log import progress
 from sftcore.model.generate import Sampling, batches_by_length, decode_batch, stop_ids
 
 log = logging.getLogger(__name__)
-LEVELS, MANIFEST, TEMPLATES = "levels.jsonl", "levels.manifest.json", "levels.templates.json"
 PARTIAL, SHARDS = "levels.partial.jsonl", "shards"
 Loader = Callable[[], Any]  # a PreTrainedModel, or vLLM's engine
 
@@ -165,35 +164,6 @@ def probe_shard(
     left = [number for number in mine if number not in done]
     prober.measure(left, load_model, folder / PARTIAL, manifest, num_done=len(mine) - len(left))
     return len(mine), len(prober.batches)
-
-
-def is_probed(run: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the run folder holds levels made from exactly these inputs."""
-    return (run / MANIFEST).is_file() and (run / LEVELS).is_file() and read_json(run / MANIFEST) == manifest
-
-
-def read_levels(run: Path, *, model_fingerprint: str) -> list[FactLevel]:
-    """Levels of a run folder.
-
-    Raises:
-        UserInputError: there are none, or they are another model's.
-    """
-    if not ((run / LEVELS).is_file() and (run / MANIFEST).is_file()):
-        raise UserInputError(
-            Problem(what="no memory levels yet", where=str(run), remedy="run: sftcore probe RECIPE")
-        )
-    found = read_json(run / MANIFEST)["model_fingerprint"]
-    if found != model_fingerprint:
-        raise UserInputError(
-            Problem(
-                what="these memory levels belong to another model",
-                where=str(run / LEVELS),
-                got=found,
-                allowed=model_fingerprint,
-                remedy="sftcore probe RECIPE (with another --run to keep the old levels)",
-            )
-        )
-    return [FactLevel.from_row(row) for row in read_jsonl(run / LEVELS)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

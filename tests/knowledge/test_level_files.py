@@ -1,0 +1,76 @@
+"""A level is used for the fact that was probed and for no other; what changed since is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sftcore.data.contents import Completion, Fact
+from sftcore.data.records import Record
+from sftcore.errors import UserInputError
+from sftcore.knowledge.level_files import check_same_facts
+from sftcore.knowledge.levels import FactLevel
+
+WHERE = Path("RUN/levels.jsonl")
+NAMES = ("Peru", "Chad", "Iran")
+
+
+def records(names=NAMES, split="train") -> list[Record]:
+    """Facts named by their place, as rows without ids are."""
+    facts = [Fact(relation="P36", subject=name, answers=(f"{name} City",)) for name in names]
+    return [Record(id=f"f:{i}", split=split, file="f", row=i, content=c) for i, c in enumerate(facts, 1)]
+
+
+def levels_of(found: list[Record]) -> list[FactLevel]:
+    return [
+        FactLevel(
+            id=record.id,
+            split=record.split,
+            relation=record.content.relation,
+            subject=record.content.subject,
+            answers=record.content.answers,
+            hits=1,
+            trials=4,
+        )
+        for record in found
+    ]
+
+
+def test_levels_of_todays_facts_pass_in_any_order_and_with_facts_that_were_not_probed():
+    levels = levels_of(records())
+    check_same_facts(levels, records(), where=WHERE)
+    check_same_facts(levels[::-1], records((*NAMES, "Mali")), where=WHERE)
+
+
+def test_a_row_at_the_top_makes_every_level_behind_it_stale():
+    levels = levels_of(records())
+    with pytest.raises(
+        UserInputError, match="3 of 3 memory levels belong to facts that the data has no"
+    ):
+        check_same_facts(levels, records(("Mali", *NAMES)), where=WHERE)
+    with pytest.raises(UserInputError, match="got: train fact 'f:3' is P36, Mali: Mali City") as refused:
+        check_same_facts(levels, records((*NAMES[:2], "Mali", "Iran")), where=WHERE)
+    message = str(refused.value)
+    assert "1 of 3" in message and "P36, Iran: Iran City, as it was probed" in message
+    assert "sftcore probe RECIPE" in message and str(WHERE) in message
+
+
+def test_a_fact_that_has_gone_or_is_another_splits_or_no_fact_is_named():
+    levels = levels_of(records())
+    with pytest.raises(UserInputError, match=r"1 of 3 .*\n.*'f:3' is not there"):
+        check_same_facts(levels, records()[:2], where=WHERE)
+    with pytest.raises(UserInputError, match="3 of 3"):
+        check_same_facts(levels, records(split="test"), where=WHERE)
+    other = replace(records()[0], content=Completion(prompt="a", completion="b"))
+    with pytest.raises(UserInputError, match="'f:1' is not a fact"):
+        check_same_facts(levels, [other, *records()[1:]], where=WHERE)
+
+
+@pytest.mark.parametrize("changed", [{"relation": "P17"}, {"subject": "peru"}, {"answers": ("Lima",)}])
+def test_each_part_of_a_fact_counts(changed):
+    first, *others = records()
+    edited = replace(first, content=replace(first.content, **changed))
+    with pytest.raises(UserInputError, match="1 of 3"):
+        check_same_facts(levels_of(records()), [edited, *others], where=WHERE)

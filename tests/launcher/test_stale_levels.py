@@ -1,0 +1,118 @@
+"""Levels belong to facts: after an edit of the data they are refused or measured again, never moved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import SUBJECTS, write_lines
+
+from launcher.evaluating import evaluate
+from launcher.stages import probe, select
+from launcher.whole_run import _probe_once
+from sftcore.config import Recipe
+from sftcore.errors import UserInputError
+from sftcore.fsio import read_json, read_jsonl
+from sftcore.recipe import load_recipe
+
+LEVELS = Path("runs/tiny/levels.jsonl")
+KNOWN = 4
+
+
+def facts(names, relation="P19") -> list[dict]:
+    """Rows without ids, whose ids are their places."""
+    return [{"relation": relation, "subject": name, "answers": ["Rome"]} for name in names]
+
+
+@pytest.fixture
+def recipe(tiny_recipe) -> Recipe:
+    """Train, test and out-of-domain facts in files of the same name: the same ids in each split."""
+    data = {}
+    for number, split in enumerate(("train", "test", "ood")):
+        Path(split).mkdir()
+        write_lines(Path(split, "facts.jsonl"), facts(SUBJECTS[4 * number : 4 * number + 4]))
+        data[split] = [{"format": "facts", "path": f"{split}/facts.jsonl"}]
+    select = {"levels": [KNOWN], "n": 2, "balance": "none"}
+    Path("recipe.yaml").write_text(yaml.safe_dump(tiny_recipe | {"data": data, "select": select}))
+    return load_recipe(Path("recipe.yaml"))
+
+
+def set_levels(wanted: dict[tuple[str, int], int]) -> None:
+    """Write levels of 0 to 4 over those measured: by split and place, 0 if not named."""
+    rows = read_jsonl(LEVELS)
+    for row in rows:
+        level = wanted.get((row["split"], int(row["id"].rpartition(":")[2])), 0)
+        row |= {"hits": level, "trials": 4, "recall": level / 4, "level": level}
+    write_lines(LEVELS, rows)
+
+
+def insert_on_top(split: str) -> None:
+    path = Path(split, "facts.jsonl")
+    path.write_text(json.dumps(facts(["Zoe"])[0]) + "\n" + path.read_text())
+
+
+def test_levels_of_an_edited_file_are_not_selected_from(recipe):
+    probe(recipe)
+    set_levels({("train", 1): KNOWN, ("train", 3): KNOWN})
+    assert {level.subject for level in select(recipe)} == {SUBJECTS[0], SUBJECTS[2]}
+    insert_on_top("train")
+    with pytest.raises(
+        UserInputError, match="4 of 4 memory levels belong to facts that the data has no"
+    ):
+        select(recipe)
+    probe(recipe)
+    set_levels({("train", 2): KNOWN, ("train", 4): KNOWN})
+    assert {level.subject for level in select(recipe)} == {SUBJECTS[0], SUBJECTS[2]}, "probed again"
+
+
+def test_items_of_an_edited_file_are_not_reported_by_level(recipe):
+    probe(recipe)
+    insert_on_top("train")  # is of no concern here
+    assert "test" in evaluate(recipe)["base"]["splits"]
+    insert_on_top("ood")
+    with pytest.raises(UserInputError, match="got: ood fact 'facts:1' is P19, Zoe: Rome"):
+        evaluate(recipe)
+
+
+def test_items_with_the_same_id_have_the_levels_of_their_own_splits(recipe):
+    probe(recipe)
+    ids = [row["id"] for row in read_jsonl(LEVELS)]
+    assert ids == [f"facts:{i}" for i in range(1, 5)] * 3
+    set_levels({("test", 1): 4, ("test", 2): 3, ("ood", 1): 1})
+    evaluate(recipe)
+    rows = read_jsonl(Path("runs/tiny/eval/base/predictions.jsonl"))
+    found = [(row["split"], row["level"]) for row in rows]
+    assert found == [("test", n) for n in (4, 3, 0, 0)] + [("ood", n) for n in (1, 0, 0, 0)]
+
+
+def test_items_without_a_level_are_counted(recipe, caplog):
+    probe(recipe)
+    with open("test/facts.jsonl", "a") as handle:
+        handle.write(json.dumps(facts(["Zoe"])[0]) + "\n")
+    evaluate(recipe)
+    assert "1 of 9 items have no memory level" in caplog.text
+    rows = read_jsonl(Path("runs/tiny/eval/base/predictions.jsonl"))
+    assert ["level" in row for row in rows] == [True] * 4 + [False] + [True] * 4
+
+
+@pytest.mark.parametrize("shared", [None, Path("shared")])
+def test_a_whole_run_probes_again_what_was_edited(recipe, shared):
+    _probe_once(recipe, shared)
+    before = LEVELS.read_bytes()
+    _probe_once(recipe, shared)
+    assert LEVELS.read_bytes() == before
+    insert_on_top("train")
+    _probe_once(recipe, shared)
+    rows = read_jsonl(LEVELS)
+    assert [row["subject"] for row in rows if row["split"] == "train"] == ["Zoe", *SUBJECTS[:4]]
+    assert len(select_any(recipe)) == 5
+    folders = list(Path("shared").glob("levels-*/levels.manifest.json")) if shared else []
+    assert [read_json(file)["num_facts"] for file in folders].count(13) == (1 if shared else 0)
+
+
+def select_any(recipe: Recipe) -> list:
+    """All training facts, of whatever level."""
+    every = recipe.select.model_copy(update={"levels": [0, 1, 2, 3, 4], "n": "all"})
+    return select(recipe.model_copy(update={"select": every}))
