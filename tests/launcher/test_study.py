@@ -17,7 +17,9 @@ from warm import Process
 
 from launcher.slurm import Resources
 from launcher.study import load_study, state_of, submit_study
-from sftcore.errors import UserInputError
+from launcher.ways_in import Machines
+from launcher.whole_run import run_whole
+from sftcore.errors import RankLost, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import folder_lock
 
 ALL_LEVELS = [0, 1, 2, 3, 4]
@@ -166,3 +168,13 @@ def test_a_studys_runs_may_be_trained_by_several_ranks(tiny_recipe):
     assert ours["runs"] == theirs["runs"] and ours["runs"][0]["state"] == "finished"
     broken = write_study(tiny_recipe | {"deepspeed": "absent"}, grid={"train.epochs": [2]})
     assert study(broken, "--ranks-per-node", "2", "--run", "runs/broken").returncode != 0
+
+
+@pytest.mark.parametrize(("code", "kind"), [(75, StoppedOnRequest), (69, RankLost), (3, None), (134, None)])
+def test_the_exit_code_of_a_runs_ranks_comes_back_as_an_error(tiny_recipe, monkeypatch, code, kind):
+    monkeypatch.setattr("launcher.ways_in.train_elsewhere", lambda *_, **__: code)
+    recipe = load_study(Path(write_study(tiny_recipe, grid={"train.epochs": [1]}))).runs[0].recipe
+    machines = Machines(on="node", ranks_per_node=2)
+    with pytest.raises(kind or SftError, match=f"2 ranks ended with {code}; see .*logs") as caught:
+        run_whole(recipe, machines=machines)
+    assert caught.value.exit_code == (code if code < 128 else 1)
