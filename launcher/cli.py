@@ -309,15 +309,21 @@ def run(
     shared: Annotated[
         Path | None, typer.Option(metavar="DIR", help="where runs of a study share levels and base scores")
     ] = None,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
     set_: Overrides = None,
     run: RunFolder = None,
 ) -> None:
-    """All stages in one process: probe (if levels are asked for), train, evaluate, report."""
+    """All stages here: probe (if levels are asked for), train (perhaps by ranks), evaluate, report."""
+    from launcher.ways_in import Machines, check_way_in
+
+    machines = Machines(on="node", gpus_per_node=gpus_per_node, ranks_per_node=ranks_per_node)
+    check_way_in(machines)
     loaded = load(recipe, set_, run)
     begin_stage(loaded.run_folder, "run", shared=shared)
     from launcher.whole_run import run_whole
 
-    print(run_whole(loaded, shared=shared))
+    print(run_whole(loaded, shared=shared, machines=machines if gpus_per_node or ranks_per_node else None))
 
 
 @app.command()

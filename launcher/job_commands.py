@@ -16,6 +16,7 @@ import typer
 from launcher.attempts import begin_stage
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
+from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -166,7 +167,10 @@ def study(
         bool, typer.Option("--conclude", help="make no run; write study.json and the study's page")
     ] = False,
     throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4,
-    gpu: Annotated[bool, typer.Option("--gpu", help="slurm: ask for a GPU for each run")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="as --gpus-per-node 1")] = False,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
     cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,
@@ -180,11 +184,18 @@ def study(
     from launcher.study import load_study, run_here, run_number, status_table, submit_study
     from launcher.ways_in import Machines, check_way_in
 
-    loaded = load_study(study, run)
+    if nodes > 1:
+        raise UserInputError(_one_machine())
     machines = Machines(
-        on=on, gpus_per_node=int(gpu), options=sbatch_options(sbatch, cpus_per_rank, partition, time, account)
+        on=on,
+        gpus_per_node=gpus_per_node or (None if ranks_per_node else int(gpu)),
+        ranks_per_node=ranks_per_node,
+        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     check_way_in(machines)
+    given = {"--gpus-per-node": gpus_per_node, "--ranks-per-node": ranks_per_node}
+    ranks = [word for name, count in given.items() if count for word in (name, str(count))]
+    loaded = load_study(study, run, rank_options=ranks)
     if dry_run:
         print("\n".join(item.name for item in loaded.runs))
         return
@@ -200,6 +211,15 @@ def study(
     if not status:
         run_here(loaded)
     print(status_table(loaded))
+
+
+def _one_machine() -> Problem:
+    return Problem(
+        what="each run of a study trains on one machine",
+        where="--nodes",
+        remedy="--gpus-per-node N; for more machines `sftcore submit` the recipes in the study's folder "
+        "(recipes/*.yaml), then start the study, which finds them trained",
+    )
 
 
 def sbatch_options(

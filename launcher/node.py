@@ -31,7 +31,7 @@ import psutil
 from launcher.hosts import signal_workers
 from launcher.ranks import LOGS, agreed_code, forget_codes, listed_pids, living_workers, read_codes
 from sftcore.config import Recipe
-from sftcore.errors import EXIT_DONE, EXIT_STOPPED, MissingEnvironmentError, Problem
+from sftcore.errors import EXIT_DONE, EXIT_STOPPED, MissingEnvironmentError, Problem, UserInputError
 
 log = logging.getLogger("sftcore.node")
 WORKER = Path(__file__).parent / "worker.py"
@@ -40,12 +40,17 @@ Told = tuple[int, signal.Signals]  # a rank's pid and what it was sent
 
 
 def node_command(
-    worker_arguments: Sequence[str], *, num_ranks: int, hostfile: Path | None = None
+    worker_arguments: Sequence[str],
+    *,
+    num_ranks: int,
+    hostfile: Path | None = None,
+    has_gpus: bool = True,
 ) -> list[str]:
     """The line that starts the ranks, as a person would type it.
 
     Args:
         num_ranks: per machine.
+        has_gpus: each rank has one, of those that CUDA_VISIBLE_DEVICES names, if it does.
         hostfile: DeepSpeed's (`name slots=8` a line); its machines are reached through ssh and pdsh.
 
     Raises:
@@ -61,12 +66,31 @@ def node_command(
     return [
         deepspeed,
         *hosts,
-        *("--num_gpus", str(num_ranks)),
+        *(("--num_gpus", str(num_ranks)) if hostfile or not has_gpus else _gpu_choice(num_ranks)),
         *("--master_port", str(_free_port())),
         str(WORKER),
         *worker_arguments,
         "--rank-logs",
     ]
+
+
+def _gpu_choice(num_ranks: int) -> tuple[str, str]:
+    """DeepSpeed's option for so many GPUs; --num_gpus would forget CUDA_VISIBLE_DEVICES (a job's own GPUs).
+
+    Raises:
+        UserInputError: fewer are visible.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if not all(number.isdigit() for number in visible):  # unset, or names of GPU instances
+        return "--num_gpus", str(num_ranks)
+    if len(visible) < num_ranks:
+        got, allowed = f"{num_ranks} ranks", f"{len(visible)} GPUs: {','.join(visible)}"
+        raise UserInputError(
+            Problem(
+                what="more ranks than visible GPUs", where="CUDA_VISIBLE_DEVICES", got=got, allowed=allowed
+            )
+        )
+    return "--include", f"localhost:{','.join(visible[:num_ranks])}"
 
 
 def train_on_node(

@@ -57,6 +57,16 @@ class Resources:
         gpus = self._gpu_options(min(1, self.gpus_per_node))
         return {"nodes": "1", "ntasks": "1", **gpus, **self.options}
 
+    def run_options(self) -> dict[str, str]:
+        """sbatch's options of a job whose one task starts all ranks of a machine, and does what one does."""
+        ranks = self.gpus_per_node or self.ranks_per_node
+        options = self.stage_options()
+        if self.gpus_per_node:
+            options |= {"gpus-per-node": str(ranks)}
+        if ranks > 1:
+            options |= {"cpus-per-task": str(ranks * int(options.get("cpus-per-task", 1)))}
+        return options
+
     def _gpu_options(self, num_gpus: int) -> dict[str, str]:
         cpus = {"cpus-per-task": str(CPUS_PER_GPU)}
         return {"gpus-per-node": str(num_gpus), **cpus} if num_gpus else {}

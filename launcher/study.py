@@ -53,11 +53,13 @@ class Study:
     Args:
         folder: absolute.
         runs: in the order in which they are run.
+        rank_options: of `sftcore run`: the ranks that train each run.
     """
 
     settings: StudySettings
     folder: Path
     runs: Sequence[StudyRun]
+    rank_options: Sequence[str] = ()
 
     def recipe_file(self, run: StudyRun) -> Path:
         """The run's resolved recipe."""
@@ -68,7 +70,7 @@ class Study:
         return self.folder / "logs" / f"{run.name}.log"
 
 
-def load_study(path: Path, folder: str | None = None) -> Study:
+def load_study(path: Path, folder: str | None = None, *, rank_options: Sequence[str] = ()) -> Study:
     """Read and expand a STUDY.yaml; `folder` defaults to runs/NAME.
 
     Raises:
@@ -76,7 +78,8 @@ def load_study(path: Path, folder: str | None = None) -> Study:
     """
     settings = read_study(path)
     where = Path(folder or f"runs/{settings.name}").resolve()
-    return Study(settings=settings, folder=where, runs=expand(settings, where))
+    runs = expand(settings, where)
+    return Study(settings=settings, folder=where, runs=runs, rank_options=rank_options)
 
 
 def write_recipes(study: Study) -> None:
@@ -173,8 +176,12 @@ def submit_study(study: Study, path: Path, resources: Resources, *, throttle: in
     if not pending:
         conclude(study)
         return "all runs are finished"
-    folder, arguments = study.folder, ["study", str(path.resolve()), "--run", str(study.folder)]
+    folder, arguments = (
+        study.folder,
+        ["study", str(path.resolve()), "--run", str(study.folder), *study.rank_options],
+    )
     runs = stage_job(folder, "study", resources, arguments, array=f"{','.join(pending)}%{throttle}")
+    runs = replace(runs, options={**runs.options, **resources.run_options()})
     last = stage_job(folder, "study-report", resources, [*arguments, "--conclude"])
     jobs = [runs, replace(last, behind="afterany")]  # whatever becomes of the runs
     return describe_jobs(folder, jobs, submit_chain(folder, jobs))
@@ -185,7 +192,7 @@ def run_one(study: Study, run: StudyRun) -> int:
     log_file = study.log_file(run)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "launcher.cli", "run", str(study.recipe_file(run))]
-    command += ["--shared", str(study.folder / "shared")]
+    command += ["--shared", str(study.folder / "shared"), *study.rank_options]
     with open(log_file, "ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         with _forwarding(process) as forwarded:

@@ -86,12 +86,11 @@ def check_way_in(machines: Machines) -> None:
     on = machines.on
     if on not in WAYS:
         raise UserInputError(Problem(what="no such way in", where="--on", got=on, allowed=", ".join(WAYS)))
-    is_local = on in ("debug", "here")
     refused = {
         "--nodes": machines.nodes > 1 and on != "slurm",
         "--hostfile": machines.hostfile is not None and on != "node",
-        "--gpus-per-node": bool(machines.gpus_per_node) and is_local,
-        "--ranks-per-node": machines.ranks_per_node is not None and is_local,
+        "--gpus-per-node": bool(machines.gpus_per_node) and on == "debug",
+        "--ranks-per-node": machines.ranks_per_node is not None and on == "debug",
         "--cpus-per-rank, --partition, --time, --account, --sbatch": bool(machines.options) and on != "slurm",
     }
     problems = [Problem(what=f"not with --on {on}", where=name) for name, bad in refused.items() if bad]
@@ -119,7 +118,9 @@ def train_elsewhere(recipe: Recipe, machines: Machines, more: Sequence[str], *, 
     hosts = read_hostfile(machines.hostfile) if machines.hostfile else {}
     num_ranks, total = _count_ranks(machines, hosts)
     arguments = [str(recipe.run_folder / "recipe.yaml"), "--run", str(recipe.run_folder), *more]
-    command = node_command(arguments, num_ranks=num_ranks, hostfile=machines.hostfile)
+    command = node_command(
+        arguments, num_ranks=num_ranks, hostfile=machines.hostfile, has_gpus=machines.ranks_per_node is None
+    )
     if dry_run:
         print(" ".join(command))
         return EXIT_DONE

@@ -1,7 +1,7 @@
-"""`sftcore run`: all stages of a recipe in one process; runs of a study share what they have in common.
+"""`sftcore run`: all stages of a recipe, one after another; runs of a study share what they have in common.
 
-In: a recipe; perhaps a folder that runs share. Out: a finished run folder with its report, and
-RUN/finished.json.
+In: a recipe; perhaps a folder that runs share, and the ranks of this machine that train. Out: a finished run
+folder with its report, and RUN/finished.json.
 Invariant: finished.json is written last; it holds the recipe and a fingerprint of the bytes of model and
 data, so a run is skipped only if it would be the same run. Keys that recipes did not have then count as their
 defaults, so that a newer version does not undo a study.
@@ -11,21 +11,32 @@ kilobytes to megabytes, so that each folder still explains itself.
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from launcher.run_folder import FREE_KEYS
 from sftcore.config import Recipe
 from sftcore.data.digests import KnownDigests
-from sftcore.errors import Problem, UserInputError
+from sftcore.errors import (
+    MissingEnvironmentError,
+    Problem,
+    RankLost,
+    StoppedOnRequest,
+    TrainingFailed,
+    UserInputError,
+)
 from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_json, write_json
 from sftcore.knowledge.level_files import LEVEL_FILES
 from sftcore.recipe import source_files
+
+if TYPE_CHECKING:
+    from launcher.ways_in import Machines
 
 FINISHED = "finished.json"
 DIGESTS = Path(".cache/digests.json")
@@ -33,11 +44,12 @@ PROBED = ("data", "probe", "seed", "model")  # sections that memory levels depen
 EVALUATED = (*PROBED, "task", "matching", "evaluate", "batch")  # ... and the base model's scores
 
 
-def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
+def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines | None = None) -> str:
     """Probe (if facts are selected by level), train, evaluate (if there is held-out data), report.
 
     Args:
         shared: folder for what several runs have in common; one of them makes it, the others copy it.
+        machines: this machine's ranks, which train; None: this process does. It does all other stages.
 
     Returns:
         The report's table.
@@ -47,7 +59,6 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
         SftError: of the stage that failed; what was done before it is kept and found again.
     """
     from launcher.evaluating import evaluate
-    from launcher.training import train_recipe
     from sftcore.study.report import write_report
 
     run, started = recipe.run_folder, time.perf_counter()
@@ -55,7 +66,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
         _check_not_stale(run)
         if recipe.selects_by_level:
             _probe_once(recipe, shared)
-        train_recipe(recipe)
+        _train(recipe, machines)
         if recipe.data.test or recipe.data.ood:
             untrained = {
                 run / "eval" / name: shared / shared_name(name, recipe, EVALUATED) if shared else None
@@ -72,6 +83,26 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
         identity = {"recipe": recipe.model_dump(mode="json"), "files": fingerprint_of(_digests(recipe))}
         write_json(run / FINISHED, {**identity, "seconds": seconds})
     return result.table
+
+
+def _train(recipe: Recipe, machines: Machines | None) -> None:
+    """In this process, or by ranks in processes of their own, whose exit code comes back as its error."""
+    if machines is None or machines.require_ranks() == 1:
+        from launcher.training import train_recipe
+
+        train_recipe(recipe)
+        return
+    import torch
+
+    from launcher.ways_in import train_elsewhere
+
+    gc.collect()
+    torch.cuda.empty_cache()  # what the probe's model took; does nothing on CPUs
+    code = train_elsewhere(recipe, machines, [], dry_run=False)
+    if code:
+        kinds = (UserInputError, MissingEnvironmentError, RankLost, StoppedOnRequest)
+        kind = {kind.exit_code: kind for kind in kinds}.get(code, TrainingFailed)
+        raise kind(f"{machines.require_ranks()} ranks ended with {code}; see {recipe.run_folder / 'logs'}")
 
 
 def is_finished(recipe: Recipe) -> bool:

@@ -22,6 +22,7 @@ from launching import (
 )
 
 from launcher.hosts import read_hostfile
+from launcher.node import node_command
 from launcher.ranks import agreed_code, first_host, living_workers, slurm_rank_variables
 from sftcore.errors import UserInputError
 
@@ -188,3 +189,20 @@ def test_rank_variables_and_codes():
     assert first_host("rack[2-3]n[10-20],x") == "rack2n10"
     assert agreed_code({0: 0, 1: 0}, 2) == 0 and agreed_code({}, 2) == 69
     assert agreed_code({0: 75, 1: 1}, 2) == 1 and agreed_code({0: 137}, 1) == 1
+
+
+def test_ranks_take_the_gpus_that_the_job_may_see(monkeypatch):
+    """DeepSpeed's --num_gpus 2 takes GPUs 0 and 1 whatever CUDA_VISIBLE_DEVICES says (0.19.8)."""
+    for visible, options in (
+        (None, ["--num_gpus", "2"]),
+        ("4,6,7", ["--include", "localhost:4,6"]),
+        ("MIG-a,MIG-b", ["--num_gpus", "2"]),
+    ):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert node_command([], num_ranks=2)[1:3] == options
+        assert node_command([], num_ranks=2, has_gpus=False)[1:3] == ["--num_gpus", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserInputError, match="more ranks than visible GPUs"):
+        node_command([], num_ranks=2)

@@ -249,6 +249,14 @@ def test_a_flag_a_path_with_spaces_and_the_cores_of_a_rank_reach_the_script(tiny
     assert local.returncode == 2 and "--cpus-per-rank, --partition" in local.stderr
 
 
+def test_a_job_that_starts_all_ranks_itself_has_the_cores_and_gpus_of_all():
+    on_gpus = Resources(gpus_per_node=8, options={"cpus-per-task": "12"}).run_options()
+    assert on_gpus["ntasks"] == "1" and on_gpus["gpus-per-node"] == "8" and on_gpus["cpus-per-task"] == "96"
+    assert Resources(gpus_per_node=2, options={}).run_options()["cpus-per-task"] == "8"
+    assert Resources(ranks_per_node=3, options={}).run_options()["cpus-per-task"] == "3"
+    assert "cpus-per-task" not in Resources(options={}).run_options(), "the site's default"
+
+
 def test_attempts_without_progress_are_limited(tmp_path):
     environment = {"SLURM_JOB_ID": "7", "SFTCORE_RETRIES": "1"}
     begin_attempt(tmp_path, environment)

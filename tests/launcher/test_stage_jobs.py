@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 from cluster import started_cluster
 from launcher_commands import save
 from launching import write_recipe
@@ -119,3 +121,22 @@ def test_a_step_has_the_cores_that_its_job_asked_for(tiny_recipe, cluster):
     cluster.wait(job)
     assert "CPUs=6 Tasks=2" in Path("step.0").read_text(), Path("step.0").read_text()
     assert list(Path("my runs/cores/slurm").glob("train-*.log"))
+
+
+def test_a_studys_run_by_two_ranks_is_warned_goes_on_and_is_concluded(tiny_recipe, cluster):
+    Path("base.yaml").write_text(yaml.safe_dump(tiny_recipe | {"checkpoint": {"save_every_steps": 100}}))
+    Path("sizes.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "grid": {"train.epochs": [100]}}))
+    submitted = cluster.shell("sftcore study sizes.yaml --on slurm --ranks-per-node 2")
+    assert submitted.returncode == 0, submitted.stderr
+    runs, last = (line.split()[1].rstrip(":") for line in submitted.stdout.splitlines()[:2])
+    run = Path("runs/sizes/epochs-100")
+    wait_for(lambda: (run / "checkpoints/step-000100/COMMITTED").exists())
+    assert cluster.script("in.sh", "scancel", "-b", "-s", "USR1", f"{runs}_0").returncode == 0
+    wait_for(lambda: "queued again" in logs())
+    assert cluster.state(last) == "PENDING", "it waits for the end of runs that are queued again"
+    assert "ExitCode=0:0" in cluster.wait(last), logs()[-3000:]
+    assert "resuming after step" in (run / "run.log").read_text()
+    assert [row["job"] for row in read_jsonl(run / "attempts.jsonl")] == [f"{runs}_0"] * 2
+    assert sorted(file.name for file in (run / "logs").glob("*.exit")) == ["rank-0.exit", "rank-1.exit"]
+    rows = json.loads(Path("runs/sizes/study.json").read_text())["runs"]
+    assert [row["state"] for row in rows] == ["finished"]

@@ -17,7 +17,9 @@ from warm import Process
 
 from launcher.slurm import Resources
 from launcher.study import load_study, state_of, submit_study
-from sftcore.errors import UserInputError
+from launcher.ways_in import Machines
+from launcher.whole_run import run_whole
+from sftcore.errors import RankLost, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import folder_lock
 
 ALL_LEVELS = [0, 1, 2, 3, 4]
@@ -146,3 +148,33 @@ def test_a_study_on_a_cluster_is_concluded_behind_its_runs_however_they_end(tiny
     script = Path("runs/sizes/slurm/study-report.sbatch").read_text()
     assert "--array" not in script.partition("set -- ")[0].split("#SBATCH --signal")[1]
     assert script.partition("set -- ")[2].partition("\n")[0].endswith("--conclude")
+
+
+@pytest.mark.slow
+def test_a_studys_runs_may_be_trained_by_several_ranks(tiny_recipe):
+    """Two ranks train, one process does the rest; the run equals that of one process."""
+    path = write_study(tiny_recipe, grid={"train.epochs": [1]})
+    refused = study(path, "--nodes", "2")
+    assert refused.returncode == 2 and "each run of a study trains on one machine" in refused.stderr
+    done = study(path, "--ranks-per-node", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Path("runs/sizes/epochs-1")
+    assert sorted(file.name for file in (run / "logs").glob("*.exit")) == ["rank-0.exit", "rank-1.exit"]
+    assert json.loads((run / "plan.json").read_text())["world"] == 2
+    assert study(path, "--run", "runs/one").returncode == 0
+    ours, theirs = (
+        json.loads(Path(folder, "study.json").read_text()) for folder in ("runs/sizes", "runs/one")
+    )
+    assert ours["runs"] == theirs["runs"] and ours["runs"][0]["state"] == "finished"
+    broken = write_study(tiny_recipe | {"deepspeed": "absent"}, grid={"train.epochs": [2]})
+    assert study(broken, "--ranks-per-node", "2", "--run", "runs/broken").returncode != 0
+
+
+@pytest.mark.parametrize(("code", "kind"), [(75, StoppedOnRequest), (69, RankLost), (3, None), (134, None)])
+def test_the_exit_code_of_a_runs_ranks_comes_back_as_an_error(tiny_recipe, monkeypatch, code, kind):
+    monkeypatch.setattr("launcher.ways_in.train_elsewhere", lambda *_, **__: code)
+    recipe = load_study(Path(write_study(tiny_recipe, grid={"train.epochs": [1]}))).runs[0].recipe
+    machines = Machines(on="node", ranks_per_node=2)
+    with pytest.raises(kind or SftError, match=f"2 ranks ended with {code}; see .*logs") as caught:
+        run_whole(recipe, machines=machines)
+    assert caught.value.exit_code == (code if code < 128 else 1)
