@@ -11,6 +11,7 @@ kilobytes to megabytes, so that each folder still explains itself.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Iterable
@@ -19,13 +20,19 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.run_folder import FREE_KEYS
+from launcher.run_folder import FREE_KEYS, open_run
 from sftcore.config import Recipe
+from sftcore.data.contents import Pair
 from sftcore.data.digests import KnownDigests
+from sftcore.data.ledger import Ledger
+from sftcore.data.rationales import MIN_REASONED_PAIRS
+from sftcore.data.splits import load_records
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_json, write_json
 from sftcore.recipe import source_files
+from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 
+log = logging.getLogger("sftcore.whole_run")
 FINISHED = "finished.json"
 DIGESTS = Path(".cache/digests.json")
 LEVEL_FILES = ("levels.jsonl", "levels.manifest.json", "levels.templates.json")
@@ -37,10 +44,11 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
     """Probe (if facts are selected by level), train, evaluate (if there is held-out data), report.
 
     Args:
-        shared: folder for what several runs have in common; one of them makes it, the others copy it.
+        shared: folder for what several runs of a study have in common; one of them makes it, the others copy
+            it. An arm with too few reasons is then not run; alone it is, with a warning.
 
     Returns:
-        The report's table.
+        The report's table, or why the run was left out.
 
     Raises:
         UserInputError: the folder holds a finished run of other data or another base model.
@@ -53,6 +61,11 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
     run, started = recipe.run_folder, time.perf_counter()
     if not is_finished(recipe):
         _check_not_stale(run)
+        if why := too_few_reasons(recipe):
+            log.warning("%s: %s", recipe.name, why)
+        if why and shared is not None:
+            return _leave_out(recipe, why)
+        (run / NOT_RUN).unlink(missing_ok=True)
         if recipe.selects_by_level:
             _probe_once(recipe, shared)
         train_recipe(recipe)
@@ -72,6 +85,24 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None) -> str:
         identity = {"recipe": recipe.model_dump(mode="json"), "files": fingerprint_of(_digests(recipe))}
         write_json(run / FINISHED, {**identity, "seconds": seconds})
     return result.table
+
+
+def too_few_reasons(recipe: Recipe) -> str:
+    """Why an arm with reasons is too small to be compared; empty if it isn't."""
+    if recipe.task != "matching" or recipe.matching.rationale == "none":
+        return ""
+    found = [record.content for record in load_records(recipe, "train", Ledger())]
+    n = sum(isinstance(content, Pair) and content.rationale is not None for content in found)
+    if recipe.select is not None and recipe.select.n != "all":
+        n = min(n, recipe.select.n)
+    return f"{n} pairs with reasons, {MIN_REASONED_PAIRS} are needed" if n < MIN_REASONED_PAIRS else ""
+
+
+def _leave_out(recipe: Recipe, why: str) -> str:
+    """Note in the run folder that its study left the run out."""
+    with open_run(recipe, purpose="a note") as run:
+        write_json(run / NOT_RUN, {"reason": why})
+    return f"{NOT_RUN_STATE}: {why}"
 
 
 def is_finished(recipe: Recipe) -> bool:
