@@ -21,7 +21,7 @@ from sftcore.data.contents import Pair
 from sftcore.data.draws import draw_selected
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records
-from sftcore.data.rationales import read_reply
+from sftcore.data.rationales import MIN_REASONED_PAIRS, read_reply
 from sftcore.data.records import Record
 from sftcore.data.teacher import Failure, Reply, ReplyCache, ask_all, connect
 from sftcore.data.tokens import codec_of, load_tokenizer
@@ -34,7 +34,6 @@ from sftcore.model.load import load_for_decoding
 from sftcore.settings import MatchingSettings, TeacherSettings
 
 log = logging.getLogger("sftcore.rationales")
-MIN_KEPT = 100  # fewer make no arm of a comparison
 TOKENS_PER_PRICE = 1_000_000
 Replies = Mapping[str, Reply | Failure]
 
@@ -128,7 +127,9 @@ def summarise(counts: Counter[str], replies: Replies, teacher: TeacherSettings) 
         "num_input_tokens": num_input,
         "num_output_tokens": num_output,
         "cost": cost,
-        "arm": "run" if counts["kept"] >= MIN_KEPT else f"not run: fewer than {MIN_KEPT} kept",
+        "arm": "run"
+        if counts["kept"] >= MIN_REASONED_PAIRS
+        else f"not run: fewer than {MIN_REASONED_PAIRS} kept",
     }
 
 

@@ -42,6 +42,7 @@ NO_RESULTS = {
     "check.png",
     "attempts.jsonl",
     "failed.json",
+    "not_run.json",
     "lease.json",
     "logs",
     "run.pids",

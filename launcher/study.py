@@ -37,11 +37,13 @@ from sftcore.errors import (
 from sftcore.fsio import atomic_file, is_locked, read_json, write_json
 from sftcore.recipe import dump_recipe
 from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
+from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 from sftcore.study.study_report import write_study_report
 
 log = logging.getLogger("sftcore.study")
 FAILED = "failed.json"
 FINISHED_STATE, FAILED_STATE = "finished", "failed"
+ENDED_STATES = (FINISHED_STATE, NOT_RUN_STATE)
 RUNNING, STARTED, WAITING = "running", "started", "waiting"
 TAIL_LINES = 6
 
@@ -245,14 +247,17 @@ def _row(run: StudyRun) -> dict[str, Any]:
     report = read_json(path) if path.is_file() else {}
     kept = {key: report.get(key) for key in ("n", "acc_base", "acc_tuned", "by_level", "ood")}
     state = state_of(run)
-    return {"name": run.name, "cell": run.cell, "state": state} | (kept if state == FINISHED_STATE else {})
+    kept = read_json(run.recipe.run_folder / NOT_RUN) if state == NOT_RUN_STATE else kept
+    return {"name": run.name, "cell": run.cell, "state": state} | (kept if state in ENDED_STATES else {})
 
 
 def state_of(run: StudyRun) -> str:
-    """finished | failed | running | started (and interrupted) | waiting."""
+    """finished | not run (too few reasons) | failed | running | started (and interrupted) | waiting."""
     folder = run.recipe.run_folder
     if is_finished(run.recipe):
         return FINISHED_STATE
+    if (folder / NOT_RUN).is_file():
+        return NOT_RUN_STATE
     if not folder.is_dir():
         return WAITING
     if is_locked(folder):
@@ -276,6 +281,8 @@ def _status(run: StudyRun, row: dict[str, Any]) -> str:
         note = read_json(folder / FAILED)
         said = note["said"].splitlines()
         return f"{state:<9}exit code {note['exit_code']}: {said[-1][:60] if said else ''}"
+    if state == NOT_RUN_STATE:
+        return f"{state:<9}{row['reason']}"
     if state != FINISHED_STATE:
         return state
     shares = [f"{row[key]:.1%}" if row[key] is not None else "-" for key in ("acc_base", "acc_tuned")]

@@ -12,6 +12,7 @@ kilobytes to megabytes, so that each folder still explains itself.
 from __future__ import annotations
 
 import gc
+import logging
 import shutil
 import time
 from collections.abc import Iterable
@@ -20,9 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from launcher.run_folder import FREE_KEYS
+from launcher.run_folder import FREE_KEYS, open_run
 from sftcore.config import Recipe
+from sftcore.data.contents import Pair
 from sftcore.data.digests import KnownDigests
+from sftcore.data.ledger import Ledger
+from sftcore.data.rationales import MIN_REASONED_PAIRS
+from sftcore.data.splits import load_records
 from sftcore.errors import (
     MissingEnvironmentError,
     Problem,
@@ -34,10 +39,12 @@ from sftcore.errors import (
 from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_json, write_json
 from sftcore.knowledge.level_files import LEVEL_FILES
 from sftcore.recipe import source_files
+from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 
 if TYPE_CHECKING:
     from launcher.ways_in import Machines
 
+log = logging.getLogger("sftcore.whole_run")
 FINISHED = "finished.json"
 DIGESTS = Path(".cache/digests.json")
 PROBED = ("data", "probe", "seed", "model")  # sections that memory levels depend on
@@ -48,11 +55,12 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
     """Probe (if facts are selected by level), train, evaluate (if there is held-out data), report.
 
     Args:
-        shared: folder for what several runs have in common; one of them makes it, the others copy it.
+        shared: folder for what several runs of a study have in common; one of them makes it, the others copy
+            it. An arm with too few reasons is then not run; alone it is, with a warning.
         machines: this machine's ranks, which train; None: this process does. It does all other stages.
 
     Returns:
-        The report's table.
+        The report's table, or why the run was left out.
 
     Raises:
         UserInputError: the folder holds a finished run of other data or another base model.
@@ -64,6 +72,11 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
     run, started = recipe.run_folder, time.perf_counter()
     if not is_finished(recipe):
         _check_not_stale(run)
+        if why := too_few_reasons(recipe):
+            log.warning("%s: %s", recipe.name, why)
+        if why and shared is not None:
+            return _leave_out(recipe, why)
+        (run / NOT_RUN).unlink(missing_ok=True)
         if recipe.selects_by_level:
             _probe_once(recipe, shared)
         _train(recipe, machines)
@@ -103,6 +116,24 @@ def _train(recipe: Recipe, machines: Machines | None) -> None:
         kinds = (UserInputError, MissingEnvironmentError, RankLost, StoppedOnRequest)
         kind = {kind.exit_code: kind for kind in kinds}.get(code, TrainingFailed)
         raise kind(f"{machines.require_ranks()} ranks ended with {code}; see {recipe.run_folder / 'logs'}")
+
+
+def too_few_reasons(recipe: Recipe) -> str:
+    """Why an arm with reasons is too small to be compared; empty if it isn't."""
+    if recipe.task != "matching" or recipe.matching.rationale == "none":
+        return ""
+    found = [record.content for record in load_records(recipe, "train", Ledger())]
+    n = sum(isinstance(content, Pair) and content.rationale is not None for content in found)
+    if recipe.select is not None and recipe.select.n != "all":
+        n = min(n, recipe.select.n)
+    return f"{n} pairs with reasons, {MIN_REASONED_PAIRS} are needed" if n < MIN_REASONED_PAIRS else ""
+
+
+def _leave_out(recipe: Recipe, why: str) -> str:
+    """Note in the run folder that its study left the run out."""
+    with open_run(recipe, purpose="a note") as run:
+        write_json(run / NOT_RUN, {"reason": why})
+    return f"{NOT_RUN_STATE}: {why}"
 
 
 def is_finished(recipe: Recipe) -> bool:

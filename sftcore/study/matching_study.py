@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from sftcore.data.rationales import MIN_REASONED_PAIRS
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.score import MAIN_SPLIT, mean_interval, score, wilson_interval
 from sftcore.fsio import read_json, read_jsonl
@@ -28,7 +29,8 @@ from sftcore.study.wording import flatten, format_setting, format_share
 METRICS = "metrics.jsonl"
 TUNED, BASE, FEW_SHOT = "tuned", "base", "fewshot"
 NOT_ARMS = ("name", "run", "select.n", "select.draw", "matching.wording", "evaluate.few_shot")
-MIN_REASONED_PAIRS = 100  # METHODS.md M2: below, an arm with reasons is not run
+NOT_RUN_STATE = "not run"
+NOT_RUN = "not_run.json"  # in the folder of a run that a study left out, with the reason
 REASONS = {"before": "reason before the label", "after": "label before the reason"}
 
 
@@ -81,7 +83,9 @@ def read_matching_runs(folder: Path) -> tuple[list[MatchingRun], dict[str, str]]
     for path in sorted(recipe.parent for recipe in folder.glob(f"*/{RECIPE}")):
         needed = (METRICS, PREDICTIONS.format(TUNED), SCORES.format(TUNED))
         missing = [name for name in needed if not (path / name).is_file()]
-        if missing:
+        if (path / NOT_RUN).is_file():
+            unfinished[path.name] = f"{NOT_RUN_STATE}: {read_json(path / NOT_RUN)['reason']}"
+        elif missing:
             unfinished[path.name] = f"no {', '.join(missing)}"
         else:
             runs.append(_read_run(path))

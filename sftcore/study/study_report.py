@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from sftcore.fsio import atomic_file, write_json
 from sftcore.study.figures import FEW_ITEMS, levels_figure
-from sftcore.study.matching_study import is_matching_study, summarise_matching
+from sftcore.study.matching_study import NOT_RUN_STATE, is_matching_study, summarise_matching
 from sftcore.study.qa_study import SPLITS, describe_set, summarise_study
 from sftcore.study.report import ReportResult
 from sftcore.study.study_figures import arm_curves, heat_map, size_curves
@@ -64,8 +64,10 @@ def matching_table(report: Mapping[str, Any]) -> str:
         name = f"{cell['arm']}{wording}, {cell['n']:,} pairs"
         lines.append(f"{name:<72}{format_share(cell['accuracy']['mean'])}")
     lines += [f"{part['name']:<72}{format_share(part['accuracy'])}" for part in report["references"]]
-    if report["unfinished"]:
-        lines += ["", f"not finished: {', '.join(report['unfinished'])}"]
+    left_out = {name: why for name, why in report["unfinished"].items() if why.startswith(NOT_RUN_STATE)}
+    lines += [f"{name}: {why}" for name, why in left_out.items()]
+    if waiting := report["unfinished"].keys() - left_out.keys():
+        lines += ["", f"not finished: {', '.join(sorted(waiting))}"]
     return "\n".join(lines)
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import BIN, ENVIRONMENT, run
+from tiny import write_lines
 from warm import Process
 
 from launcher.slurm import Resources
-from launcher.study import load_study, state_of, submit_study
+from launcher.study import conclude, load_study, state_of, status_table, submit_study, summarise
 from launcher.ways_in import Machines
-from launcher.whole_run import run_whole
+from launcher.whole_run import run_whole, too_few_reasons
 from sftcore.errors import RankLost, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import folder_lock
 
@@ -37,6 +38,32 @@ def study(*arguments: str) -> subprocess.CompletedProcess[str]:
     done = run(str(BIN / "sftcore"), "study", *arguments)
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done
+
+
+def test_an_arm_with_too_few_reasons_is_not_run_in_a_study_but_by_hand(tiny_recipe, caplog):
+    texts = [{"sentence1": f"Ann {i}", "sentence2": f"Bob {i}", "label": i % 2} for i in range(130)]
+    rows = [row | ({"rationale": "one"} if i < 120 else {}) for i, row in enumerate(texts)]
+    write_lines(Path("pairs.jsonl"), rows)
+    data = {"train": [{"format": "pairs", "path": "pairs.jsonl"}], "max_reject_fraction": 0.1}
+    select = {"n": 99, "balance": "none"}
+    base = tiny_recipe | {"task": "matching", "data": data, "select": select, "train": {"epochs": 1}}
+    path = write_study(base, grid={"matching.rationale": ["none", "after"], "select.n": [99, 100]})
+    read = load_study(Path(path))
+    few, enough = read.runs[2:]
+    assert [too_few_reasons(run.recipe) for run in read.runs[:2]] == ["", ""], (
+        "the label alone may have fewer"
+    )
+    assert too_few_reasons(enough.recipe) == "" and state_of(few) == "waiting"
+    why = "99 pairs with reasons, 100 are needed"
+    assert run_whole(few.recipe, shared=Path("shared")) == f"not run: {why}"
+    assert state_of(few) == "not run" and summarise(read)["runs"][2]["reason"] == why
+    assert f"not run  {why}" in status_table(read) and not (few.recipe.run_folder / "metrics.jsonl").exists()
+    conclude(read)  # it is no failure
+    caplog.clear()
+    assert "not run" not in run_whole(few.recipe)
+    assert why in caplog.text and state_of(few) == "finished"
+    write_lines(Path("pairs.jsonl"), rows[60:])
+    assert too_few_reasons(enough.recipe) == "60 pairs with reasons, 100 are needed"
 
 
 @pytest.mark.slow

@@ -72,6 +72,9 @@ def study(tmp_path: Path) -> Path:
     write_run(folder / "reasons", right=10, n=60, rationale="before", prompt="complex")
     (folder / "started").mkdir()
     (folder / "started" / "recipe.yaml").write_text("task: matching")
+    (folder / "left").mkdir()
+    (folder / "left" / "recipe.yaml").write_text("task: matching")
+    write_json(folder / "left" / "not_run.json", {"reason": "7 pairs with reasons, 100 are needed"})
     return folder
 
 
@@ -85,7 +88,10 @@ def test_cells_have_accuracy_and_cost(study):
     assert first["unparsable"] == 0.1 and first["predicted_same"] == 0.25
     assert cells["discriminative, concise prompt", 100, 0]["tokens_per_point"] is None, "no point was gained"
     assert cells["generative, complex prompt, reason before the label", 60, 0]["is_too_small"]
-    assert report["unfinished"].keys() == {"started"} and report["num_runs"] == 6
+    assert report["unfinished"].keys() == {"started", "left"} and report["num_runs"] == 6
+    page = write_study_report(study)
+    for text in (page.table, page.html_path.read_text(encoding="utf-8")):
+        assert re.search(r"left.{2}not run: 7 pairs with reasons, 100 are needed", text)
     names = {part["name"]: part["accuracy"] for part in report["references"]}
     assert names == {
         "larger class of the test set": 0.5,
