@@ -33,7 +33,7 @@ from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_l
 from sftcore.evaluate.few_shot import choose_examples, with_examples
 from sftcore.evaluate.generate import predict
 from sftcore.evaluate.pairs import has_learnt_labels, judge_pairs, pair_rows, pair_scores, reject_overlong
-from sftcore.evaluate.score import score
+from sftcore.evaluate.score import CODE_VERSION, score
 from sftcore.fsio import (
     fingerprint_of,
     folder_lock,
@@ -42,14 +42,17 @@ from sftcore.fsio import (
     write_json,
     write_jsonl,
 )
+from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.level_files import LEVELS, TEMPLATES, check_same_facts, read_levels
 from sftcore.knowledge.levels import MAX_LEVEL
 from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
-from sftcore.model.load import fingerprint_model, load_for_decoding
+from sftcore.model.identity import fingerprint_model
+from sftcore.model.load import load_for_decoding
 
 log = logging.getLogger("sftcore.evaluating")
 SHARDS, ROWS, MANIFEST = "shards", "predictions.jsonl", "manifest.json"
+OWN_NAMES = ("base", "tuned", "fewshot")  # of RUN/eval/NAME: what reports take for the run's own models
 
 
 def evaluate(
@@ -61,7 +64,7 @@ def evaluate(
         merge_only: everything has been predicted by `evaluate_share`.
 
     Returns:
-        scores by name: base, tuned, fewshot (with evaluate.few_shot), or the folder name of `model`.
+        scores by name: base, tuned, fewshot (with evaluate.few_shot), or that of `model` (see `_name_of`).
 
     Raises:
         UserInputError: the recipe has no held-out data, there is no such model, or shards are missing.
@@ -172,6 +175,7 @@ class _Task:
         recipe, records = self.items.recipe, self.items.records
         prompts = self.prompter.prompt_ids_batch(records)
         manifest: dict[str, Any] = {
+            "code": CODE_VERSION,
             "model_fingerprint": fingerprint_model(self.folder),
             "prompts_fingerprint": fingerprint_of(
                 [[r.id, r.split, ids] for r, ids in zip(records, prompts, strict=True)]
@@ -183,6 +187,8 @@ class _Task:
         if recipe.task == "matching":
             manifest["matching"] = recipe.matching.model_dump(mode="json")
             manifest |= {} if has_learnt_labels(self.folder) else {"labels": "compared without stop token"}
+        else:
+            manifest["aliases_fingerprint"] = AliasTable.load().fingerprint()
         return manifest
 
 
@@ -197,13 +203,23 @@ def _models_to_evaluate(recipe: Recipe, model: Path | None) -> dict[str, str]:
     if model is not None:
         if not (model / "config.json").is_file() and not is_adapter(model):
             raise UserInputError(Problem(what="no model in this folder", where=f"--model {model}"))
-        return {model.resolve().name: str(model.resolve())}
+        return {_name_of(model): str(model.resolve())}
     result = recipe.result_folder
     tuned = {"tuned": str(result.resolve())} if result.is_dir() else {}
     if recipe.classifies and not tuned:
         what = "nothing to evaluate: the base model has no classifier yet"
         raise UserInputError(Problem(what=what, where=str(result), remedy="run: sftcore train RECIPE"))
     return tuned if recipe.classifies else {"base": recipe.model.path, **tuned}
+
+
+def _name_of(model: Path) -> str:
+    """Of RUN/eval/NAME: the folder's, unless the run's own models go by it.
+
+    >>> _name_of(Path("/restored/q10")), _name_of(Path("/restored/base"))
+    ('q10', 'model-base')
+    """
+    name = model.resolve().name
+    return f"model-{name}" if name in OWN_NAMES else name
 
 
 def _known_levels(recipe: Recipe, run: Path, records: Sequence[Record]) -> dict[tuple[str, str], int]:

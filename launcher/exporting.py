@@ -15,7 +15,8 @@ import yaml
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder
-from sftcore.model.adapters import base_of, is_adapter
+from sftcore.model.adapters import is_adapter
+from sftcore.model.identity import base_of
 from sftcore.model.load import DTYPES
 from sftcore.model.merge import merge_adapter
 

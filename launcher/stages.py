@@ -45,7 +45,8 @@ from sftcore.knowledge.probe import (
 from sftcore.knowledge.questions import without_trivial
 from sftcore.knowledge.selection import select_facts
 from sftcore.knowledge.vllm_backend import load_vllm
-from sftcore.model.load import fingerprint_model, load_for_decoding
+from sftcore.model.identity import fingerprint_model
+from sftcore.model.load import load_for_decoding
 
 log = logging.getLogger("sftcore.stages")
 SPLITS = ("train", "test", "ood")

@@ -36,8 +36,12 @@ from sftcore.errors import (
     TrainingFailed,
     UserInputError,
 )
+from sftcore.evaluate import score
 from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_json, write_json
+from sftcore.knowledge import levels
+from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.level_files import LEVEL_FILES
+from sftcore.model.identity import model_files
 from sftcore.recipe import source_files
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 
@@ -93,7 +97,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
     result = write_report(run)
     if not is_finished(recipe):
         seconds = round(time.perf_counter() - started, 1)
-        identity = {"recipe": recipe.model_dump(mode="json"), "files": fingerprint_of(_digests(recipe))}
+        identity = {"recipe": recipe.model_dump(mode="json"), **_files_identity(recipe)}
         write_json(run / FINISHED, {**identity, "seconds": seconds})
     return result.table
 
@@ -146,7 +150,9 @@ def is_finished(recipe: Recipe) -> bool:
         then = Recipe.model_validate(kept["recipe"])
     except (KeyError, ValidationError):  # of a version whose recipes had other keys
         return False
-    return _numbers_of(then) == _numbers_of(recipe) and kept["files"] == fingerprint_of(_digests(recipe))
+    now = _files_identity(recipe)
+    same_files = kept["files"] == now["files"] and kept.get("model", now["model"]) == now["model"]
+    return same_files and _numbers_of(then) == _numbers_of(recipe)
 
 
 def _numbers_of(recipe: Recipe) -> dict[str, Any]:
@@ -177,9 +183,22 @@ def _remove(values: dict[str, Any], parts: list[str]) -> None:
 
 
 def shared_name(kind: str, recipe: Recipe, sections: Iterable[str]) -> str:
-    """Of what runs share: a hash of the recipe sections that it depends on, and of the files."""
+    """Of what runs share: a hash of the recipe sections that it depends on, of the files and of our code."""
     values = recipe.model_dump(mode="json")
-    return f"{kind}-{fingerprint_of([{key: values[key] for key in sections}, _digests(recipe)])}"
+    code = [levels.CODE_VERSION] if kind == "levels" else [levels.CODE_VERSION, score.CODE_VERSION]
+    parts = [{key: values[key] for key in sections}, _files_identity(recipe), AliasTable.load().fingerprint()]
+    return f"{kind}-{fingerprint_of([*parts, code])}"
+
+
+def _files_identity(recipe: Recipe) -> dict[str, str]:
+    """Fingerprints of all data and weights, and of all that decides the base model's numbers.
+
+    The second came later; runs that were finished without it count as finished.
+    """
+    known = KnownDigests(DIGESTS)
+    model = {file.name: known.sha256(file) for file in model_files(Path(recipe.model.path))}
+    known.save()
+    return {"files": fingerprint_of(_digests(recipe)), "model": fingerprint_of(model)}
 
 
 def _digests(recipe: Recipe) -> list[str]:

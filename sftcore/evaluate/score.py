@@ -23,6 +23,7 @@ MAIN_SPLIT = "test"
 Z = 1.96  # standard deviations to either side of a 95 % interval
 FIELD_TYPES = {"id": (str, int), "prompt": (str,), "prediction": (str,), "correct": (bool,), "split": (str,)}
 MAX_PROBLEMS_SHOWN = 5
+CODE_VERSION = 1  # raise it when the same model and prompts give other rows or scores
 
 
 def wilson_interval(correct: int, n: int, z: float = Z) -> tuple[float, float] | None:

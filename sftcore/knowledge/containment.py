@@ -26,6 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import fingerprint_of
 
 ALIASES_PATH = Path(__file__).parent.parent / "assets" / "aliases.tsv"
 HEADER = "canonical\taliases"
@@ -123,6 +124,10 @@ class AliasTable:
     def row_of(self, answer: str) -> AliasRow:
         """The row that lists `answer`, or a row of `answer` alone."""
         return self.rows.get(normalise(answer), AliasRow(names=(answer,), near_misses=()))
+
+    def fingerprint(self) -> str:
+        """Identity of what the table says, for the manifests of what was judged with it."""
+        return fingerprint_of({name: [row.names, row.near_misses] for name, row in self.rows.items()})
 
 
 def _wrong_header(path: Path, lines: Sequence[str]) -> Problem:

@@ -42,11 +42,13 @@ def read_levels(run: Path, *, model_fingerprint: str) -> list[FactLevel]:
         raise UserInputError(
             Problem(what="no memory levels yet", where=str(run), remedy="run: sftcore probe RECIPE")
         )
-    found = read_json(run / MANIFEST)["model_fingerprint"]
+    manifest = read_json(run / MANIFEST)
+    found = manifest["model_fingerprint"]
     if found != model_fingerprint:
         raise UserInputError(
             Problem(
-                what="these memory levels belong to another model",
+                what="these memory levels belong to another model"
+                + ("" if "code" in manifest else ", or were measured by an earlier version of sftcore"),
                 where=str(run / LEVELS),
                 got=found,
                 allowed=model_fingerprint,
@@ -79,8 +81,8 @@ def check_same_facts(levels: Sequence[FactLevel], records: Sequence[Record], *, 
                 where=str(where),
                 got=f"{first.split} fact '{first.id}' is {_today(today.get((first.split, first.id)))}",
                 allowed=f"{_in_words(first.relation, first.subject, first.answers)}, as it was probed",
-                remedy="the data changed after the probe: put the old data back, or run: sftcore probe RECIPE "
-                "(with another --run to keep the old levels)",
+                remedy="the data changed after the probe: put the old data back, or probe again: "
+                "sftcore probe RECIPE (with another --run to keep the old levels)",
             )
         )
 

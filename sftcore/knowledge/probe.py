@@ -34,7 +34,7 @@ from sftcore.fsio import (
 )
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.knowledge.level_files import LEVELS, MANIFEST, TEMPLATES, is_probed, read_levels
-from sftcore.knowledge.levels import FactLevel
+from sftcore.knowledge.levels import CODE_VERSION, FactLevel
 from sftcore.knowledge.likelihood import accepted_names, answer_likelihoods
 from sftcore.knowledge.questions import Question, Trial, distinct_questions, fact_of, make_trials
 from sftcore.knowledge.templates import Relation, load_relations
@@ -105,6 +105,8 @@ class Probe:
         backend = {"backend": "vllm"} if self.settings.backend == "vllm" else {}
         return {
             **backend,
+            "code": CODE_VERSION,
+            "aliases_fingerprint": AliasTable.load().fingerprint(),
             "model_fingerprint": self.model_fingerprint,
             "estimator": self.settings.estimator,
             "templates": self.settings.templates,

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sftcore.config import AdapterSettings
 from sftcore.errors import Problem, TrainingFailed, UserInputError
+from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.vocabulary import vocabulary_modules, vocabulary_weights
 
 PREFIX = "base_model.model."
@@ -34,7 +35,7 @@ COMPARED = {  # keys of adapter_config.json that have to agree -> what the recip
 }
 CLASSIFIER = "score"  # the classifier's name in all of transformers' decoders
 CLASSIFIES = "SEQ_CLS"  # peft's word for it
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, seed: int) -> None:
@@ -252,12 +253,6 @@ def check_complete(weights: dict[str, torch.Tensor], *, wanted: int) -> None:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter instead of a whole model."""
     return (folder / ADAPTER_CONFIG).is_file()
-
-
-def base_of(folder: Path) -> str:
-    """The base model that an adapter folder names."""
-    base: str = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return base
 
 
 def merge_weight(weight: torch.Tensor, parts: dict[str, torch.Tensor], config: Any) -> torch.Tensor:

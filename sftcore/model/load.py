@@ -27,16 +27,15 @@ from transformers.utils.logging import disable_progress_bar
 from sftcore.batching.collate import Batch
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
-from sftcore.fsio import fingerprint_of, sha256_of_file
 from sftcore.model.adapters import (
     add_adapter,
     attach_adapter,
-    base_of,
     continue_adapter,
     is_adapter,
     train_whole_layers,
 )
 from sftcore.model.attention import choose_attention
+from sftcore.model.identity import base_of
 from sftcore.model.loss import TrainedTokenHead, choose_head
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 from sftcore.model.vocabulary import grow_vocabulary
@@ -147,16 +146,6 @@ def checkpoint_activations(model: PreTrainedModel, *, stage: int) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": stage == 3})
     if stage == 3:
         model.enable_input_require_grads()
-
-
-def fingerprint_model(path: str) -> str:
-    """Identity of a model or adapter folder: its configuration and weights; a hub name stands for itself."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return path
-    configs = [f for f in (folder / "config.json", folder / "adapter_config.json") if f.is_file()]
-    files = sorted([*configs, *folder.glob("*.safetensors")])
-    return fingerprint_of({file.name: sha256_of_file(file) for file in files})
 
 
 def load_for_decoding(

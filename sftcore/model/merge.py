@@ -27,7 +27,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder, read_json, write_json
 from sftcore.model.adapters import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CLASSIFIER,
     CLASSIFIES,
@@ -35,6 +34,7 @@ from sftcore.model.adapters import (
     is_update,
     merge_weight,
 )
+from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.quantise import round_trip
 
 INDEX = "model.safetensors.index.json"

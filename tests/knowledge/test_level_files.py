@@ -10,7 +10,8 @@ import pytest
 from sftcore.data.contents import Completion, Fact
 from sftcore.data.records import Record
 from sftcore.errors import UserInputError
-from sftcore.knowledge.level_files import check_same_facts
+from sftcore.fsio import write_json, write_jsonl
+from sftcore.knowledge.level_files import LEVELS, MANIFEST, check_same_facts, read_levels
 from sftcore.knowledge.levels import FactLevel
 
 WHERE = Path("RUN/levels.jsonl")
@@ -46,9 +47,7 @@ def test_levels_of_todays_facts_pass_in_any_order_and_with_facts_that_were_not_p
 
 def test_a_row_at_the_top_makes_every_level_behind_it_stale():
     levels = levels_of(records())
-    with pytest.raises(
-        UserInputError, match="3 of 3 memory levels belong to facts that the data has no"
-    ):
+    with pytest.raises(UserInputError, match="3 of 3 memory levels belong to facts that the data has no"):
         check_same_facts(levels, records(("Mali", *NAMES)), where=WHERE)
     with pytest.raises(UserInputError, match="got: train fact 'f:3' is P36, Mali: Mali City") as refused:
         check_same_facts(levels, records((*NAMES[:2], "Mali", "Iran")), where=WHERE)
@@ -74,3 +73,13 @@ def test_each_part_of_a_fact_counts(changed):
     edited = replace(first, content=replace(first.content, **changed))
     with pytest.raises(UserInputError, match="1 of 3"):
         check_same_facts(levels_of(records()), [edited, *others], where=WHERE)
+
+
+@pytest.mark.parametrize(("code", "is_of_earlier_version"), [({}, True), ({"code": 1}, False)])
+def test_levels_of_another_fingerprint_may_be_an_earlier_versions(tmp_path, code, is_of_earlier_version):
+    """A version ago the same model had another fingerprint."""
+    write_jsonl(tmp_path / LEVELS, [level.to_row() for level in levels_of(records())])
+    write_json(tmp_path / MANIFEST, {**code, "model_fingerprint": "then"})
+    with pytest.raises(UserInputError, match="belong to another model") as refused:
+        read_levels(tmp_path, model_fingerprint="now")
+    assert ("measured by an earlier version" in str(refused.value)) == is_of_earlier_version

@@ -16,7 +16,8 @@ from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.likelihood import _spellings, accepted_names, answer_likelihoods
 from sftcore.knowledge.probe import Probe, probe_facts
 from sftcore.model.generate import Sampling, decode_batch
-from sftcore.model.load import fingerprint_model, load_for_decoding
+from sftcore.model.identity import fingerprint_model
+from sftcore.model.load import load_for_decoding
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from sftcore.knowledge.probe import (
 )
 from sftcore.knowledge.questions import make_trials
 from sftcore.model.generate import Sampling, decode_batch
-from sftcore.model.load import fingerprint_model, load_for_decoding
+from sftcore.model.identity import fingerprint_model
+from sftcore.model.load import load_for_decoding
 
 SETTINGS = ProbeSettings(templates=3, samples=4, max_new_tokens=6, batch_rows=16)
 SEED = 11

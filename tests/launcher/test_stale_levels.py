@@ -1,8 +1,9 @@
-"""Levels belong to facts: after an edit of the data they are refused or measured again, never moved."""
+"""Levels and scores belong to their inputs: after an edit of data, aliases or model they are made again."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from tiny import SUBJECTS, write_lines
 
 from launcher.evaluating import evaluate
 from launcher.stages import probe, select
-from launcher.whole_run import _probe_once
+from launcher.whole_run import EVALUATED, PROBED, _files_identity, _probe_once, is_finished, shared_name
 from sftcore.config import Recipe
 from sftcore.errors import UserInputError
-from sftcore.fsio import read_json, read_jsonl
+from sftcore.fsio import read_json, read_jsonl, write_json
+from sftcore.knowledge.containment import AliasRow, AliasTable
 from sftcore.recipe import load_recipe
 
 LEVELS = Path("runs/tiny/levels.jsonl")
@@ -58,9 +60,7 @@ def test_levels_of_an_edited_file_are_not_selected_from(recipe):
     set_levels({("train", 1): KNOWN, ("train", 3): KNOWN})
     assert {level.subject for level in select(recipe)} == {SUBJECTS[0], SUBJECTS[2]}
     insert_on_top("train")
-    with pytest.raises(
-        UserInputError, match="4 of 4 memory levels belong to facts that the data has no"
-    ):
+    with pytest.raises(UserInputError, match="4 of 4 memory levels belong to facts that the data has no"):
         select(recipe)
     probe(recipe)
     set_levels({("train", 2): KNOWN, ("train", 4): KNOWN})
@@ -116,3 +116,65 @@ def select_any(recipe: Recipe) -> list:
     """All training facts, of whatever level."""
     every = recipe.select.model_copy(update={"levels": [0, 1, 2, 3, 4], "n": "all"})
     return select(recipe.model_copy(update={"select": every}))
+
+
+def edit_aliases(monkeypatch) -> None:
+    """As if aliases.tsv had one row more."""
+    table = AliasTable.load()
+    row = AliasRow(names=("Zoeville", "Zoe City"), near_misses=())
+    longer = AliasTable(rows={**table.rows, "zoeville": row, "zoe city": row})
+    monkeypatch.setattr(AliasTable, "load", classmethod(lambda cls: longer))
+
+
+@pytest.mark.parametrize("change", ["aliases", "code"])
+def test_levels_and_scores_of_other_aliases_or_code_are_not_found_again(recipe, caplog, monkeypatch, change):
+    caplog.set_level("INFO")
+
+    def both() -> tuple[int, int]:
+        caplog.clear()
+        probe(recipe)
+        evaluate(recipe)
+        return caplog.text.count("memory levels are already in"), caplog.text.count("already evaluated in")
+
+    assert both() == (0, 0) and both() == (1, 1)
+    names = shared_name("levels", recipe, PROBED), shared_name("base", recipe, EVALUATED)
+    if change == "aliases":
+        edit_aliases(monkeypatch)
+    else:
+        monkeypatch.setattr("sftcore.knowledge.probe.CODE_VERSION", 0)
+        monkeypatch.setattr("launcher.evaluating.CODE_VERSION", 0)
+        monkeypatch.setattr("sftcore.knowledge.levels.CODE_VERSION", 0)
+    assert both() == (0, 0) and both() == (1, 1)
+    now = shared_name("levels", recipe, PROBED), shared_name("base", recipe, EVALUATED)
+    assert not set(names) & set(now), "runs of a study don't share them either"
+
+
+def test_a_model_called_base_does_not_pass_for_the_base_model(recipe):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    other = Path("other/base")
+    shutil.copytree(recipe.model.path, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    model.save_pretrained(other)
+    evaluate(recipe)
+    kept = Path("runs/tiny/eval/base/predictions.jsonl").read_bytes()
+    assert set(evaluate(recipe, model=other)) == {"model-base"}
+    assert Path("runs/tiny/eval/base/predictions.jsonl").read_bytes() == kept
+    assert Path("runs/tiny/eval/model-base/predictions.jsonl").read_bytes() != kept
+
+
+def test_a_finished_run_belongs_to_its_tokenizer_too(recipe, tiny_model_folder):
+    folder = Path("model")
+    shutil.copytree(tiny_model_folder, folder)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": "model"})})
+    finished = {"recipe": recipe.model_dump(mode="json"), **_files_identity(recipe)}
+    path = recipe.run_folder / "finished.json"
+    write_json(path, finished)
+    assert is_finished(recipe)
+    with open(folder / "tokenizer.json", "a") as handle:
+        handle.write("\n")
+    assert not is_finished(recipe)
+    write_json(path, {key: finished[key] for key in ("recipe", "files")})
+    assert is_finished(recipe), "as a version wrote it that looked at weights and data only"
