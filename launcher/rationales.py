@@ -143,7 +143,7 @@ def _ask_here(
     settings = recipe.model.model_copy(update={"path": teacher.model or recipe.model.path})
     tokenizer = load_tokenizer(settings.path, settings.trust_remote_code)
     model = load_for_decoding(settings) if todo else None
-    ids = [_as_asked(tokenizer, prompts[key]) for key in todo]
+    ids = _as_asked(tokenizer, [prompts[key] for key in todo])
     with progress("asking the model", len(todo)) as advance:
         for batch in batches_by_length(ids, prompts_per_batch=recipe.evaluate.batch_size):
             assert model is not None
@@ -165,9 +165,11 @@ def _ask_here(
     return {key: reply for key, reply in known.items() if reply is not None}
 
 
-def _as_asked(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt as the model's chat template puts it, or as it stands for a base model."""
+def _as_asked(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """The prompts as the model's chat template puts them, or as they stand for a base model."""
     if tokenizer.chat_template is None:
-        return codec_of(tokenizer).encode_prompts([prompt])[0]
-    turns = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        return codec_of(tokenizer).encode_prompts(prompts)
+    turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    return [
+        list(tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False)) for t in turns
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,13 @@ ALIASES = AliasTable.load()
 FACTS = {name: read_jsonl(ASSETS / "facts" / f"{name}.jsonl") for name in ("train", "test", "ood")}
 DATA = Path(os.environ.get("SFTCORE_TEST_DATA", "/nonexistent")) / "entityquestions"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="set SFTCORE_TEST_DATA")
+BEFORE_AN_OBJECT = frozenset(  # prepositions, verbs, nouns that a name stands beside, "namely"
+    "about as at behind by for from in of on to under with within "
+    "are attended become comes creating hear include included includes is know like speak stands stood "
+    "understand use was wed called named written "
+    "author capital company creator founder label language maker manufacturer name owner performer trade "
+    "namely".split()
+)
 NOT_BEFORE_AN_OBJECT = {"a", "an", "the"}  # the object brings its own article
 
 
@@ -66,6 +74,76 @@ def test_no_template_leaks_an_answer() -> None:
     for relation_id, answer in frequent:
         words = " ".join((RELATIONS[relation_id].question, *RELATIONS[relation_id].completions))
         assert not contains_answer(words.replace(SUBJECT, "X1"), [answer], ALIASES), (relation_id, answer)
+
+
+def english_faults(template: str, subject: str) -> list[str]:
+    """What a reader would stumble over in a prefix with a subject in it, as far as rules can tell.
+
+    Faults of the subject itself are not the template's ("Duran Duran", ":)"), nor is "A Watering Can can be".
+    """
+    before, _, after = template.partition(SUBJECT)
+    text, words = template.replace(SUBJECT, subject), template.split()
+    start, end = (before.split() or [""])[-1].lower(), (after.split() or [""])[0].lower()
+    articles = re.findall(r"\b([Aa]n?) (\w+)", before + "#" + after)
+    own_brackets = [subject.count(bracket) for bracket in "()[]"]
+    checks = {
+        "a brace is left": "{" in text or "}" in text,
+        "no single spaces": text != " ".join(text.split()),
+        "begins neither with the subject nor with a capital": bool(before) and not before[0].isupper(),
+        "a capital inside": any(word[0].isupper() for word in words[1:] if word != SUBJECT),
+        "ends with a mark": not text[-1].isalpha(),
+        "an object can't follow its last word": words[-1] not in BEFORE_AN_OBJECT,
+        "a doubled word": any(a.lower() == b.lower() for a, b in itertools.pairwise(words))
+        or start == subject.split()[0]
+        or end == subject.split()[-1],
+        "an article before a name": start in {"a", "an", "the"},
+        "a or an": any((article.lower() == "an") != (word[0] in "aeiou") for article, word in articles),
+        "a plural verb behind one subject": not before and end in {"are", "were", "have", "do"},
+        "brackets": [text.count(bracket) for bracket in "()[]"] != own_brackets,
+    }
+    return [fault for fault, is_there in checks.items() if is_there]
+
+
+def samples_of(relation_id: str) -> list[dict]:
+    """Ten facts of a relation, from its first to its last."""
+    rows = [row for table in FACTS.values() for row in table if row["relation"] == relation_id]
+    return rows[:: len(rows) // 10][:10]
+
+
+@pytest.mark.parametrize("relation", RELATIONS.values(), ids=RELATIONS)
+def test_templates_read_as_english_for_ten_subjects(relation) -> None:
+    facts = samples_of(relation.id)
+    assert len({fact["subject"] for fact in facts}) == 10
+    for template, fact in itertools.product(relation.completions, facts):
+        assert not english_faults(template, fact["subject"]), (template, fact["subject"])
+        prompt = template.replace(SUBJECT, fact["subject"])
+        assert not contains_answer(prompt, fact["answers"], ALIASES), (prompt, fact["answers"])
+
+
+@pytest.mark.parametrize(
+    ("template", "subject", "fault"),
+    [
+        ("The capital of {subject} is {x}", "Peru", "a brace is left"),
+        ("The capital  of {subject} is", "Peru", "no single spaces"),
+        ("the capital of {subject} is", "Peru", "begins neither with the subject nor with a capital"),
+        ("The Capital of {subject} is", "Peru", "a capital inside"),
+        ("The capital of {subject} is:", "Peru", "ends with a mark"),
+        ("The capital of {subject} is the", "Peru", "an object can't follow its last word"),
+        ("The capital of of {subject} is", "Peru", "a doubled word"),
+        ("{subject} band was formed in", "Jazz band", "a doubled word"),
+        ("The capital of the {subject} is", "Peru", "an article before a name"),
+        ("{subject} is an product of", "Fiat 500", "a or an"),
+        ("{subject} is a example of", "Jazz", "a or an"),
+        ("{subject} were formed in", "Queen", "a plural verb behind one subject"),
+        ("The town (of {subject} is", "Queen", "brackets"),
+    ],
+)
+def test_what_does_not_read_as_english_is_found(template: str, subject: str, fault: str) -> None:
+    assert fault in english_faults(template, subject)
+
+
+def test_a_subjects_own_oddities_are_no_faults_of_the_template() -> None:
+    assert not english_faults("{subject} was formed in", "Duran Duran (band)")
 
 
 @needs_data

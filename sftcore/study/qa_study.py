@@ -238,11 +238,10 @@ def recommend(best: Mapping[str, Any]) -> list[str]:
     """Which set to take: the best, or the smallest that draws don't tell apart from it."""
     mean = format_share(best["mean_over_levels"]["mean"])
     levels, num_draws, rivals = best["levels_counted"], len(best["runs"]), best["rivals"]
-    counted = f"{_plural(levels, 'test level')} {' and '.join(map(str, levels))}"
+    counted = f"{_plural(levels, 'test level')} {_listed([str(level) for level in levels])}"
     numbers = f"{mean} (mean over {counted}, {num_draws} {_plural(best['runs'], 'draw')})"
     named = [f"{describe_set(rival)} ({format_share(rival['mean'])})" for rival in rivals]
-    listed = (", ".join(named[:-1]), "".join(named[-1:]))
-    unclear = f"The draws don't tell {describe_set(best)} apart from {' and '.join(filter(None, listed))}."
+    unclear = f"The draws don't tell {describe_set(best)} apart from {_listed(named)}."
     if rivals and rivals[0]["n"] < best["n"]:
         return [
             f"For this model, train on {describe_set(rivals[0])}: {format_share(rivals[0]['mean'])}. "
@@ -257,6 +256,15 @@ def recommend(best: Mapping[str, Any]) -> list[str]:
         following = describe_set(best["next"])
         sentences.append(f"One draw is too few to tell it apart from {following}, the next best.")
     return sentences
+
+
+def _listed(names: Sequence[str]) -> str:
+    """With commas and an "and".
+
+    >>> [_listed(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])]
+    ['a', 'a and b', 'a, b and c']
+    """
+    return " and ".join(filter(None, (", ".join(names[:-1]), "".join(names[-1:]))))
 
 
 def _plural(items: Sequence[Any], noun: str) -> str:

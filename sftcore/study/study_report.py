@@ -148,13 +148,14 @@ def _scale(cells: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 def study_table(report: Mapping[str, Any]) -> str:
     """The study's main numbers as plain text, no trailing newline."""
     lines = [f"{report['name']} ({report['model']}), {report['num_runs']} runs", *report["verdict"], ""]
+    width = 4 + max(len(describe_set(cell)) for cell in report["cells"])
     for cell in report["cells"]:
         parts = [
             f"{TITLES[split]} {format_share(part['mean_over_levels']['mean'])}"
             for split, part in cell["splits"].items()
             if part["mean_over_levels"]
         ]
-        lines.append(f"{describe_set(cell):<36}{', '.join(parts)}")
+        lines.append(f"{describe_set(cell):<{width}}{', '.join(parts)}")
     if report["unfinished"]:
         lines += ["", f"not finished: {', '.join(report['unfinished'])}"]
     return "\n".join(lines)

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from launching import BIN, ENVIRONMENT
 from packaged import packaged_model
+from tiny_tokenizers import CHATML, build_bpe
 
-from launcher.rationales import keep_agreeing, summarise, write_rationales
+from launcher.rationales import _as_asked, keep_agreeing, summarise, write_rationales
 from sftcore.data.contents import Pair
 from sftcore.data.records import Record
 from sftcore.data.teacher import Failure, Reply
@@ -67,6 +68,15 @@ def test_what_agrees_is_kept_and_all_is_counted():
     assert summary["yield"] == 0.2 and summary["num_pairs"] == 5
     assert summary["cost"] == pytest.approx((40 * 2 + 16 * 10) / 1e6)
     assert summary["arm"] == "not run: fewer than 100 kept"
+
+
+def test_a_base_model_is_asked_as_the_prompt_stands_without_an_appended_eos():
+    tokenizer = build_bpe(bos=True, eos=True)
+    found = _as_asked(tokenizer, ["Where is Paris?", "Paris"])
+    assert found == [tokenizer(text)["input_ids"][:-1] for text in ("Where is Paris?", "Paris")]
+    tokenizer.chat_template = CHATML
+    (asked,) = _as_asked(tokenizer, ["Paris"])
+    assert tokenizer.decode(asked).endswith("<|im_start|>assistant\n")
 
 
 def test_the_local_model_is_asked_once(tiny_model_folder, tmp_path, monkeypatch):
