@@ -32,6 +32,7 @@ from sftcore.model.attention import choose_attention
 from sftcore.model.cost import measure_recipe
 from sftcore.model.load import LossModel, checkpoint_activations, install_head
 from sftcore.model.loss import choose_head
+from sftcore.train.devices import device_here
 from sftcore.train.memory import predict_bytes
 
 NOMINAL_TERAFLOPS = 989.0  # per second, dense bfloat16 of an H100 or H200
@@ -171,7 +172,7 @@ def measure_step(target: Target, settings: Settings) -> dict:
         config.save_pretrained(folder)
         recipe = make_recipe(settings, folder)
         cost = measure_recipe(recipe).coefficients
-        predicted = predict_bytes(recipe, world=1, num_tokens=settings.num_tokens)
+        predicted = predict_bytes(recipe, world=1, num_tokens=settings.num_tokens, device=device_here())
         target.reset_peak()
         model = build(target, config, recipe)
         batches = [make_batch(target, config, settings, seed) for seed in range(4)]

@@ -22,6 +22,7 @@ import yaml
 from benchmarks.measure import versions
 from sftcore.fsio import read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.train.devices import device_here
 from sftcore.train.memory import predict_bytes
 
 HERE = Path(__file__).parent
@@ -107,7 +108,7 @@ def run(scratch: Path, name: str, changes: dict, world: int) -> dict:
         sys.exit(f"{name} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     steps = read_jsonl(folder / "metrics.jsonl")
     num_tokens = max(step["num_tokens"] for step in steps) // world
-    predicted = predict_bytes(load_recipe(path), world=world, num_tokens=num_tokens)
+    predicted = predict_bytes(load_recipe(path), world=world, num_tokens=num_tokens, device=device_here())
     return {
         "num_tokens": num_tokens,
         "predicted": predicted,

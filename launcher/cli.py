@@ -137,19 +137,37 @@ def prepare(
 def plan(
     recipe: RecipePath,
     world: Annotated[int, typer.Option(min=1, help="number of ranks")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="plan for a100, h100, h200, l40s, ...; if not this machine"),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0, metavar="GB", help="of each GPU, if not its data sheet's")
+    ] = None,
+    gpu_tflops: Annotated[
+        float | None, typer.Option(min=0, help="dense bfloat16 TFLOP/s, if not its data sheet's")
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.001, max=1, help="share of that rate that training reaches")
+    ] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="plan and outlook for a program")] = False,
     set_: Overrides = None,
     run: RunFolder = None,
 ) -> None:
-    """Steps, packs, utilisation, imbalance, predicted memory; touches no GPU."""
+    """Steps, packs, predicted memory and hours, what fits, what won't train; touches no GPU."""
     loaded = load(recipe, set_, run)
-    from launcher.preflight import describe_plan, plan_table
-    from launcher.stages import prepare as prepare_stage
-    from sftcore.model.cost import measure_recipe
-    from sftcore.train.loop import make_schedule
+    from launcher.outlook import look_ahead, outlook_table
+    from launcher.preflight import plan_table
+    from sftcore.train.devices import choose_device
 
-    _, store = prepare_stage(loaded)
-    schedule = make_schedule(loaded, store, world=world, cost=measure_recipe(loaded).coefficients)
-    print(plan_table(describe_plan(loaded, store, schedule)))
+    device = choose_device(gpu, memory_gigabytes=gpu_memory, teraflops=gpu_tflops)
+    described, outlook, refusal = look_ahead(loaded, world=world, device=device, mfu=mfu)
+    if as_json:
+        print(json.dumps({**described, "outlook": outlook}, indent=1, ensure_ascii=False))
+    else:
+        print(plan_table(described), outlook_table(outlook, described), sep="\n")
+    if refusal:
+        raise refusal
 
 
 @app.command()

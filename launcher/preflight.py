@@ -15,13 +15,14 @@ from sftcore.batching.schedule import IDLE, Schedule, Step
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
 from sftcore.model.cost import measure_recipe
+from sftcore.train.devices import Device
 from sftcore.train.memory import predict_bytes
 
 MAX_STEPS_LISTED = 1000
 
 
-def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict[str, Any]:
-    """The content of plan.json: totals, predictions, and the first `MAX_STEPS_LISTED` steps."""
+def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule, device: Device) -> dict[str, Any]:
+    """The content of plan.json: totals, predictions for `device`, and the first `MAX_STEPS_LISTED` steps."""
     cost = measure_recipe(recipe)
     steps = [schedule.step(number) for number in range(schedule.num_steps)]
     loads = np.array([_rank_costs(schedule, step) for step in steps])  # (steps, world) predicted FLOPs
@@ -44,12 +45,16 @@ def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule) -> dict
             "imbalance": float(loads.max(1).sum() / loads.mean(1).sum() - 1),
             "flops": float(loads.sum()),
             "largest_pack_tokens": largest,
+            "longest_sample_tokens": int(schedule.lengths.max()),
         },
         "sources": _describe_sources(store, schedule, steps),
         "predictions": {
             "num_parameters": cost.num_parameters,
             "num_trained_parameters": cost.num_trained_parameters,
-            "bytes_per_rank": predict_bytes(recipe, world=schedule.world, num_tokens=largest),
+            "device": device.name,
+            "bytes_per_rank": predict_bytes(
+                recipe, world=schedule.world, num_tokens=largest, device=device, cost=cost
+            ),
         },
         "steps": [_describe_step(schedule, step) for step in steps[:MAX_STEPS_LISTED]],
     }

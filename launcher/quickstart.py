@@ -20,6 +20,7 @@ from sftcore.model.cost import measure_recipe
 from sftcore.model.pull import pull_model
 from sftcore.recipe import load_recipe
 from sftcore.study.report import write_report
+from sftcore.train.devices import device_here
 from sftcore.train.loop import make_schedule
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -40,7 +41,7 @@ def run_quickstart(out: Path, model: str) -> None:
     print(f"{len(store)} samples in {store.folder}")
     _say(4, "plan")
     schedule = make_schedule(recipe, store, world=1, cost=measure_recipe(recipe).coefficients)
-    print(plan_table(describe_plan(recipe, store, schedule)))
+    print(plan_table(describe_plan(recipe, store, schedule, device_here())))
     _say(5, "train (all weights, DeepSpeed, this process)")
     train_recipe(recipe)
     _say(6, "evaluate base and trained model on facts whose subjects were not trained")

@@ -55,6 +55,7 @@ from sftcore.train.checkpoint import (
     read_state,
     why_not_usable,
 )
+from sftcore.train.devices import device_here
 from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_stage
 from sftcore.train.engine import Engine, check_engine, init_process_group
 from sftcore.train.export import export_weights
@@ -175,7 +176,7 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
         cost = measure_recipe(recipe).coefficients
         schedule = make_schedule(recipe, store, world=dist.world_size(), cost=cost)
         if dist.rank() == 0:
-            write_json(run / "plan.json", describe_plan(recipe, store, schedule))
+            write_json(run / "plan.json", describe_plan(recipe, store, schedule, device_here()))
     init_process_group()
     watch.keep_lease(run, dist.gather_objects(watch.holder)[0])
     with Watchdog(recipe.train.hang_seconds) as watchdog:

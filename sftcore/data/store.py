@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from sftcore.data.ledger import printable_path
 from sftcore.data.parts import INT32
 from sftcore.data.prompts import Sample
+from sftcore.data.seam import IGNORED
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_json, sha256_of_file
 
@@ -71,6 +72,11 @@ class _PartColumns:
             raise _unusable(folder, "columns and index don't match")
         self.input_ids = _mapped(folder / "input_ids.bin")
         self.labels = _mapped(folder / "labels.bin")
+
+    def last_targets(self) -> NDArray[np.int32]:
+        """(S,) the last trained target of each kept sample, which has one."""
+        trained = np.flatnonzero(self.labels != IGNORED)
+        return self.labels[trained[np.searchsorted(trained, self.offsets + self.lengths) - 1]]
 
     def sample(self, i: int) -> Sample:
         """The part's i-th kept sample."""
@@ -196,6 +202,11 @@ class TokenStore:
         """(N,) label of each pair; -1 for samples that are none."""
         empty = np.empty(0, np.int8)
         return np.concatenate([empty, *(numbers(part.rows, "label")[part.kept] for part in self._parts)])
+
+    @property
+    def last_targets(self) -> NDArray[np.int32]:
+        """(N,) last trained target of each sample: the stop token, where answers end; reads all labels."""
+        return np.concatenate([np.empty(0, np.int32), *(part.last_targets() for part in self._parts)])
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -112,6 +112,7 @@ class ModelCost:
         weight_bytes: int,
         quantised: bool = False,
         optimizer: str = "adamw",
+        frozen_bytes: int | None = None,
     ) -> dict[str, int]:
         """Bytes of weights, gradients and optimizer state on each rank, without activations.
 
@@ -121,13 +122,15 @@ class ModelCost:
         Args:
             quantised: the layers' weights are held in 4 bits.
             optimizer: as in the recipe.
+            frozen_bytes: of a weight beside an adapter, if not `weight_bytes`.
         """
         n = self.num_trained_parameters
         moments = EIGHT_BIT_MOMENT_BYTES if optimizer == "adamw-8bit" else MOMENT_BYTES
         master = MASTER_BYTES if weight_bytes < 4 else 0
-        weights: float = self.num_parameters * weight_bytes
+        held = weight_bytes if self.trains_all or frozen_bytes is None else frozen_bytes
+        weights: float = self.num_parameters * held
         if quantised:
-            weights -= self.num_body_parameters * (weight_bytes - FOUR_BIT_BYTES)
+            weights -= self.num_body_parameters * (held - FOUR_BIT_BYTES)
         weights += 0 if self.trains_all else n * weight_bytes
         state = n * (master + moments)
         if optimizer == "muon":  # one moment of the layers' matrices

@@ -43,22 +43,14 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from sftcore import dist
 from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
-from sftcore.errors import Problem, TrainingFailed, UserInputError
+from sftcore.errors import TrainingFailed
 from sftcore.model.load import LossModel
 from sftcore.model.quantise import keep_trainable_layout
-from sftcore.train.compatibility import ASYNC_IO, check_machine, need_of
+from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
 from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
 from sftcore.train.optimizers import make_optimizer, set_learning_rate
 
 log = logging.getLogger(__name__)
-MUON_IS_WHOLE = (
-    Problem(  # at stage 1 one rank's losses differ in the 4th digit, two ranks didn't end in 8 minutes
-        what="DeepSpeed 0.19.8's Muon trains otherwise where ZeRO shards its state, and two ranks hang",
-        where="train.optimizer",
-        got="muon",
-        remedy="set deepspeed: zero0, or train.optimizer: adamw",
-    )
-)
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # parameters of mallopt(3)
 
 
@@ -94,21 +86,27 @@ class NotFinite(TrainingFailed):
         self.micro_batches = micro_batches
 
 
-def check_engine(ds_config: dict[str, Any], optimizer: str) -> None:
-    """Refuse a configuration that DeepSpeed can't run on this machine, or with this optimizer.
+def check_engine(ds_config: dict[str, Any], optimizer: str, *, has_cuda: bool | None = None) -> None:
+    """Refuse a configuration that DeepSpeed can't run on such a machine, or with this optimizer.
+
+    Args:
+        has_cuda: whether ranks have GPUs; None: as this machine.
 
     Raises:
-        MissingEnvironmentError: it needs CUDA or asynchronous file access.
+        MissingEnvironmentError: it needs CUDA or asynchronous file access (looked for on this machine).
         UserInputError: Muon with sharded state.
     """
-    if optimizer == "muon" and zero_stage(ds_config) > 0:
-        raise UserInputError(MUON_IS_WHOLE)
-    asks = need_of(ds_config) is ASYNC_IO
-    check_machine(
+    check_combination(
         ds_config,
-        has_cuda=torch.cuda.is_available(),
-        has_async_io=asks and bool(AsyncIOBuilder().is_compatible(verbose=False)),
+        optimizer,
+        has_cuda=torch.cuda.is_available() if has_cuda is None else has_cuda,
+        has_async_io=need_of(ds_config) is ASYNC_IO and has_async_io(),
     )
+
+
+def has_async_io() -> bool:
+    """Whether DeepSpeed's async_io operation can be built here."""
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
 def keep_freed_memory() -> None:

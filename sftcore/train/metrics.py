@@ -20,22 +20,13 @@ import torch
 from sftcore import dist
 from sftcore.config import Recipe
 from sftcore.fsio import append_jsonl, read_jsonl, write_jsonl
+from sftcore.train.devices import peak_flops_of
 from sftcore.train.tracking import open_trackers
 
 log = logging.getLogger(__name__)
 LIVE_LINE_SECONDS = 2.0
 METRICS = "metrics.jsonl"
 TRACKED = ("loss", "grad_norm", "lr", "tokens_per_second", "trained_tokens_per_second", "mfu")
-PEAK_FLOPS = {  # dense bfloat16 FLOP/s by what the device's name holds, from the vendors' data sheets
-    "B200": 2.25e15,
-    "H200": 9.89e14,
-    "H100 PCIe": 7.56e14,
-    "H100": 9.89e14,
-    "A100": 3.12e14,
-    "L40S": 3.62e14,
-    "A10": 1.25e14,
-    "4090": 1.65e14,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,5 +126,5 @@ def model_flops_utilisation(flops: float, seconds: float) -> float | None:
     Pads, recomputation and communication are not counted as work (PaLM, arXiv 2204.02311, appendix B).
     """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    peak = peak_flops_of(name)
     return flops / (seconds * peak * dist.world_size()) if peak else None

@@ -102,6 +102,16 @@ def test_columns_have_the_promised_types_and_layout(tmp_path):
             store[i]
 
 
+@pytest.mark.parametrize("per_part", [1, 2, 100])
+def test_the_last_target_of_each_sample_is_its_last_trained_one(tmp_path, per_part):
+    """A prompt behind the answer, as in a chat's last turn, has none."""
+    ends_early = Encoded(ids=[1, 2, 9, 4, 5], trained=((1, 3),))
+    a_class = Encoded(ids=[6, 7], trained=(), label=1)
+    samples = [*THREE, (record("d"), ends_early), (record("e"), a_class)]
+    store = written(tmp_path / "store", samples, per_part=per_part)
+    assert store.last_targets.tolist() == [7, 9, 4, 9, 1]
+
+
 def test_samples_are_views_of_the_map_and_read_only(tmp_path):
     store = written(tmp_path / "store")
     assert np.shares_memory(store[0].input_ids, store._parts[0].input_ids)

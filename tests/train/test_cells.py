@@ -10,10 +10,10 @@ import pytest
 import torch
 from launching import ROOT, run, run_cells, steps, weights, write_recipe
 
-from sftcore.errors import MissingEnvironmentError
+from sftcore.errors import MissingEnvironmentError, UserInputError
 from sftcore.fsio import read_json
 from sftcore.recipe import DS_CONFIGS
-from sftcore.train.compatibility import KINDS, ROWS, cells, check_machine, table
+from sftcore.train.compatibility import KINDS, ROWS, cells, check_combination, check_machine, table
 from sftcore.train.ds_config import read_ds_config
 
 ADAPTER = {"r": 4, "alpha": 16}
@@ -85,6 +85,17 @@ def test_what_the_machine_lacks_is_refused_with_the_remedy():
             continue
         with pytest.raises(MissingEnvironmentError, match=re.escape(need.remedy)):
             check_machine(config, has_cuda=False, has_async_io=False)
+
+
+def test_muon_is_refused_where_its_state_would_be_cut():
+    for name in ROWS:
+        config = read_ds_config(DS_CONFIGS / f"{name}.json")
+        check_combination(config, "adamw", has_cuda=True, has_async_io=True)
+        if name == "zero0":
+            check_combination(config, "muon", has_cuda=True, has_async_io=True)
+            continue
+        with pytest.raises(UserInputError, match="set deepspeed: zero0"):
+            check_combination(config, "muon", has_cuda=True, has_async_io=True)
 
 
 @pytest.mark.slow

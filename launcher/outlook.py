@@ -1,0 +1,205 @@
+"""What a plan comes to on a device: will it train, end its answers, fit, and how many hours.
+
+In: a recipe, its store and plan, a `Device`. Out: a dictionary beside the plan's; its lines for a terminal.
+Invariant: judged by training's own checks, so a recipe that "trains" here is not refused there by them.
+Trade-off: packages (flash-attn, bitsandbytes, libaio) are looked for in this environment, which a cluster's
+GPU nodes are taken to share; only whether there are GPUs, and how large, comes from the `Device`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from launcher.preflight import describe_plan
+from launcher.stages import prepare
+from sftcore.config import Recipe
+from sftcore.data.store import TokenStore
+from sftcore.data.tokens import Tokenizer, codec_of
+from sftcore.errors import MissingEnvironmentError, Problem, SftError, UserInputError
+from sftcore.model.attention import choose_attention
+from sftcore.model.cost import measure_recipe
+from sftcore.model.load import load_config
+from sftcore.model.loss import choose_head
+from sftcore.model.quantise import require_bitsandbytes
+from sftcore.recipe import deepspeed_file
+from sftcore.train.devices import Device
+from sftcore.train.ds_config import read_ds_config
+from sftcore.train.engine import check_engine, has_async_io
+from sftcore.train.fit import Place, best_choice, configuration_name, list_choices, what_would_fit
+from sftcore.train.loop import make_schedule
+from sftcore.train.tracking import check_tracker
+
+Row = dict[str, Any]
+
+
+def look_ahead(recipe: Recipe, *, world: int, device: Device, mfu: float) -> tuple[Row, Row, SftError | None]:
+    """The plan of a recipe, its outlook on `device`, and what training there would refuse.
+
+    Args:
+        mfu: the share of the device's peak that training will reach.
+
+    Raises:
+        UserInputError, MissingEnvironmentError: there is nothing to plan: no data, levels, tokenizer, config.
+    """
+    tokenizer, store = prepare(recipe)
+    schedule = make_schedule(recipe, store, world=world, cost=measure_recipe(recipe).coefficients)
+    plan = describe_plan(recipe, store, schedule, device)
+    refusal = why_not_trainable(recipe, device)
+    stop = describe_stop(recipe, store, tokenizer)
+    outlook = describe_outlook(recipe, plan, device=device, mfu=mfu, stop=stop, refusal=refusal)
+    return plan, outlook, refusal
+
+
+def describe_outlook(
+    recipe: Recipe, plan: Row, *, device: Device, mfu: float, stop: Row, refusal: SftError | None
+) -> Row:
+    """What plan.json does not have.
+
+    Args:
+        plan: as `describe_plan` gives it.
+        mfu: the share of the device's peak that training will reach.
+        stop: as `describe_stop` gives it.
+        refusal: as `why_not_trainable` gives it.
+    """
+    totals = plan["totals"]
+    place = Place(
+        device=device,
+        world=plan["world"],
+        num_tokens=totals["largest_pack_tokens"],
+        longest=totals["longest_sample_tokens"],
+        has_async_io=has_async_io(),
+    )
+    choices = list_choices(recipe, place)
+    best = best_choice(choices)
+    is_poor = best is None or best.host_bytes > 0
+    return {
+        "device": asdict(device) | {"usable_bytes": device.usable_bytes(place.world)},
+        "mfu": mfu,
+        "hours": predict_hours(plan, device, mfu),
+        "stop_token": stop,
+        "compatible": refusal is None,
+        "problems": [] if refusal is None else [asdict(problem) for problem in refusal.problems],
+        "deepspeed": configuration_name(recipe),
+        "ds_configs": [asdict(choice) for choice in choices],
+        "best": best.name if best else None,
+        "would_fit": what_would_fit(recipe, place, with_offload=best is None) if is_poor else [],
+    }
+
+
+def why_not_trainable(recipe: Recipe, device: Device) -> SftError | None:
+    """What training on `device` would refuse before its first step, all at once; None if nothing."""
+    ds_config = read_ds_config(deepspeed_file(recipe))
+    kind = "cuda" if device.is_gpu else "cpu"
+    model, dtype = recipe.model, recipe.model.dtype
+    is_encoder = recipe.task == "matching" and recipe.matching.mode == "encoder"
+    checks: list[Callable[[], object]] = [
+        lambda: check_engine(ds_config, recipe.train.optimizer, has_cuda=device.is_gpu),
+        lambda: check_tracker(recipe),
+        lambda: choose_head("chunked" if recipe.classifies else model.head, device=kind),
+    ]
+    if not is_encoder:
+        config = load_config(model)
+        checks.append(lambda: choose_attention(config, model.attention, dtype=dtype, device=kind))
+    if recipe.adapter.kind == "qlora":
+        checks.append(lambda: require_bitsandbytes("adapter.kind: qlora"))
+    if recipe.train.optimizer == "adamw-8bit":
+        checks.append(lambda: require_bitsandbytes("train.optimizer: adamw-8bit"))
+    errors = [error for check in checks if (error := _error_of(check))]
+    problems = [problem for error in errors for problem in error.problems]
+    if not problems:
+        return None
+    is_lack = all(isinstance(error, MissingEnvironmentError) for error in errors)
+    return MissingEnvironmentError(*problems) if is_lack else UserInputError(*problems)
+
+
+def _error_of(check: Callable[[], object]) -> SftError | None:
+    try:
+        check()
+    except SftError as error:
+        return error
+    return None
+
+
+def predict_hours(plan: Row, device: Device, mfu: float) -> float | None:
+    """Hours of training: the slowest rank's FLOPs over what its device does; None without a known peak."""
+    if device.peak_flops is None:
+        return None
+    totals = plan["totals"]
+    slowest = totals["flops"] * (1 + totals["imbalance"]) / plan["world"]
+    return float(slowest / (mfu * device.peak_flops) / 3600)
+
+
+def describe_stop(recipe: Recipe, store: TokenStore, tokenizer: Tokenizer) -> Row:
+    """Whether the samples train the model to end its answers, from the store's own labels.
+
+    Returns:
+        trained: yes (every sample), no (none), partly, or "not needed" where classes are predicted; share: of
+        samples whose last trained target is a stop token; stop_ids: those that decoding ends at.
+    """
+    if recipe.classifies:
+        return {"trained": "not needed", "share": None, "stop_ids": []}
+    configured = load_config(recipe.model).get_text_config().eos_token_id
+    others = configured if isinstance(configured, list) else [configured]
+    ids = sorted({codec_of(tokenizer).stop_id, *(i for i in others if i is not None)})
+    share = float(np.isin(store.last_targets, ids).mean())
+    return {"trained": {0.0: "no", 1.0: "yes"}.get(share, "partly"), "share": share, "stop_ids": ids}
+
+
+def outlook_table(outlook: Row, plan: Row) -> str:
+    """The outlook as lines for a terminal, each derived number with its arithmetic."""
+    device, stop, world = outlook["device"], outlook["stop_token"], plan["world"]
+    of = "" if stop["share"] is None else f": the last trained target of {stop['share']:.1%} of the samples"
+    rate = f", {device['peak_flops'] / 1e12:.0f} bfloat16 TFLOP/s" if device["peak_flops"] else ""
+    part = "90 % of a GPU" if device["is_gpu"] else f"90 % of this machine / {world} rank(s)"
+    lines = [
+        ("device", f"{device['name']}, {device['memory_bytes'] / 1e9:.0f} GB{rate}"),
+        ("hours", _hours_line(outlook, plan)),
+        ("stop token", f"{stop['trained']}{of}"),
+        ("trains", "yes" if outlook["compatible"] else "no: " + _what(outlook["problems"])),
+        ("fits", f"in {device['usable_bytes'] / 1e9:.1f} GB = {part}:"),
+    ]
+    text = [f"{name:<16}{line}" for name, line in lines]
+    return "\n".join([*text, *_choice_lines(outlook), *_best_lines(outlook)])
+
+
+def _what(problems: list[Row]) -> str:
+    return "; ".join(Problem(**problem).what for problem in problems)
+
+
+def _hours_line(outlook: Row, plan: Row) -> str:
+    hours, device, totals = outlook["hours"], outlook["device"], plan["totals"]
+    if hours is None:
+        return "not known without a GPU's rate: --gpu h100, or --gpu-memory 80 --gpu-tflops 312"
+    all_ranks = f"{plan['world']} rank(s) x {device['peak_flops'] / 1e12:.0f} TFLOP/s"
+    return (
+        f"{f'{hours:,.0f}' if hours >= 100 else f'{hours:.3g}'} of training = {totals['flops']:.3g} FLOPs x "
+        f"{1 + totals['imbalance']:.3f} / ({all_ranks} x {outlook['mfu']:.0%} MFU)"
+    )
+
+
+def _choice_lines(outlook: Row) -> Iterator[str]:
+    """A line for each DeepSpeed configuration; * is the recipe's."""
+    yield f"  {'deepspeed':<16}{'GB/rank':>9}{'host GB':>9}  fits"
+    for row in outlook["ds_configs"]:
+        mark = "*" if row["name"] == outlook["deepspeed"] else " "
+        verdict = "refused" if row["refusal"] else "yes" if row["fits"] else "no"
+        sizes = f"{row['device_bytes'] / 1e9:>9.1f}{row['host_bytes'] / 1e9:>9.1f}"
+        yield f"{mark} {row['name']:<16}{sizes}  {verdict}"
+    for reason in dict.fromkeys(row["refusal"] for row in outlook["ds_configs"] if row["refusal"]):
+        yield f"  refused: {reason}"
+
+
+def _best_lines(outlook: Row) -> Iterator[str]:
+    best, others = outlook["best"], "; ".join(outlook["would_fit"])
+    if best:
+        yield f"{'best':<16}deepspeed: {best}, the first that fits, fastest first (* is the recipe's)"
+        if others:
+            yield f"{'':<16}these would fit without offload: {others}"
+    elif others:
+        yield f"{'best':<16}none fits; these would: {others}"
+    else:
+        yield f"{'best':<16}none fits, nor with a smaller capacity, LoRA, QLoRA or more ranks"
