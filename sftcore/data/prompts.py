@@ -26,7 +26,15 @@ from sftcore.data.rows import ignore
 from sftcore.data.seam import Draft, Encoded, encode_classified, encode_drafts, encode_joined
 from sftcore.data.tokens import Codec, Tokenizer, codec_of
 from sftcore.data.trimming import cut_left, prompt_texts, with_prompt_texts
-from sftcore.data.wording import PromptOptions, Template, language_of, load_template, question_patterns
+from sftcore.data.wording import (
+    PromptOptions,
+    Template,
+    fact_texts,
+    language_of,
+    load_template,
+    question_patterns,
+    with_question,
+)
 from sftcore.errors import Problem, UserInputError
 
 __all__ = ["PromptOptions", "Prompter", "Refusal", "Sample", "Template", "load_template", "question_patterns"]
@@ -202,7 +210,7 @@ class Prompter:
             except ChatRefused as error:
                 return Refusal(reason=Reason.REFUSED_BY_TEMPLATE, detail=str(error))
         if isinstance(content, Fact):
-            content = self._asked(content)
+            content = with_question(content, self.patterns)
             if content.question is None and "question" in self.options.templates["any"].placeholders:
                 detail = f"no question, and no pattern for relation {content.relation!r}"
                 return Refusal(reason=Reason.UNKNOWN_RELATION, detail=detail)
@@ -217,12 +225,6 @@ class Prompter:
         pieces = (pair.a, pair.b) if self.options.joins_texts else self._texts(pair)
         return Draft(pieces=pieces, is_bare=True, label=pair.label if self.options.classifies else None)
 
-    def _asked(self, fact: Fact) -> Fact:
-        """The fact with its relation's question if it has none of its own."""
-        if fact.question is not None or fact.relation not in self.patterns:
-            return fact
-        return replace(fact, question=self.patterns[fact.relation].replace("{subject}", fact.subject))
-
     def _renderer(self) -> ChatRenderer:
         if self._chat is None:
             self._chat = ChatRenderer(self.codec)
@@ -234,8 +236,7 @@ class Prompter:
             case Completion():
                 return content.prompt, content.completion
             case Fact():
-                values = {"question": content.question or "", "subject": content.subject}
-                return self.options.templates["any"].fill(values | {"answer": content.answers[0]})
+                return fact_texts(content, self.options.templates["any"])
             case Pair():
                 examples = [Pair(a=e.a, b=e.b, label=e.label) for e in self.options.matching.examples]
                 shown = [self._pair_texts(example, content) for example in examples]
@@ -281,7 +282,7 @@ class Prompter:
     def _trimmed(self, content: Content) -> Encoded | None:
         """The sample after the smallest cut of prompt characters that makes it fit, or None."""
         if isinstance(content, Fact):
-            content = self._asked(content)
+            content = with_question(content, self.patterns)
         texts = prompt_texts(content)
 
         def encode(num_characters: int) -> Encoded | Refusal:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import string
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from sftcore.config import DataSettings, InlineTemplate, Recipe
-from sftcore.data.contents import Pair
+from sftcore.data.contents import Fact, Pair
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_json
 from sftcore.recipe import ASSETS
@@ -241,6 +241,19 @@ def language_of(pair: Pair, setting: str) -> str:
     letters = [char for char in pair.a + pair.b if char.isalpha()]
     num_cjk = sum("\u3400" <= char <= "\u9fff" or "\U00020000" <= char <= "\U0003ffff" for char in letters)
     return "zh" if letters and num_cjk >= CJK_LETTER_SHARE * len(letters) else "en"
+
+
+def with_question(fact: Fact, patterns: Mapping[str, str]) -> Fact:
+    """The fact with its relation's question if it has none of its own."""
+    if fact.question is not None or fact.relation not in patterns:
+        return fact
+    return replace(fact, question=patterns[fact.relation].replace("{subject}", fact.subject))
+
+
+def fact_texts(fact: Fact, template: Template) -> tuple[str, str]:
+    """Prompt and completion of a fact."""
+    values = {"question": fact.question or "", "subject": fact.subject}
+    return template.fill(values | {"answer": fact.answers[0]})
 
 
 def question_patterns(relations: str | None = None) -> dict[str, str]:
