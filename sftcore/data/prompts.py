@@ -24,6 +24,7 @@ from sftcore.data.rationales import Order, compose_answer
 from sftcore.data.records import Record
 from sftcore.data.rows import ignore
 from sftcore.data.seam import Draft, Encoded, encode_classified, encode_drafts, encode_joined
+from sftcore.data.special import SpecialTokens
 from sftcore.data.tokens import Codec, Tokenizer, codec_of
 from sftcore.data.trimming import cut_left, prompt_texts, with_prompt_texts
 from sftcore.data.wording import (
@@ -92,6 +93,7 @@ class Prompter:
         self.codec = codec_of(tokenizer)
         self.patterns = question_patterns(options.relations) if patterns is None else patterns
         self._chat: ChatRenderer | None = None
+        self._special = SpecialTokens(self.codec, options.own_tokens)
 
     def prompt_text(self, record: Record) -> str:
         """The prompt as text, without the tokenizer's own prefix.
@@ -178,7 +180,11 @@ class Prompter:
     def encode_batch(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
         """Ids and labels of each content, or why there are none; over-long ones cut or refused."""
         encoded = self._encode(contents)
-        return [self._fitted(content, e) for content, e in zip(contents, encoded, strict=True)]
+        fitted = [self._fitted(content, e) for content, e in zip(contents, encoded, strict=True)]
+        for i in self._special.rows(contents):
+            if isinstance(sample := fitted[i], Encoded):
+                fitted[i] = replace(sample, changes=(*sample.changes, Change.SPECIAL_IN_TEXT))
+        return fitted
 
     def _encode(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
         drafts = [self._not_endless(self._draft(content)) for content in contents]
@@ -205,6 +211,9 @@ class Prompter:
 
     def _draft(self, content: Content) -> Draft | Refusal:
         if isinstance(content, Chat):
+            if found := self._special.find_in_chat(content):
+                detail = f"{found[0]!r} in a turn of role {found[1]}"
+                return Refusal(reason=Reason.SPECIAL_TOKEN, detail=detail)
             try:
                 return Draft(pieces=self._renderer().pieces(content), is_bare=False)
             except ChatRefused as error:

@@ -164,6 +164,7 @@ class PromptOptions:
         max_length: tokens in a sample at most.
         overlength: "reject", "trim_prompt" or "error" (an error is a rejection here; prepare raises it).
         relations: `data.relations`.
+        own_tokens: `model.add_tokens`, special tokens that texts may hold.
     """
 
     task: str
@@ -172,6 +173,7 @@ class PromptOptions:
     max_length: int
     overlength: str
     relations: str | None = None
+    own_tokens: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe) -> PromptOptions:
@@ -187,6 +189,7 @@ class PromptOptions:
             max_length=recipe.max_length,
             overlength=recipe.data.overlength,
             relations=recipe.data.relations,
+            own_tokens=tuple(recipe.model.add_tokens),
         )
 
     @property
@@ -208,6 +211,7 @@ class PromptOptions:
             if self.task == "matching"
             else None,
             "max_length": self.max_length,
+            "own_tokens": sorted(self.own_tokens),
             "overlength": "trim_prompt" if self.overlength == "trim_prompt" else "reject",
         }
 
