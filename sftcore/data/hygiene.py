@@ -2,16 +2,18 @@
 
 In: training and held-out records. Out: per training record, the reason to drop it, or None.
 Invariant: a training item that reads like a held-out one (Unicode NFKC, case-folded, white space collapsed,
-a pair in either order) is dropped, whatever its answer; of a pair with both labels no copy stays.
+a pair in either order) is dropped, whatever its answer; so is a chat if any of its trained turns answers what
+a held-out chat asks last; of a pair with both labels no copy stays.
 Trade-off: texts are compared by 64-bit hashes in numpy arrays: 33 bytes a record instead of its text (330 MB
-for 10 million), and one false match in 2^65 / n^2 (n = 10 million: 1 in 370,000).
+for 10 million; 16 more for each earlier assistant turn of a chat), and one false match in 2^65 / n^2
+(n = 10 million: 1 in 370,000).
 """
 
 from __future__ import annotations
 
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +25,7 @@ from sftcore.data.ledger import Reason
 from sftcore.data.records import Record
 
 Hashes = NDArray[np.uint64]
+Render = Callable[[Content], str | None]  # the prompt that a held-out record becomes, where that is known
 
 
 def normalised(text: str) -> str:
@@ -76,19 +79,23 @@ def _hash(text: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowHashes:
-    """What R rows are compared by; all but `labels` are (R,) uint64.
+    """What R rows are compared by; all are (R,) uint64 but for `labels` and E earlier turns.
 
     Args:
         items: of what is asked (`item_texts`, first).
         questions: of a fact's own question (`item_texts`, second).
         texts: of the whole sample (`sample_text`).
         labels: (R,) int8, of pairs; -1 for others.
+        earlier: (E,) uint64, of what comes before each assistant turn but the last of each chat.
+        earlier_rows: (E,) int64, the rows that these stand in.
     """
 
     items: Hashes
     questions: Hashes
     texts: Hashes
     labels: NDArray[np.int8]
+    earlier: Hashes
+    earlier_rows: NDArray[np.int64]
 
 
 def hash_id(id: str) -> int:
@@ -104,30 +111,55 @@ def hash_row(content: Content) -> tuple[int, int, int, int]:
     return hashed, hashed if question is item else _hash(question), _hash(sample_text(content)), label
 
 
-def hash_asked(held_out: Iterable[Record]) -> Hashes:
-    """Sorted hashes of all that held-out records ask."""
-    return np.unique(
-        _hashes(array("Q", {_hash(text) for record in held_out for text in item_texts(record.content)}))
-    )
+def hash_earlier(content: Content) -> list[int]:
+    """Hashes of what comes before each assistant turn of a chat but the last, as `item_texts` has it."""
+    if not isinstance(content, Chat):
+        return []
+    turns = content.messages
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"][:-1]
+    texts = [normalised(turn.content) for turn in turns[: answers[-1]]] if answers else []
+    return [_hash(_joined(*texts[:i])) for i in answers]
 
 
-def judge(train: Iterable[Record], held_out: Iterable[Record]) -> list[Reason | None]:
+def _unrendered(_: Content) -> None:
+    """The `Render` of a caller that compares items only."""
+
+
+def hash_asked(held_out: Iterable[Record], render: Render = _unrendered) -> Hashes:
+    """Sorted hashes of all that held-out records ask, also as the prompts that `render` makes of them."""
+    hashes: set[int] = set()
+    for record in held_out:
+        hashes.update(map(_hash, item_texts(record.content)))
+        if (prompt := render(record.content)) is not None:
+            hashes.add(_hash(normalised(prompt)))
+    return np.unique(_hashes(array("Q", hashes)))
+
+
+def judge(
+    train: Iterable[Record], held_out: Iterable[Record], render: Render = _unrendered
+) -> list[Reason | None]:
     """Why each training record should go: LEAK before CONTRADICTORY_LABEL before DUPLICATE, or None.
 
     Of exact duplicates the first copy stays.
     """
     items, questions, texts, labels = array("Q"), array("Q"), array("Q"), array("b")
-    for record in train:
+    earlier, earlier_rows = array("Q"), array("q")
+    for row, record in enumerate(train):
         for column, value in zip((items, questions, texts, labels), hash_row(record.content), strict=True):
             column.append(value)
+        found = hash_earlier(record.content)
+        earlier.extend(found)
+        earlier_rows.extend([row] * len(found))
     rows = RowHashes(
         items=_hashes(items),
         questions=_hashes(questions),
         texts=_hashes(texts),
         labels=np.array(labels, np.int8),
+        earlier=_hashes(earlier),
+        earlier_rows=np.array(earlier_rows, np.int64),
     )
     verdicts: list[Reason | None] = [None] * len(items)
-    for reason, mask in judge_hashes(rows, hash_asked(held_out)):
+    for reason, mask in judge_hashes(rows, hash_asked(held_out, render)):
         for i in np.flatnonzero(mask).tolist():
             verdicts[i] = reason
     return verdicts
@@ -137,7 +169,9 @@ def judge_hashes(rows: RowHashes, asked: Hashes) -> Iterator[tuple[Reason, NDArr
     """Each reason with the rows that it holds for, (R,) bool; a later reason overrides an earlier one."""
     yield Reason.DUPLICATE, repeated(rows.texts)
     yield Reason.CONTRADICTORY_LABEL, _contradicted(rows.items, rows.labels)
-    yield Reason.LEAK, _is_in(rows.items, asked) | _is_in(rows.questions, asked)
+    leaks = _is_in(rows.items, asked) | _is_in(rows.questions, asked)
+    leaks[rows.earlier_rows[_is_in(rows.earlier, asked)]] = True
+    yield Reason.LEAK, leaks
 
 
 def _is_in(hashes: Hashes, ordered: Hashes) -> NDArray[np.bool_]:

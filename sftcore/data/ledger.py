@@ -51,6 +51,7 @@ class Reason(StrEnum):
     OVERLENGTH = "overlength"
     LABEL_AS_TEXT = "label_as_text"
     NO_RATIONALE = "no_rationale"
+    SPECIAL_TOKEN = "special_token"
 
 
 HYGIENE = frozenset({Reason.DUPLICATE, Reason.CONTRADICTORY_LABEL, Reason.LEAK})
@@ -64,6 +65,7 @@ PROMPTING = frozenset(
         Reason.NO_TOKENS,
         Reason.OVERLENGTH,
         Reason.NO_RATIONALE,
+        Reason.SPECIAL_TOKEN,
     }
 )
 READING = frozenset(Reason) - HYGIENE - PROMPTING - TRIVIAL
@@ -77,6 +79,8 @@ REMEDIES = {
     Reason.UNKNOWN_RELATION: "give each fact its own question",
     Reason.LABEL_AS_TEXT: "a text column holds labels: mend `columns` of the source",
     Reason.NO_RATIONALE: "train on pairs that have one (sftcore rationales RECIPE writes them)",
+    Reason.SPECIAL_TOKEN: "take the tokenizer's special tokens out of the messages"
+    " (pre-rendered chats go into `prompt` and `completion`)",
 }
 
 
@@ -96,6 +100,7 @@ class Change(StrEnum):
     IDENTICAL_SIDES = "identical_sides"
     MIXED_SCRIPTS = "mixed_scripts"
     FULL_WIDTH = "full_width"
+    SPECIAL_IN_TEXT = "special_in_text"
 
 
 def printable(text: str) -> str:

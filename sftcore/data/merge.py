@@ -100,13 +100,17 @@ def decide(
     again = repeated(ids)
     del ids
     first = ~again
+    places = np.flatnonzero(first)
+    earlier, earlier_rows = _earlier(parts)
+    is_first = first[earlier_rows]
     rows = RowHashes(
         items=_joined(parts, "item_hash", np.uint64)[first],
         questions=_joined(parts, "question_hash", np.uint64)[first],
         texts=_joined(parts, "text_hash", np.uint64)[first],
         labels=_joined(parts, "label", np.int8)[first],
+        earlier=earlier[is_first],
+        earlier_rows=np.searchsorted(places, earlier_rows[is_first]),
     )
-    places = np.flatnonzero(first)
     copies = np.zeros(len(outcomes), bool)
     for reason, mask in judge_hashes(rows, asked):
         if reason is Reason.DUPLICATE and not deduplicate:
@@ -119,6 +123,20 @@ def decide(
 
 def _joined(parts: Sequence[Part], name: str, dtype: Any) -> NDArray[Any]:
     return np.concatenate([np.empty(0, dtype), *(part.column(name) for part in parts)])
+
+
+def _earlier(parts: Sequence[Part]) -> tuple[Hashes, NDArray[np.int64]]:
+    """The earlier hashes of all chats, and the row that each belongs to."""
+    hashes: list[Any] = [np.empty(0, np.uint64)]
+    rows = [np.empty(0, np.int64)]
+    start = 0
+    for chunk in (chunk for part in parts for chunk in part.rows()["earlier_hashes"].chunks):
+        if len(values := chunk.flatten()):
+            counts = np.diff(np.from_dlpack(chunk.offsets))
+            hashes.append(np.from_dlpack(values))
+            rows.append(np.repeat(np.arange(start, start + len(chunk)), counts))
+        start += len(chunk)
+    return np.concatenate(hashes), np.concatenate(rows)
 
 
 def _refused(parts: Sequence[Part]) -> NDArray[np.bool_]:

@@ -16,14 +16,15 @@ part needs no other part: any process, on any node, in any order, can write it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from sftcore.data.hygiene import hash_id, hash_row
+from sftcore.data.hygiene import hash_earlier, hash_id, hash_row
 from sftcore.data.ledger import Change, Ledger, Reason, Rejection, printable_path
 from sftcore.data.prompts import Refusal
 from sftcore.data.records import Record
@@ -50,6 +51,7 @@ ROWS_SCHEMA = pa.schema(
         ("refusal", pa.int8()),  # position in REASONS, or NO_REFUSAL
         ("detail", pa.string()),  # of the refusal
         ("changes", pa.int32()),  # bit i: CHANGES[i]
+        ("earlier_hashes", pa.list_(pa.uint64())),  # of a chat (`hash_earlier`)
     ]
 )
 Encode = Callable[[Sequence[Record]], Sequence[Encoded | Refusal | None]]
@@ -133,6 +135,7 @@ def _row_batch(records: list[Record], results: Sequence[Encoded | Refusal | None
         [REASONS.index(refusal.reason) if refusal else NO_REFUSAL for refusal in refusals],
         _details(refusals),
         [_change_bits(sample.changes) if sample else 0 for sample in samples],
+        _lists([hash_earlier(record.content) for record in records]),
     ]
     arrays = [
         column if isinstance(column, pa.Array) else _numbers(column, field.type)
@@ -141,7 +144,7 @@ def _row_batch(records: list[Record], results: Sequence[Encoded | Refusal | None
     return pa.record_batch(arrays, schema=ROWS_SCHEMA)
 
 
-def _numbers(values: Sequence[int], kind: pa.DataType) -> pa.Array:
+def _numbers(values: Sequence[int] | NDArray[Any], kind: pa.DataType) -> pa.Array:
     """`pa.array`, but that imports pandas (0.25 s in each worker)."""
     array = np.array(values, kind.to_pandas_dtype())
     return pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(array)])
@@ -151,6 +154,12 @@ def _texts(texts: Sequence[str]) -> pa.Array:
     encoded = [text.encode() for text in texts]
     offsets = np.array([0, *accumulate(map(len, encoded))], np.int32)
     return pa.StringArray.from_buffers(len(encoded), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
+
+
+def _lists(lists: Sequence[list[int]]) -> pa.Array:
+    offsets = np.array([0, *accumulate(map(len, lists))], np.int32)
+    values = _numbers(list(chain.from_iterable(lists)), pa.uint64())
+    return pa.ListArray.from_arrays(_numbers(offsets, pa.int32()), values)
 
 
 def _details(refusals: Sequence[Refusal | None]) -> pa.Array:

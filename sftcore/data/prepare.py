@@ -42,6 +42,7 @@ from sftcore.data.splits import (
     held_out_records,
     load_items,
     load_records,
+    render_held_out,
     split_prefixes,
 )
 from sftcore.data.store import KEPT, TokenStore
@@ -278,7 +279,7 @@ def _finish(order: _Order, workshop: Workshop, units: Sequence[Unit], num_worker
     """Make the missing parts and merge all of them; every unusable file is named."""
     problems = write_parts(workshop, units, num_workers=num_workers)
     try:
-        asked = hash_asked(held_out_records(order.recipe))
+        asked = hash_asked(held_out_records(order.recipe), render_held_out(order.recipe))
     except UserInputError as error:
         problems += error.problems
     done = [unit for unit in units if workshop.is_done(unit)]

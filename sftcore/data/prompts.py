@@ -24,9 +24,18 @@ from sftcore.data.rationales import Order, compose_answer
 from sftcore.data.records import Record
 from sftcore.data.rows import ignore
 from sftcore.data.seam import Draft, Encoded, encode_classified, encode_drafts, encode_joined
+from sftcore.data.special import SpecialTokens
 from sftcore.data.tokens import Codec, Tokenizer, codec_of
 from sftcore.data.trimming import cut_left, prompt_texts, with_prompt_texts
-from sftcore.data.wording import PromptOptions, Template, language_of, load_template, question_patterns
+from sftcore.data.wording import (
+    PromptOptions,
+    Template,
+    fact_texts,
+    language_of,
+    load_template,
+    question_patterns,
+    with_question,
+)
 from sftcore.errors import Problem, UserInputError
 
 __all__ = ["PromptOptions", "Prompter", "Refusal", "Sample", "Template", "load_template", "question_patterns"]
@@ -84,6 +93,7 @@ class Prompter:
         self.codec = codec_of(tokenizer)
         self.patterns = question_patterns(options.relations) if patterns is None else patterns
         self._chat: ChatRenderer | None = None
+        self._special = SpecialTokens(self.codec, options.own_tokens)
 
     def prompt_text(self, record: Record) -> str:
         """The prompt as text, without the tokenizer's own prefix.
@@ -178,7 +188,11 @@ class Prompter:
     def encode_batch(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
         """Ids and labels of each content, or why there are none; over-long ones cut or refused."""
         encoded = self._encode(contents)
-        return [self._fitted(content, e) for content, e in zip(contents, encoded, strict=True)]
+        fitted = [self._fitted(content, e) for content, e in zip(contents, encoded, strict=True)]
+        for i in self._special.rows(contents):
+            if isinstance(sample := fitted[i], Encoded):
+                fitted[i] = replace(sample, changes=(*sample.changes, Change.SPECIAL_IN_TEXT))
+        return fitted
 
     def _encode(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
         drafts = [self._not_endless(self._draft(content)) for content in contents]
@@ -205,12 +219,15 @@ class Prompter:
 
     def _draft(self, content: Content) -> Draft | Refusal:
         if isinstance(content, Chat):
+            if found := self._special.find_in_chat(content):
+                detail = f"{found[0]!r} in a turn of role {found[1]}"
+                return Refusal(reason=Reason.SPECIAL_TOKEN, detail=detail)
             try:
                 return Draft(pieces=self._renderer().pieces(content), is_bare=False)
             except ChatRefused as error:
                 return Refusal(reason=Reason.REFUSED_BY_TEMPLATE, detail=str(error))
         if isinstance(content, Fact):
-            content = self._asked(content)
+            content = with_question(content, self.patterns)
             if content.question is None and "question" in self.options.templates["any"].placeholders:
                 detail = f"no question, and no pattern for relation {content.relation!r}"
                 return Refusal(reason=Reason.UNKNOWN_RELATION, detail=detail)
@@ -225,12 +242,6 @@ class Prompter:
         pieces = (pair.a, pair.b) if self.options.joins_texts else self._texts(pair)
         return Draft(pieces=pieces, is_bare=True, label=pair.label if self.options.classifies else None)
 
-    def _asked(self, fact: Fact) -> Fact:
-        """The fact with its relation's question if it has none of its own."""
-        if fact.question is not None or fact.relation not in self.patterns:
-            return fact
-        return replace(fact, question=self.patterns[fact.relation].replace("{subject}", fact.subject))
-
     def _renderer(self) -> ChatRenderer:
         if self._chat is None:
             self._chat = ChatRenderer(self.codec)
@@ -242,8 +253,7 @@ class Prompter:
             case Completion():
                 return content.prompt, content.completion
             case Fact():
-                values = {"question": content.question or "", "subject": content.subject}
-                return self.options.templates["any"].fill(values | {"answer": content.answers[0]})
+                return fact_texts(content, self.options.templates["any"])
             case Pair():
                 examples = [Pair(**example.model_dump()) for example in self.options.matching.examples]
                 shown = [self._pair_texts(example, content) for example in examples]
@@ -289,7 +299,7 @@ class Prompter:
     def _trimmed(self, content: Content) -> Encoded | None:
         """The sample after the smallest cut of prompt characters that makes it fit, or None."""
         if isinstance(content, Fact):
-            content = self._asked(content)
+            content = with_question(content, self.patterns)
         texts = prompt_texts(content)
 
         def encode(num_characters: int) -> Encoded | Refusal:

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sftcore.config import Recipe, Source
-from sftcore.data.hygiene import judge
+from sftcore.data.contents import Content, Fact
+from sftcore.data.hygiene import Render, judge
 from sftcore.data.ledger import READING, Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.records import Record, id_prefixes, read_source
+from sftcore.data.wording import PromptOptions, fact_texts, question_patterns, with_question
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 
@@ -78,6 +80,22 @@ def held_out_records(recipe: Recipe) -> Iterator[Record]:
         raise UserInputError(*problems)
 
 
+def render_held_out(recipe: Recipe) -> Render:
+    """How held-out facts become prompts: a verbatim training prompt may spell one out."""
+    if recipe.task != "qa":
+        return lambda _: None
+    template, patterns = PromptOptions.of(recipe).templates["any"], question_patterns(recipe.data.relations)
+
+    def render(content: Content) -> str | None:
+        if not isinstance(content, Fact):
+            return None
+        fact = with_question(content, patterns)
+        has_all = fact.question is not None or "question" not in template.placeholders
+        return fact_texts(fact, template)[0] if has_all else None
+
+    return render
+
+
 def with_valid_as_train(recipe: Recipe) -> Recipe:
     """A recipe whose training samples are the validation samples of `recipe`; test items stay held out."""
     data = recipe.data
@@ -139,7 +157,7 @@ def _dropped(record: Record, reason: Reason) -> Rejection:
 
 def _clean(recipe: Recipe, records: list[Record], ledger: Ledger) -> Iterator[Record]:
     """Training records without leaks, contradictions and (if asked for) duplicates."""
-    verdicts = judge(records, held_out_records(recipe))
+    verdicts = judge(records, held_out_records(recipe), render_held_out(recipe))
     for record, verdict in zip(records, verdicts, strict=True):
         if verdict is Reason.DUPLICATE and not recipe.data.deduplicate:
             ledger.alter(Alteration(file=record.file, row=record.row, change=Change.DUPLICATE_KEPT))

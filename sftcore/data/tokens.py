@@ -1,8 +1,8 @@
 """The tokenizer's edge: text <-> ids, special tokens, what identifies a tokenizer.
 
 In: a model folder or hub name. Out: a `Codec`, whose ids are the same for training and inference.
-Invariant: ids never hold a special token that the tokenizer itself would not put there: its own prefix (bos)
-comes once, its own suffix (some add eos) never ends a prompt.
+Invariant: its own prefix (bos) comes once, its own suffix (some add eos) never ends a prompt. A text that
+spells out a special token gets that token: such chats are rejected, other records counted (special.py).
 Trade-off: only fast tokenizers, which encode a batch on all cores (0.8 million tokens/s on two, questions of
 EntityQuestions, SmolLM2, 2026-11) and can write out their whole state; models with slow ones are refused.
 """

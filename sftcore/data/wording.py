@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import string
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from sftcore.config import DataSettings, InlineTemplate, Recipe
-from sftcore.data.contents import Pair
+from sftcore.data.contents import Fact, Pair
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_json
 from sftcore.recipe import ASSETS
@@ -164,6 +164,7 @@ class PromptOptions:
         max_length: tokens in a sample at most.
         overlength: "reject", "trim_prompt" or "error" (an error is a rejection here; prepare raises it).
         relations: `data.relations`.
+        own_tokens: `model.add_tokens`, special tokens that texts may hold.
     """
 
     task: str
@@ -172,6 +173,7 @@ class PromptOptions:
     max_length: int
     overlength: str
     relations: str | None = None
+    own_tokens: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe) -> PromptOptions:
@@ -187,6 +189,7 @@ class PromptOptions:
             max_length=recipe.max_length,
             overlength=recipe.data.overlength,
             relations=recipe.data.relations,
+            own_tokens=tuple(recipe.model.add_tokens),
         )
 
     @property
@@ -208,6 +211,7 @@ class PromptOptions:
             if self.task == "matching"
             else None,
             "max_length": self.max_length,
+            "own_tokens": sorted(self.own_tokens),
             "overlength": "trim_prompt" if self.overlength == "trim_prompt" else "reject",
         }
 
@@ -241,6 +245,19 @@ def language_of(pair: Pair, setting: str) -> str:
     letters = [char for char in pair.a + pair.b if char.isalpha()]
     num_cjk = sum("\u3400" <= char <= "\u9fff" or "\U00020000" <= char <= "\U0003ffff" for char in letters)
     return "zh" if letters and num_cjk >= CJK_LETTER_SHARE * len(letters) else "en"
+
+
+def with_question(fact: Fact, patterns: Mapping[str, str]) -> Fact:
+    """The fact with its relation's question if it has none of its own."""
+    if fact.question is not None or fact.relation not in patterns:
+        return fact
+    return replace(fact, question=patterns[fact.relation].replace("{subject}", fact.subject))
+
+
+def fact_texts(fact: Fact, template: Template) -> tuple[str, str]:
+    """Prompt and completion of a fact."""
+    values = {"question": fact.question or "", "subject": fact.subject}
+    return template.fill(values | {"answer": fact.answers[0]})
 
 
 def question_patterns(relations: str | None = None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from sftcore.knowledge.containment import AliasTable, AnswerMatcher, normalise
 from sftcore.knowledge.templates import Relation, completion_prompts, find_relation, load_relations
 
 MIN_ANSWER_LETTERS = 2
+FINAL_MARKS = ".!?。"  # "J." is found in any "J. K. ..."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,7 @@ def trivial_reason(fact: Fact, aliases: AliasTable) -> Reason | None:
     ...                      AliasTable(rows={})))
     answer_in_subject
     """
-    if any(len(normalise(answer)) < MIN_ANSWER_LETTERS for answer in fact.answers):
+    if any(len(normalise(answer).rstrip(FINAL_MARKS)) < MIN_ANSWER_LETTERS for answer in fact.answers):
         return Reason.SHORT_ANSWER
     if AnswerMatcher(fact.answers, aliases).matches(fact.subject):
         return Reason.ANSWER_IN_SUBJECT

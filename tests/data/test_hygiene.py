@@ -45,7 +45,10 @@ def test_normalised_text_hides_case_width_and_space():
         (Completion(prompt="Q", completion="a"), Completion(prompt="R", completion="a"), False),
         (Completion(prompt="Where is Ann?", completion="a"), fact("P1", "Ann", "x", "Where is Ann?"), True),
         (chat("a", "b", "c", "d"), chat("A", "B", "c", "other"), True),
-        (chat("a", "b", "c", "d"), chat("a", "b"), False),
+        (chat("a", "b", "c", "d"), chat("A", "other"), True),  # its first answer is trained, too
+        (chat("a", "b", "c", "d", "e", "f"), chat("a", "b", "c", "other"), True),
+        (chat("a", "b"), chat("a", "b", "c", "d"), False),
+        (chat("a", "b", "c", "d"), chat("b", "c"), False),
     ],
 )
 def test_leaks(train, held_out, leaks):

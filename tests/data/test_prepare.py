@@ -12,8 +12,11 @@ from tiny_tokenizers import build_bpe
 
 import sftcore.data.prepare as prepare_module
 from sftcore.config import Recipe
+from sftcore.data.contents import Fact
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_items, load_records, prepare_store, store_fingerprint
+from sftcore.data.prompts import Prompter, PromptOptions
+from sftcore.data.records import Record
 from sftcore.data.store import TokenStore
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
@@ -172,6 +175,42 @@ def test_parts_that_never_make_a_store_are_removed(recipe, bpe, cache):
     with pytest.raises(UserInputError, match="no row became a training sample"):
         prepare_store(recipe(FACTS, test=FACTS), bpe, cache_root=cache)
     assert not list(cache.glob("*.parts"))
+
+
+def test_a_chat_leaks_by_any_of_its_trained_turns(recipe, chatml, cache):
+    def chat(*texts):
+        roles = ("user", "assistant") * len(texts)
+        return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+
+    train = [chat("1+1?", "2"), chat("2+2?", "4", "thanks", "bye"), chat("hi", "yo", "2+2?", "4")]
+    again = [train[1] | {"id": "train:1"}]  # an id given twice is left out before anything is compared
+    it = recipe(
+        [*train, *again, chat("a", "b", "so", "c")], test=[chat("2+2?", "5"), chat("a", "b", "so", "d")],
+        task="chat", format="jsonl", max_reject_fraction=0.5,
+    )  # fmt: skip
+    store = prepare_store(it, chatml, cache_root=cache)
+    assert store.ids == ["train:1", "train:3"]
+    assert account(store)["rejected_by_reason"] == {"leak": 2, "duplicate_id": 1}
+    kept = load_records(it, "train", Ledger())
+    assert [record.id for record in kept] == store.ids
+
+
+def test_a_verbatim_prompt_that_spells_out_a_held_out_fact_is_a_leak(recipe, bpe, cache, write):
+    held_out = write("held.jsonl", [{"relation": "P36", "subject": "Peru", "answers": ["Lima"]}, FACTS[3]])
+    template = {"prompt": "Q: {question}\nA:", "completion": " {answer}"}
+    rows = [
+        {"prompt": "Q: Where is S3?\nA:", "completion": " x"},
+        {"prompt": "Where is S4?", "completion": " x"},
+    ]
+    prompter = Prompter(PromptOptions.of(recipe([FACTS[0]], template=template)), bpe)
+    peru = Fact(relation="P36", subject="Peru", answers=("Lima",))
+    asked = prompter.prompt_text(Record(id="x", split="test", file="f", row=1, content=peru))
+    assert asked.startswith("Q: ") and "Peru" in asked
+    rows.append({"prompt": asked.upper(), "completion": " x"})
+    it = recipe(rows, test=[{"format": "facts", "path": str(held_out)}], format="jsonl", template=template)
+    store = prepare_store(it, bpe, cache_root=cache)
+    assert store.ids == ["train:2"] and account(store)["rejected_by_reason"] == {"leak": 2}
+    assert [record.id for record in load_records(it, "train", Ledger())] == store.ids
 
 
 def test_overlong_rows_count_against_the_limit_or_stop_the_run(recipe, bpe, cache):

@@ -130,7 +130,8 @@ def test_alterations_are_counted(bpe, make_prompter, record_of):
     prompter = make_prompter(bpe)
     contents = [Completion(prompt="A: ", completion=c) for c in ("Paris", "Paris<|im_end|>")]
     samples = list(prompter.samples([record_of(c, row=i) for i, c in enumerate(contents)], ledger))
-    assert ledger.altered_by_reason == {Change.SEAM_APART: 2, Change.STOP_IN_TEXT: 1}
+    counts = {Change.SEAM_APART: 2, Change.STOP_IN_TEXT: 1, Change.SPECIAL_IN_TEXT: 1}
+    assert ledger.altered_by_reason == counts
     assert samples[0].input_ids.tolist() == samples[1].input_ids.tolist()
 
 

@@ -28,6 +28,8 @@ def fact(subject: str, *answers: str, relation: str = "P131") -> Fact:
         (fact("北京大学", "北京"), Reason.ANSWER_IN_SUBJECT),
         (fact("Roman Polanski", "Oman"), None),  # not a word of its own
         (fact("Malcolm", "X"), Reason.SHORT_ANSWER),
+        (fact("Rowling", "J."), Reason.SHORT_ANSWER),
+        (fact("Rowling", "J.K."), None),
         (fact("Malcolm", "Lansing", "X"), Reason.SHORT_ANSWER),  # any answer counts, so one is enough
         (fact("Peru", "Lima"), None),
     ],
