@@ -63,12 +63,14 @@ class Resources:
         options = self.stage_options()
         if self.gpus_per_node:
             options |= {"gpus-per-node": str(ranks)}
-        if ranks > 1:
-            options |= {"cpus-per-task": str(ranks * int(options.get("cpus-per-task", 1)))}
+        cpus = options.get("cpus-per-task", "" if "exclusive" in options else "1")
+        if ranks > 1 and cpus.isdigit():  # what is no number is for sbatch to refuse
+            options |= {"cpus-per-task": str(ranks * int(cpus))}
         return options
 
     def _gpu_options(self, num_gpus: int) -> dict[str, str]:
-        cpus = {"cpus-per-task": str(CPUS_PER_GPU)}
+        has_all = "exclusive" in self.options  # a step takes all cores of such nodes, if none are asked for
+        cpus = {} if has_all else {"cpus-per-task": str(CPUS_PER_GPU)}
         return {"gpus-per-node": str(num_gpus), **cpus} if num_gpus else {}
 
 

@@ -255,6 +255,9 @@ def test_a_job_that_starts_all_ranks_itself_has_the_cores_and_gpus_of_all():
     assert Resources(gpus_per_node=2, options={}).run_options()["cpus-per-task"] == "8"
     assert Resources(ranks_per_node=3, options={}).run_options()["cpus-per-task"] == "3"
     assert "cpus-per-task" not in Resources(options={}).run_options(), "the site's default"
+    alone = Resources(gpus_per_node=8, options={"exclusive": ""})
+    for options in (alone.run_options(), alone.train_options(), alone.stage_options()):
+        assert "cpus-per-task" not in options, "all of the node's"
 
 
 def test_attempts_without_progress_are_limited(tmp_path):
