@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sftcore.settings import Fraction, MatchingSettings, NonNegative, Positive, Settings
+from sftcore.settings import Fraction, MatchingSettings, NonNegative, Positive, Settings, TrackingSettings
 
 DRAW_STRIDE = 1_000_003  # between the seeds of two draws
 
@@ -295,14 +295,6 @@ class EvaluateSettings(Settings):
     drift: bool = Field(
         False, description="also KL(tuned || base) of first tokens on facts of level 4 (RUN/eval/drift.json)"
     )
-
-
-class TrackingSettings(Settings):
-    """Where metrics go besides metrics.jsonl."""
-
-    tensorboard: bool = Field(True, description="write TensorBoard event files")
-    to: Literal["trackio", "wandb"] | None = Field(None, description="a tracker of runs, beside TensorBoard")
-    project: str = Field("sftcore", description="the project's name in that tracker")
 
 
 class Recipe(Settings):

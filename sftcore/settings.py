@@ -148,3 +148,11 @@ class MatchingSettings(Settings):
     def compares_likelihoods(self) -> bool:
         """Whether a label is predicted by its text's likelihood."""
         return self.predict == "likelihood" or (self.predict == "auto" and self.rationale != "before")
+
+
+class TrackingSettings(Settings):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard event files")
+    to: Literal["trackio", "wandb"] | None = Field(None, description="a tracker of runs, beside TensorBoard")
+    project: str = Field("sftcore", description="the project's name in that tracker")

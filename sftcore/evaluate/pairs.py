@@ -28,9 +28,10 @@ from sftcore.data.wording import LANGUAGES, language_of
 from sftcore.dist import WHOLE, Share
 from sftcore.evaluate.few_shot import first_paragraph
 from sftcore.log import progress
-from sftcore.model.adapters import base_of, is_adapter
+from sftcore.model.adapters import is_adapter
 from sftcore.model.encoder import encoder_logits
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
+from sftcore.model.identity import base_of
 from sftcore.model.likelihood import Question, class_logits, continuation_scores, load_for_scoring
 from sftcore.model.load import load_config, load_for_decoding
 from sftcore.model.positions import position_limit
