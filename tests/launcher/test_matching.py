@@ -28,7 +28,7 @@ from launcher.evaluating import evaluate
 from launcher.inspection import inspect_recipe
 from launcher.matching import match_pairs, recipe_of
 from launcher.stages import prepare
-from launcher.worker import train_recipe
+from launcher.training import train_recipe
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
 from sftcore.errors import UserInputError
