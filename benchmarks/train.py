@@ -169,8 +169,9 @@ def draw(reports: list[dict], path: Path) -> None:
     names = [f"{r['model']}\n{r['samples_per_step']} a step" for r in reports]
     for panel, quantity in ((speed, _samples_per_second), (memory, _peak_gigabytes)):
         for number, (system, colour) in enumerate(zip(SYSTEMS, COLOURS, strict=True)):
-            places = [i + 0.21 * (number - 1.5) for i in range(len(reports))]
-            values = [quantity(r["systems"][system]) for r in reports]
+            there = [(i, r["systems"][system]) for i, r in enumerate(reports) if system in r["systems"]]
+            places = [i + 0.21 * (number - 1.5) for i, _ in there]
+            values = [quantity(measured) for _, measured in there]
             panel.bar_label(
                 panel.bar(places, values, 0.2, color=colour, label=system), fmt="%.1f", fontsize=7
             )
