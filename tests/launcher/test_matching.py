@@ -539,7 +539,8 @@ def test_label_words_that_can_not_be_told_apart_are_refused(recipe, labels, mess
 
 def test_label_words_may_be_shared_by_languages_and_bare(recipe):
     for labels in ({"zh": ["no", "yes"], "en": ["no", "yes"]}, {"zh": ["0", "1"], "en": ["not it", "it"]}):
-        load_recipe(Path(save(recipe, matching={"labels": labels})))
+        loaded = load_recipe(Path(save(recipe, matching={"labels": labels})))
+        assert {name: list(words) for name, words in loaded.matching.labels} == labels
 
 
 def write_rows(rows: list[tuple]) -> None:
