@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,3 +71,15 @@ def started_cluster(*, nodes: int = 2, login: str | None = None) -> Iterator[Clu
     yield cluster
     cluster.script("stop.sh")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(happens, seconds: float = 90) -> None:
+    """Look again and again; the logs below the current folder tell what went wrong."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, logs()[-3000:]
+        time.sleep(0.05)
+
+
+def logs() -> str:
+    return "\n".join(log.read_text() for log in Path.cwd().rglob("*.log"))

@@ -162,7 +162,7 @@ def _parsed(line: str) -> Any:
 
 
 def _is_flat_text(value: Any) -> bool:
-    """Whether this is an object of texts only (told in a tenth of the time of LONG_NUMBER's search)."""
+    """Whether this is an object of texts only, which LONG_NUMBER need not search."""
     return type(value) is dict and set(map(type, value.values())) == {str}
 
 

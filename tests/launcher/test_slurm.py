@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from cluster import LAB, started_cluster
+from cluster import LAB, logs, wait_for
 from launcher_commands import sftcore
 from launching import run_cells, steps, write_recipe
 from warm import BIN
@@ -26,31 +25,6 @@ ROOT = Path(__file__).parent.parent.parent
 LONG = {"train": {"epochs": 250}, "checkpoint": {"save_every_steps": 100}}  # 1,000 steps
 SCRIPTS = sorted([*ROOT.glob("slurm/*.s*"), *LAB.glob("*.sh"), ROOT / ".ci" / "run"])
 WHOLE: list[float] = []  # the losses of LONG with two ranks, uninterrupted; computed once
-
-
-@pytest.fixture(scope="module")
-def lab():
-    with started_cluster() as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(lab):
-    """The lab with both nodes up and no jobs."""
-    assert lab.script("start.sh").returncode == 0
-    yield lab
-    lab.script("in.sh", "scancel", "-u", "root")
-
-
-def wait_for(happens, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < deadline, logs()[-3000:]
-        time.sleep(0.05)
-
-
-def logs() -> str:
-    return "\n".join(log.read_text() for log in Path.cwd().rglob("*.log"))
 
 
 def has_checkpoint(name: str, step: int):

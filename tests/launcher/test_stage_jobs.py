@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from cluster import started_cluster
+from cluster import logs, wait_for
 from launcher_commands import save
 from launching import write_recipe
 
@@ -19,31 +18,6 @@ ROOT = Path(__file__).parent.parent.parent
 STAGE = ROOT / "slurm" / "stage.sbatch"
 
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module")
-def lab():
-    with started_cluster() as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(lab):
-    """The lab with both nodes up and no jobs."""
-    assert lab.script("start.sh").returncode == 0
-    yield lab
-    lab.script("in.sh", "scancel", "-u", "root")
-
-
-def wait_for(happens, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < deadline, logs()[-3000:]
-        time.sleep(0.05)
-
-
-def logs() -> str:
-    return "\n".join(log.read_text() for log in Path.cwd().rglob("*.log"))
 
 
 def write_program(text: str) -> str:
