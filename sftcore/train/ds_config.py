@@ -95,7 +95,8 @@ def complete_ds_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]
     # DeepSpeed's default is 1.0. Stage 0 is clipped by our optimizer hook, which also measures the norm.
     complete["gradient_clipping"] = recipe.train.max_grad_norm if stage else 0.0
     if recipe.model.dtype == "bfloat16" and not autocasts(config, recipe):
-        complete["bf16"] = {"enabled": True}
+        # each gradient goes into the float32 sum as backward makes it: 2 bytes a weight less at ZeRO-1
+        complete["bf16"] = {"enabled": True, "immediate_grad_update": True}
         complete["data_types"] = {"grad_accum_dtype": "fp32"}
     return complete
 

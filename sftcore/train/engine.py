@@ -185,6 +185,7 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()) as said:  # its figures of memory, at any log level
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)
         log.debug("DeepSpeed: %s", said.getvalue())
+        keep_freed_memory()
         self.device = self.deepspeed.device
         self._leave_lone_gradients_alone()
 
