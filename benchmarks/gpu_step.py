@@ -184,7 +184,8 @@ def measure_step(target: Target, settings: Settings) -> dict:
         finally:
             close()
     lengths = np.array(batches[0].document_lengths)
-    rate = 1e-12 * cost.of(lengths, len(batches[0].targets)) / seconds
+    trained = np.full(len(lengths), len(batches[0].targets) / len(lengths))
+    rate = 1e-12 * float(cost.of(lengths, trained).sum()) / seconds
     return {
         "seconds": seconds,
         "tokens_per_second": settings.num_tokens / seconds,

@@ -6,7 +6,8 @@ only decides who computes it. Every sample is in exactly one step of each epoch,
 `source_counts` an epoch holds the samples of `draw_epoch` instead, each as often as it was drawn.
 Trade-off: packs of a step are dealt by predicted cost, longest first, which needs all packs of one step
 (never of the epoch) in memory: microseconds for hundreds of packs, against about 10 % idle time for random
-dealing.
+dealing. A step of so many samples is cut into a multiple of `world` packs, so packs are smaller than they
+could be: with 9 packs on 8 ranks one rank would compute while seven wait, half of the step.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sftcore.fsio import fingerprint_of
 IDLE = -1  # in a dealing: this rank has no pack in this micro-batch
 SWAPS_PER_RANK = 2  # at most, when evening out a dealing
 SWAP_GAIN = 1e-6  # of the dearest rank's cost; smaller gains are rounding
+STEPS_SEARCHED = 300  # of an epoch at most, for the largest pack where steps hold several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,20 +46,21 @@ class CostCoefficients:
     per_banded_square: float = 0.0
     window: int = 0
 
-    def of(self, lengths: IntArray, num_trained: int) -> float:
-        """Cost of documents of these lengths in tokens.
+    def of(self, lengths: IntArray, num_trained: IntArray) -> npt.NDArray[np.float64]:
+        """Cost of each document, from its tokens and its trained tokens.
 
         A causal document has len^2 / 2 pairs, in a band of w positions w len - w^2 / 2.
 
-        >>> CostCoefficients(per_token=0, per_banded_square=1, window=4).of(np.array([3, 10]), 0)
-        73.0
+        >>> CostCoefficients(per_token=0, per_banded_square=1, window=4).of(np.array([3, 10]), np.zeros(2))
+        array([ 9., 64.])
         """
         seen = np.minimum(lengths, self.window)
-        return float(
-            self.per_token * lengths.sum()
-            + self.per_square * (lengths**2).sum()
-            + self.per_banded_square * (seen * (2 * lengths - seen)).sum()
-            + self.per_trained * num_trained
+        return np.asarray(
+            self.per_token * lengths
+            + self.per_square * lengths**2
+            + self.per_banded_square * (seen * (2 * lengths - seen))
+            + self.per_trained * num_trained,
+            np.float64,
         )
 
 
@@ -134,6 +137,7 @@ class Schedule:
         self.sources = (
             np.zeros(len(self.lengths), np.int64) if sources is None else np.asarray(sources, np.int64)
         )
+        self._num_sources = int(self.sources.max(initial=0)) + 1
         self.source_counts = None if source_counts is None else tuple(source_counts)
         self._epoch_packs = lru_cache(maxsize=2)(self._pack_epoch)
         self._epoch_samples = lru_cache(maxsize=2)(self._draw_epoch)
@@ -179,7 +183,7 @@ class Schedule:
 
     def samples_by_source(self, step: Step) -> list[int]:
         """How many samples of each source a step holds."""
-        return np.bincount(self.sources[step.samples], minlength=int(self.sources.max()) + 1).tolist()
+        return np.bincount(self.sources[step.samples], minlength=self._num_sources).tolist()
 
     def deal(self, step: Step) -> IntArray:
         """Who runs which pack when.
@@ -192,13 +196,24 @@ class Schedule:
 
     def pack_cost(self, samples: IntArray) -> float:
         """Predicted cost of a pack that holds `samples`."""
-        return self.cost.of(self.lengths[samples], int(self.num_trained[samples].sum()))
+        return float(self.sample_costs(samples).sum())
+
+    def sample_costs(self, samples: IntArray) -> npt.NDArray[np.float64]:
+        """Predicted cost of each sample in a pack."""
+        return self.cost.of(self.lengths[samples], self.num_trained[samples])
 
     @cached_property
     def largest_pack(self) -> IntArray:
-        """(num_samples_in_pack,) sample numbers of the run's pack with most tokens, of several the first."""
-        packs = (pack for number in range(self.num_steps) for pack in self.step(number).packs)
-        return max(packs, key=lambda pack: int(self.lengths[pack].sum()))
+        """(num_samples_in_pack,) sample numbers of the run's pack with most tokens.
+
+        Of many steps with several packs of their own each, only those with most tokens are looked at.
+        """
+        found = [self._largest_of_epoch(epoch) for epoch in range(self.epochs)]
+        return max(found, key=self._tokens_in)
+
+    def epoch_samples(self, epoch: int) -> IntArray:
+        """Sample numbers of an epoch, in no particular order; a mixture may repeat some."""
+        return self._epoch_samples(epoch) if self.source_counts else np.arange(self.num_samples)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -220,19 +235,42 @@ class Schedule:
             packs = self._epoch_packs(epoch)
             return tuple(packs[p] for p in range(first, min(first + self.packs_per_step, len(packs))))
         assert self.samples_per_step
-        order = _shuffled(self.num_samples, self.seed, epoch)
-        samples = order[number * self.samples_per_step : (number + 1) * self.samples_per_step]
-        if self.source_counts:
-            samples = self._epoch_samples(epoch)[samples]
+        samples = self._ordered(epoch)[number * self.samples_per_step : (number + 1) * self.samples_per_step]
         return self._pack_step(samples, _seed_of(self.seed, epoch, number))
 
+    def _ordered(self, epoch: int) -> IntArray:
+        """(num_samples,) sample numbers in the order in which steps of so many samples take them."""
+        order = _shuffled(self.num_samples, self.seed, epoch)
+        return self._epoch_samples(epoch)[order] if self.source_counts else order
+
     def _pack_step(self, samples: IntArray, seed: int) -> tuple[IntArray, ...]:
-        """Pack the samples of one step, into at least min(world, samples) packs."""
-        packs = pack(self.lengths[samples], capacity=self.capacity, seed=seed)
-        wanted = min(self.world, len(samples))
-        if len(packs) >= wanted:
+        """Pack the samples of one step, into a multiple of `world` packs while there are samples for them."""
+        lengths = self.lengths[samples]
+        if self.world == 1 and lengths.sum() <= self.capacity:
+            return (samples[np.argsort(-lengths, kind="stable")],)
+        packs = pack(lengths, capacity=self.capacity, seed=seed)
+        wanted = min(-(-len(packs) // self.world) * self.world, len(samples))
+        if len(packs) == wanted:
             return tuple(samples[packs[p]] for p in range(len(packs)))
-        return _spread(samples, self.lengths[samples], wanted)
+        spread = _spread(lengths, self.sample_costs(samples), packs, wanted, self.capacity)
+        return tuple(samples[members] for members in spread)
+
+    def _tokens_in(self, samples: IntArray) -> int:
+        return int(self.lengths[samples].sum())
+
+    def _largest_of_epoch(self, epoch: int) -> IntArray:
+        if self.packs_per_step:
+            packs = self._epoch_packs(epoch)
+            return packs[int(np.argmax(np.add.reduceat(self.lengths[packs.indices], packs.offsets[:-1])))]
+        assert self.samples_per_step
+        starts = np.arange(0, self.num_samples, self.samples_per_step)
+        tokens = np.add.reduceat(self.lengths[self._ordered(epoch)], starts)
+        largest = np.empty(0, np.int64)
+        for number in np.argsort(-tokens, kind="stable")[:STEPS_SEARCHED]:
+            if min(tokens[number], self.capacity) <= self._tokens_in(largest):
+                break
+            largest = max(largest, *self._packs_of(epoch, int(number)), key=self._tokens_in)
+        return largest
 
     def _pack_epoch(self, epoch: int) -> Packs:
         seed = _seed_of(self.seed, epoch)
@@ -292,15 +330,41 @@ def _swapped(dealt: IntArray, costs: npt.NDArray[np.float64]) -> IntArray:
     return np.take_along_axis(dealt, by_cost, axis=1)
 
 
-def _spread(samples: IntArray, lengths: IntArray, num_packs: int) -> tuple[IntArray, ...]:
-    """Cut a step that fits fewer packs into exactly `num_packs`, longest sample to the emptiest pack."""
-    bins: list[list[int]] = [[] for _ in range(num_packs)]
-    load = np.zeros(num_packs, np.int64)
-    for i in np.argsort(-lengths, kind="stable"):
-        target = int(np.argmin(load))
-        bins[target].append(int(samples[i]))
-        load[target] += lengths[i]
-    return tuple(np.array(b, np.int64) for b in bins)
+def _spread(
+    lengths: IntArray, costs: npt.NDArray[np.float64], packs: Packs, wanted: int, capacity: int
+) -> list[IntArray]:
+    """Cut a step into exactly `wanted` packs of even cost, none over capacity.
+
+    The dearest sample goes to the cheapest pack that has room; where one finds none, packs of the best fit
+    are cut in two instead.
+
+    Args:
+        lengths: (num_samples,) tokens.
+        costs: (num_samples,) predicted.
+        packs: fewer than `wanted`, and these no more than samples.
+
+    Returns:
+        indices into `lengths`, pack by pack.
+    """
+    bins: list[list[int]] = [[] for _ in range(wanted)]
+    load, room = np.zeros(wanted), np.full(wanted, capacity)
+    for i in np.argsort(-costs, kind="stable"):
+        target = int(np.argmin(np.where(room >= lengths[i], load, np.inf)))
+        if room[target] < lengths[i]:
+            return _cut(packs, wanted, costs)
+        bins[target].append(int(i))
+        load[target] += costs[i]
+        room[target] -= lengths[i]
+    return [np.array(members, np.int64) for members in bins]
+
+
+def _cut(packs: Packs, wanted: int, costs: npt.NDArray[np.float64]) -> list[IntArray]:
+    """Cut packs in two until there are `wanted`, always the dearest that holds several samples."""
+    parts = [packs[p] for p in range(len(packs))]
+    while len(parts) < wanted:
+        dearest = max(parts, key=lambda part: costs[part].sum() if len(part) > 1 else -1.0)
+        parts = [part for part in parts if part is not dearest] + [dearest[::2], dearest[1::2]]
+    return parts
 
 
 @lru_cache(maxsize=2)

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from sftcore.batching.schedule import IDLE, CostCoefficients, Schedule, deal
 
 MODES = [{"samples_per_step": 5}, {"samples_per_step": 1}, {"tokens_per_step": 64}, {"tokens_per_step": 32}]
+MODES += [{"samples_per_step": 20}, {"samples_per_step": 64}]
 
 
 CASES = {
-    "lengths": st.lists(st.integers(1, 32), min_size=1, max_size=60),
+    "lengths": st.lists(st.integers(1, 32), min_size=1, max_size=90),
     "mode": st.sampled_from(MODES),
-    "world": st.integers(1, 9),
+    "world": st.integers(1, 33),
     "seed": st.integers(0, 99),
 }
 
@@ -68,6 +69,56 @@ def test_no_rank_idles_while_a_step_has_samples():
     assert (schedule.deal(step) != IDLE).all()
     few = make([2] * 8, world=6, samples_per_step=3).step(0)
     assert len(few.packs) == 3
+
+
+def test_packs_of_so_many_samples_are_a_multiple_of_the_ranks():
+    """9 packs on 8 ranks would take as long as 16: half of the step seven ranks would wait."""
+    lengths = np.random.default_rng(0).integers(1, 400, 640)
+    schedule = make(lengths, world=8, samples_per_step=64, capacity=1500)
+    for number in range(schedule.num_steps):
+        step = schedule.step(number)
+        loads = [sum(schedule.pack_cost(step.packs[p]) for p in row) for row in schedule.deal(step)]
+        assert len(step.packs) % 8 == 0 and (schedule.deal(step) != IDLE).all()
+        assert max(loads) < 1.02 * np.mean(loads)
+
+
+def test_packs_are_spread_by_what_they_cost():
+    """One long document costs as much as four short ones of twice its tokens: it gets a pack of its own."""
+    schedule = make([8, 4, 4, 4, 4], world=2, samples_per_step=5, cost=CostCoefficients(per_square=1))
+    assert sorted(map(len, schedule.step(0).packs)) == [1, 4]
+    assert sorted(map(len, make([8, 4, 4, 4, 4], world=2).step(0).packs)) == [2, 3]
+
+
+@pytest.mark.parametrize("world", [9, 16, 17, 32])
+def test_packs_for_many_ranks_stay_within_capacity(world):
+    """Long samples dealt first leave rooms of 12 where 16 tokens are left over."""
+    half = 4 if world == 9 else (world - 1) // 2
+    schedule = make(
+        [15] * (2 * half) + [10] * (3 * half), world=world, samples_per_step=5 * half, capacity=30
+    )
+    step = schedule.step(0)
+    assert max(30, *(schedule.lengths[p].sum() for p in step.packs)) == 30
+    assert sorted(step.samples) == list(range(5 * half))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_largest_pack_is_that_of_any_step(mode, world):
+    schedule = make(np.random.default_rng(1).integers(1, 32, 150), world=world, **mode)
+    packs = [pack for number in range(schedule.num_steps) for pack in schedule.step(number).packs]
+    largest = max(int(schedule.lengths[pack].sum()) for pack in packs)
+    assert schedule.lengths[schedule.largest_pack].sum() == largest
+    assert any(set(schedule.largest_pack) <= set(pack) for pack in packs)
+
+
+def test_the_largest_pack_of_many_steps_is_found_without_packing_them(monkeypatch):
+    schedule = make(np.random.default_rng(1).integers(1, 8, 30_000), samples_per_step=4)
+    largest = max(int(schedule.lengths[schedule.step(s).samples].sum()) for s in range(schedule.num_steps))
+    steps = []
+    monkeypatch.setattr(Schedule, "_packs_of", lambda self, e, n: steps.append(n) or (np.array([0]),))
+    fresh = make(schedule.lengths, samples_per_step=4)
+    assert fresh.num_steps == 15_000 and largest == 28
+    assert fresh.largest_pack is not None and len(steps) <= 600
 
 
 def test_the_last_step_is_smaller_and_nothing_is_dropped():
