@@ -35,7 +35,7 @@ CELLS = [
 
 
 BATCHES = {  # 16 samples of 24 tokens, two to a pack of 64; both divisors, both modes
-    "float32": ({"samples_per_step": 7, "capacity": 64}, "sample", [7, 7, 2]),
+    "float32": ({"samples_per_step": 7, "capacity": 100}, "sample", [7, 7, 2]),
     "bfloat16": ({"tokens_per_step": 192, "capacity": 64}, "token", [6, 6, 4]),
 }
 
