@@ -34,9 +34,9 @@ CELLS = [
 ]
 
 
-BATCHES = {  # 16 samples of 24 tokens, two to a pack of 64; both divisors, both modes
-    "float32": ({"samples_per_step": 7, "capacity": 100}, "sample", [7, 7, 2]),
-    "bfloat16": ({"tokens_per_step": 192, "capacity": 64}, "token", [6, 6, 4]),
+BATCHES = {  # 16 samples of 55 or 56 tokens, two to a pack; both divisors, both modes
+    "float32": ({"samples_per_step": 7, "capacity": 120}, "sample", [7, 7, 2]),
+    "bfloat16": ({"tokens_per_step": 360, "capacity": 120}, "token", [6, 6, 4]),
 }
 
 
