@@ -5,8 +5,10 @@
 Imbalance = (sum over steps of the slowest rank) / (sum over steps of the mean rank) - 1: the share of time
 that the average rank waits. Costs are FLOPs of a 1B model (Llama-3.2-1B's shape), whose head and attention
 weigh most. `step`: ranks wait for each other once a step (ZeRO 0 to 1); `micro-batch`: in every micro-batch
-(ZeRO 2 and 3). `dealt`: our dealing; `random`: the same packs in random order. Writes
-OUT/balance.json and balance.png.
+(ZeRO 2 and 3). `dealt`: our dealing; `random`: the same packs in random order. Cells of full packs
+(`batch.tokens_per_step`) come with all world sizes and capacities, cells of steps of so many samples
+(`batch.samples_per_step`, whose packs the schedule itself cuts) with 8,192 tokens. Writes OUT/balance.json
+and balance.png.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import versions
+from sftcore.batching.dealing import IDLE, deal
 from sftcore.batching.packing import pack
-from sftcore.batching.schedule import IDLE, deal
+from sftcore.batching.schedule import CostCoefficients, Schedule
 
 # Llama-3.2-1B: 973 M body parameters, 16 layers, 32 heads of 64, vocabulary 128,256, hidden size 2,048
 PER_TOKEN, PER_SQUARE, PER_TRAINED = 6 * 973e6, 6 * 16 * 2048, 6 * 2048 * 128_256
@@ -28,6 +31,7 @@ WORLDS = (1, 2, 4, 8, 16, 64, 256, 1024)
 CAPACITIES = (4096, 8192, 32_768, 131_072)
 PACKS_PER_RANK = 4  # in a step; the goal's cell (8 ranks, 8,192 tokens) is also run with GOAL_PACKS_PER_RANK
 GOAL_PACKS_PER_RANK = (1, 2, 8, 16)
+SAMPLED_WORLDS, SAMPLED_CAPACITY, SAMPLED_STEPS = (2, 3, 4, 8, 16, 64), 8192, 40
 MAX_TOKENS = 1e8  # simulated per cell, so that the largest takes seconds
 
 
@@ -46,13 +50,19 @@ def main() -> None:
     ]
     heavy = lengths_of("heavy tail", options.lengths, 8192)
     goal = [cell("heavy tail", heavy, 8192, 8, packs_per_rank) for packs_per_rank in GOAL_PACKS_PER_RANK]
-    for row in [*cells, *goal]:
+    sampled = [
+        sampled_cell(name, lengths_of(name, options.lengths, SAMPLED_CAPACITY), world)
+        for name in ("real", "heavy tail")
+        for world in SAMPLED_WORLDS
+    ]
+    for row in [*cells, *goal, *sampled]:
         print(describe(row))
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions("numpy"),
         "cells": [*cells, *goal],
+        "cells_of_samples": sampled,
     }
     if options.out:
         (options.out / "balance.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -73,19 +83,48 @@ def cell(name: str, pool: np.ndarray, capacity: int, world: int, packs_per_rank:
     packs_per_step = world * packs_per_rank
     num_steps = int(np.clip(MAX_TOKENS / (packs_per_step * capacity), 1, 100))
     lengths = rng.choice(pool, int(1.05 * num_steps * packs_per_step * capacity / pool.mean()) + 1)
-    trained = np.ceil(lengths * rng.beta(2, 3, len(lengths)))
+    trained = trained_of(lengths, rng)
     packs = pack(lengths, capacity=capacity, seed=0)
     costs = PER_TOKEN * lengths + PER_SQUARE * lengths.astype(float) ** 2 + PER_TRAINED * trained
     of_packs = np.add.reduceat(costs[packs.indices], packs.offsets[:-1])
     steps = [of_packs[i : i + packs_per_step] for i in range(0, num_steps * packs_per_step, packs_per_step)]
     steps = [s for s in steps if len(s) == packs_per_step]
+    where = {"lengths": name, "capacity": capacity, "world": world, "packs_per_rank": packs_per_rank}
+    return where | measured(steps, world, rng)
+
+
+def sampled_cell(name: str, pool: np.ndarray, world: int) -> dict:
+    """Imbalance of steps of so many samples, about two and a half packs' worth of tokens a rank."""
+    rng = np.random.default_rng(1)
+    samples_per_step = round(2.5 * world * SAMPLED_CAPACITY / pool.mean())
+    lengths = rng.choice(pool, SAMPLED_STEPS * samples_per_step)
+    schedule = Schedule(
+        lengths=lengths,
+        num_trained=trained_of(lengths, rng),
+        capacity=SAMPLED_CAPACITY,
+        seed=0,
+        epochs=1,
+        world=world,
+        samples_per_step=samples_per_step,
+        cost=CostCoefficients(per_token=PER_TOKEN, per_square=PER_SQUARE, per_trained=PER_TRAINED),
+    )
+    packs = [schedule.step(number).packs for number in range(schedule.num_steps)]
+    steps = [np.array([schedule.pack_cost(pack) for pack in step]) for step in packs]
+    where = {"lengths": name, "capacity": SAMPLED_CAPACITY, "world": world}
+    where |= {"samples_per_step": samples_per_step, "packs_per_rank": max(map(len, packs)) // world}
+    return where | measured(steps, world, rng)
+
+
+def trained_of(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Trained tokens of samples: two fifths of each on average."""
+    return np.ceil(lengths * rng.beta(2, 3, len(lengths)))
+
+
+def measured(steps: list[np.ndarray], world: int, rng: np.random.Generator) -> dict:
+    """Imbalance of steps, given the costs of their packs, a multiple of `world` each."""
     dealt = [loads(s, deal(s, world=world)) for s in steps]
     random = [rng.permutation(s).reshape(world, -1) for s in steps]
     return {
-        "lengths": name,
-        "capacity": capacity,
-        "world": world,
-        "packs_per_rank": packs_per_rank,
         "steps": len(steps),
         "dealt": {"step": waiting(dealt, False), "micro-batch": waiting(dealt, True)},
         "random": {"step": waiting(random, False), "micro-batch": waiting(random, True)},

@@ -24,7 +24,7 @@ import yaml
 
 from benchmarks.measure import versions
 from benchmarks.memory import WORDS
-from sftcore.batching.schedule import IDLE
+from sftcore.batching.dealing import IDLE
 from sftcore.data.prepare import prepare_store
 from sftcore.data.tokens import load_tokenizer
 from sftcore.fsio import read_jsonl

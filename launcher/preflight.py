@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sftcore.batching.schedule import IDLE, Schedule, Step
+from sftcore.batching.dealing import IDLE
+from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
 from sftcore.model.cost import measure_recipe

@@ -4,10 +4,9 @@ In: sample lengths, trained tokens, seed, batch settings, world size. Out: any s
 Invariant: what a step holds is a function of (lengths, seed, epoch, batch settings) alone; the world size
 only decides who computes it. Every sample is in exactly one step of each epoch, and nothing is dropped; with
 `source_counts` an epoch holds the samples of `draw_epoch` instead, each as often as it was drawn.
-Trade-off: packs of a step are dealt by predicted cost, longest first, which needs all packs of one step
-(never of the epoch) in memory: microseconds for hundreds of packs, against about 10 % idle time for random
-dealing. A step of so many samples is cut into a multiple of `world` packs, so packs are smaller than they
-could be: with 9 packs on 8 ranks one rank would compute while seven wait, half of the step.
+Trade-off: packs of a step are dealt by predicted cost, which needs all packs of one step (never of the
+epoch) in memory: microseconds for hundreds of packs, against about 10 % idle time for random dealing. Where
+a step is so many samples, its packs are cut for the ranks that there are: see `batching.dealing`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,11 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from sftcore.batching.dealing import cut_evenly, deal
 from sftcore.batching.mixture import draw_epoch
 from sftcore.batching.packing import IntArray, Packs, pack
 from sftcore.fsio import fingerprint_of
 
-IDLE = -1  # in a dealing: this rank has no pack in this micro-batch
-SWAPS_PER_RANK = 2  # at most, when evening out a dealing
-SWAP_GAIN = 1e-6  # of the dearest rank's cost; smaller gains are rounding
 STEPS_SEARCHED = 300  # of an epoch at most, for the largest pack where steps hold several
 
 
@@ -244,16 +241,16 @@ class Schedule:
         return self._epoch_samples(epoch)[order] if self.source_counts else order
 
     def _pack_step(self, samples: IntArray, seed: int) -> tuple[IntArray, ...]:
-        """Pack the samples of one step, into a multiple of `world` packs while there are samples for them."""
+        """Pack the samples of one step: few packs, but as many on every rank, and ranks evenly loaded."""
         lengths = self.lengths[samples]
         if self.world == 1 and lengths.sum() <= self.capacity:
             return (samples[np.argsort(-lengths, kind="stable")],)
         packs = pack(lengths, capacity=self.capacity, seed=seed)
-        wanted = min(-(-len(packs) // self.world) * self.world, len(samples))
-        if len(packs) == wanted:
-            return tuple(samples[packs[p]] for p in range(len(packs)))
-        spread = _spread(lengths, self.sample_costs(samples), packs, wanted, self.capacity)
-        return tuple(samples[members] for members in spread)
+        best_fit = [packs[p] for p in range(len(packs))]
+        if self.world > 1:
+            costs = self.sample_costs(samples)
+            best_fit = cut_evenly(best_fit, lengths, costs, capacity=self.capacity, world=self.world)
+        return tuple(samples[members] for members in best_fit)
 
     def _tokens_in(self, samples: IntArray) -> int:
         return int(self.lengths[samples].sum())
@@ -283,88 +280,6 @@ class Schedule:
     def _draw_epoch(self, epoch: int) -> IntArray:
         assert self.source_counts
         return draw_epoch(self.sources, self.source_counts, seed=self.seed, epoch=epoch)
-
-
-def deal(costs: npt.ArrayLike, *, world: int) -> IntArray:
-    """Deal packs to ranks and micro-batches so that both the ranks' sums and the micro-batches are even.
-
-    Packs are sorted by cost; each run of `world` packs is one micro-batch (so ranks that wait for each other
-    in every micro-batch wait little), and in it the rank with the least cost so far takes the dearest pack.
-    Then the dearest rank swaps packs with others as long as that lowers its sum below the highest so far.
-
-    >>> deal([5.0, 1.0, 4.0, 2.0], world=2)
-    array([[0, 1],
-           [2, 3]])
-
-    Returns:
-        (world, num_micro_batches) int64: number of a pack, or IDLE; each rank's dearest pack comes first.
-    """
-    costs = np.asarray(costs, np.float64)
-    num_micro_batches = -(-len(costs) // world)
-    order = np.argsort(-costs, kind="stable")
-    dealt = np.full((world, num_micro_batches), IDLE, np.int64)
-    sums = np.zeros(world)
-    for m in range(num_micro_batches):
-        batch = order[m * world : (m + 1) * world]
-        ranks = np.argsort(sums, kind="stable")[: len(batch)]
-        dealt[ranks, m] = batch
-        sums[ranks] += costs[batch]
-    return _swapped(dealt, np.append(costs, 0.0))
-
-
-def _swapped(dealt: IntArray, costs: npt.NDArray[np.float64]) -> IntArray:
-    """Lower the dearest rank's sum by swaps; costs[IDLE] is 0."""
-    table = costs[dealt]  # (world, num_micro_batches)
-    for _ in range(SWAPS_PER_RANK * len(dealt)):
-        sums = table.sum(1)
-        dearest = int(np.argmax(sums))
-        moved = table[dearest][:, None, None] - table[None]  # (own slot, other rank, its slot)
-        higher = np.maximum(sums[dearest] - moved, sums[None, :, None] + moved)
-        higher[:, dearest] = np.inf
-        own, rank, slot = np.unravel_index(int(np.argmin(higher)), higher.shape)
-        if higher[own, rank, slot] >= sums[dearest] * (1 - SWAP_GAIN):
-            break
-        for grid in (dealt, table):
-            grid[dearest, own], grid[rank, slot] = grid[rank, slot], grid[dearest, own]
-    by_cost = np.argsort(-table, axis=1, kind="stable")
-    return np.take_along_axis(dealt, by_cost, axis=1)
-
-
-def _spread(
-    lengths: IntArray, costs: npt.NDArray[np.float64], packs: Packs, wanted: int, capacity: int
-) -> list[IntArray]:
-    """Cut a step into exactly `wanted` packs of even cost, none over capacity.
-
-    The dearest sample goes to the cheapest pack that has room; where one finds none, packs of the best fit
-    are cut in two instead.
-
-    Args:
-        lengths: (num_samples,) tokens.
-        costs: (num_samples,) predicted.
-        packs: fewer than `wanted`, and these no more than samples.
-
-    Returns:
-        indices into `lengths`, pack by pack.
-    """
-    bins: list[list[int]] = [[] for _ in range(wanted)]
-    load, room = np.zeros(wanted), np.full(wanted, capacity)
-    for i in np.argsort(-costs, kind="stable"):
-        target = int(np.argmin(np.where(room >= lengths[i], load, np.inf)))
-        if room[target] < lengths[i]:
-            return _cut(packs, wanted, costs)
-        bins[target].append(int(i))
-        load[target] += costs[i]
-        room[target] -= lengths[i]
-    return [np.array(members, np.int64) for members in bins]
-
-
-def _cut(packs: Packs, wanted: int, costs: npt.NDArray[np.float64]) -> list[IntArray]:
-    """Cut packs in two until there are `wanted`, always the dearest that holds several samples."""
-    parts = [packs[p] for p in range(len(packs))]
-    while len(parts) < wanted:
-        dearest = max(parts, key=lambda part: costs[part].sum() if len(part) > 1 else -1.0)
-        parts = [part for part in parts if part is not dearest] + [dearest[::2], dearest[1::2]]
-    return parts
 
 
 @lru_cache(maxsize=2)

@@ -15,8 +15,9 @@ import numpy as np
 
 from sftcore import dist
 from sftcore.batching.collate import Batch, collate
+from sftcore.batching.dealing import IDLE
 from sftcore.batching.packing import IntArray
-from sftcore.batching.schedule import IDLE, Schedule, Step
+from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
 

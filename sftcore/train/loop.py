@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from sftcore import dist
+from sftcore.batching.dealing import IDLE
 from sftcore.batching.mixture import samples_per_epoch, temperature_shares
-from sftcore.batching.schedule import IDLE, CostCoefficients, Schedule, Step
+from sftcore.batching.schedule import CostCoefficients, Schedule, Step
 from sftcore.config import Recipe, TrainSettings
 from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, StoppedOnRequest, TrainingFailed, UserInputError

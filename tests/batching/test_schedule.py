@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftcore.batching.schedule import IDLE, CostCoefficients, Schedule, deal
+from sftcore.batching.dealing import IDLE, deal
+from sftcore.batching.schedule import CostCoefficients, Schedule
 
 MODES = [{"samples_per_step": 5}, {"samples_per_step": 1}, {"tokens_per_step": 64}, {"tokens_per_step": 32}]
 MODES += [{"samples_per_step": 20}, {"samples_per_step": 64}]
@@ -80,6 +81,18 @@ def test_packs_of_so_many_samples_are_a_multiple_of_the_ranks():
         loads = [sum(schedule.pack_cost(step.packs[p]) for p in row) for row in schedule.deal(step)]
         assert len(step.packs) % 8 == 0 and (schedule.deal(step) != IDLE).all()
         assert max(loads) < 1.02 * np.mean(loads)
+
+
+def test_ranks_hardly_wait_where_few_samples_cost_as_much_as_a_hundred():
+    rng = np.random.default_rng(0)
+    lengths = np.minimum((rng.pareto(1.2, 6000) + 1) * 60, 8192).astype(int)
+    heavy = {"capacity": 8192, "samples_per_step": 600, "cost": CostCoefficients(per_token=3e4, per_square=1)}
+    schedule = make(lengths, world=8, **heavy)
+    slowest, mean = 0.0, 0.0
+    for step in map(schedule.step, range(10)):
+        loads = [sum(schedule.pack_cost(step.packs[p]) for p in row) for row in schedule.deal(step)]
+        slowest, mean = slowest + max(loads), mean + np.mean(loads)
+    assert slowest / mean < 1.01
 
 
 def test_packs_are_spread_by_what_they_cost():
