@@ -208,10 +208,11 @@ class Prompter:
 
     def _not_endless(self, draft: Draft | Refusal) -> Draft | Refusal:
         """Refuse a text that can't fit whatever its tokens are: 50 MB would be encoded for minutes."""
-        longest = self.codec.longest_token
-        if isinstance(draft, Refusal) or longest is None:
+        if isinstance(draft, Refusal):
             return draft
         num_characters = sum(map(len, draft.pieces))
+        if num_characters <= self.options.max_length or (longest := self.codec.longest_token) is None:
+            return draft
         if num_characters <= longest * self.options.max_length:
             return draft
         detail = f"{num_characters} characters, more than {self.options.max_length} tokens can hold"

@@ -16,9 +16,10 @@ One sample, prompt "Q: why? A:" and answer " so" (· marks -100):
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +81,10 @@ class Encoded:
 
 def flat_ids(samples: Sequence[Encoded]) -> Ids:
     """All ids, end to end."""
-    count = sum(len(sample.ids) for sample in samples)
-    return np.fromiter(chain.from_iterable(sample.ids for sample in samples), np.int32, count)
+    flat = array("i")
+    for sample in samples:
+        flat.fromlist(sample.ids)
+    return np.frombuffer(flat, np.int32) if flat else np.empty(0, np.int32)
 
 
 def flat_labels(samples: Sequence[Encoded], ids: Ids) -> Ids:
@@ -107,8 +110,14 @@ def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]
     token straddles a border ("A: " + "Paris": " Paris" is one token), each piece is encoded by itself.
     """
     stretches = [_stretches(codec, draft.pieces) for draft in drafts]
-    encoded = iter(codec.encode([text for group in stretches for pair in group for text in pair]))
-    whole = [_join([(next(encoded), next(encoded)) for _ in group]) for group in stretches]
+    news, rests = codec.encode_with_rests(
+        [text for group in stretches for text in (*(new for new, _ in group), group[-1][1])],
+        [rest for group in stretches for _, rest in group[:-1]],
+    )
+    new, rest = iter(news), iter(rests)
+    whole = [
+        _join([*((next(new), next(rest)) for _ in group[:-1]), (next(new), next(new))]) for group in stretches
+    ]
     torn = [i for i, found in enumerate(whole) if found is None]
     apart = iter(codec.encode([piece for i in torn for piece in drafts[i].pieces]))
     return [
@@ -164,10 +173,14 @@ def _join(stretches: list[tuple[list[int], list[int]]]) -> tuple[list[int], list
     for new, rest in stretches:
         ids += new
         ends.append((len(ids), rest))
-    ids += ends[-1][1]
-    if any(ids[start : start + len(rest)] != rest for start, rest in ends):
-        return None
-    return ids, [start + len(rest) for start, rest in ends]
+    ids += rest
+    borders = []
+    for start, rest in ends[:-1]:
+        end = start + len(rest)
+        if ids[start:end] != rest:
+            return None
+        borders.append(end)
+    return ids, [*borders, len(ids)]
 
 
 def _chained(pieces: Iterable[list[int]]) -> tuple[list[int], list[int]]:
@@ -185,14 +198,15 @@ def _finish(
     """Add the tokenizer's own tokens, once each; None where a trained piece is empty or nothing before it."""
     changes = [Change.SEAM_APART] if is_apart else []
     trained = list(zip(borders[::2], borders[1::2], strict=True))
-    if any(start == end for start, end in trained):
-        return None
+    for start, end in trained:
+        if start == end:
+            return None
     if draft.is_bare:
-        if codec.starts_with_prefix(ids[: borders[0]]):
-            changes += [Change.BOS_IN_TEXT] if codec.prefix else []
-        else:
-            ids = [*codec.prefix, *ids]
-            trained = [(start + len(codec.prefix), end + len(codec.prefix)) for start, end in trained]
+        if (prefix := codec.prefix) and codec.starts_with_prefix(ids[: min(borders[0], len(prefix))]):
+            changes.append(Change.BOS_IN_TEXT)
+        elif prefix:
+            ids = [*prefix, *ids]
+            trained = [(start + len(prefix), end + len(prefix)) for start, end in trained]
         if ids[-1] == codec.stop_id:
             changes.append(Change.STOP_IN_TEXT)
         else:

@@ -14,6 +14,7 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerFast; its import takes 2 s, so it is named nowhere here
 LETTERS = frozenset(string.ascii_letters)
+MOST_REMEMBERED = 2**14  # short texts whose ids are kept
 CUT_CHARACTERS = 200  # how far before a border a cut is looked for
 LOCAL_SPLITS = frozenset(  # patterns that always split before a space between two letters, read for that
     {
@@ -38,7 +40,7 @@ LOCAL_SPLITS = frozenset(  # patterns that always split before a space between t
 PROBES = ("a", "1", ".", "的")  # a text that yields at least one id in any vocabulary we have met
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Codec:
     """Encodes texts as training and inference both see them.
 
@@ -48,7 +50,6 @@ class Codec:
         stop_id: eos (of an encoder the separator), the id that ends an answer.
         special_ids: ids of its special tokens.
         is_local: it encodes what stands before and after a space between two words independently.
-        longest_token: bytes that a token stands for at most; None where that isn't known.
     """
 
     tokenizer: Tokenizer
@@ -56,15 +57,43 @@ class Codec:
     stop_id: int
     special_ids: frozenset[int]
     is_local: bool = False
-    longest_token: int | None = None
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Bytes that a token stands for at most; None where that isn't known. Reads the vocabulary: 60 ms."""
+        return max(map(len, self.tokenizer.get_vocab())) if self.is_local else None
+
+    @cached_property
+    def _remembered(self) -> dict[str, list[int]]:
+        """Ids of short texts met before."""
+        return {}
+
+    def encode_with_rests(
+        self, new: Sequence[str], rests: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """`encode` of both, in one batch.
+
+        `rests` (what lies between a prompt's last cut and its end) are remembered: prompts of one template
+        end in few ways, and of 1,024 rows' texts a third need not be encoded.
+        """
+        texts = dict.fromkeys(rests)
+        known = {text: ids for text in texts if (ids := self._remembered.get(text)) is not None}
+        unknown = [text for text in texts if text not in known]
+        encoded = self.encode([*new, *unknown])
+        learnt = dict(zip(unknown, encoded[len(new) :], strict=True))
+        if len(self._remembered) < MOST_REMEMBERED:
+            self._remembered.update((t, ids) for t, ids in learnt.items() if len(t) <= CUT_CHARACTERS)
+        ids_of = known | learnt
+        return encoded[: len(new)], [ids_of[text] for text in rests]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without prefix and stop."""
         if not texts:
             return []
         backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()  # an earlier call with truncation or padding would stay in force
-        backend.no_padding()
+        if backend.truncation is not None or backend.padding is not None:  # from an earlier call elsewhere
+            backend.no_truncation()  # not each time: it would wait for other threads
+            backend.no_padding()
         full = [text for text in texts if text]
         encodings = iter(backend.encode_batch_fast(full, add_special_tokens=False))
         return [next(encodings).ids if text else [] for text in texts]
@@ -124,8 +153,7 @@ def codec_of(tokenizer: Tokenizer) -> Codec:
         prefix=_own_prefix(tokenizer),
         stop_id=stop_id,
         special_ids=frozenset(special | set(tokenizer.all_special_ids)),
-        is_local=(is_local := _is_local(tokenizer)),
-        longest_token=max(map(len, tokenizer.get_vocab())) if is_local else None,
+        is_local=_is_local(tokenizer),
     )
 
 
