@@ -40,6 +40,9 @@ class ModelSettings(Settings):
     )
 
 
+DROPOUT = "on the adapters' inputs; with batch.samples_per_step its masks depend on the number of ranks"
+
+
 class AdapterSettings(Settings):
     """What is trained: all weights, or low-rank updates beside frozen ones."""
 
@@ -48,7 +51,7 @@ class AdapterSettings(Settings):
     )
     r: Positive = Field(16, description="rank of the updates")
     alpha: Positive = Field(32, description="updates are scaled by alpha / r")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' inputs")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description=DROPOUT)
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="names of linear layers, such as [q_proj, v_proj]"
     )

@@ -57,7 +57,10 @@ def rank_batches(
 
 
 def pack_seeds(seed: int, step: Step, packs: Sequence[int] | np.ndarray) -> list[int]:
-    """A 32-bit seed per pack from (seed, epoch, step, pack): dropout needs no saved state, nor the rank."""
+    """A 32-bit seed per pack from (seed, epoch, step, pack): dropout needs no saved state, nor the rank.
+
+    Where packs are cut for the ranks that there are (`samples_per_step`), so are dropout's masks.
+    """
     return [
         int(np.random.SeedSequence([seed, step.epoch, step.number, int(p) + 1]).generate_state(1)[0])
         for p in packs
