@@ -135,7 +135,7 @@ def test_a_real_server_killed_and_started_again_midway(tmp_path, monkeypatch):
         model=str(model),
         base_url=f"http://127.0.0.1:{port}/v1",
         concurrency=2,
-        timeout_seconds=60,
+        timeout_seconds=300,
         max_retries=40,
     )
     cache = Path("runs/asked/teacher.jsonl")
