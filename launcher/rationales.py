@@ -66,9 +66,9 @@ def write_rationales(recipe: Recipe, to: Path | None = None) -> dict[str, Any]:
         else:
             replies = _ask_here(recipe, teacher, prompts, cache)
         kept, counts = keep_agreeing(records, replies, recipe.matching)
+        summary = summarise(counts, replies, teacher)
         target = to or run / "rationales.jsonl"
         write_jsonl(target, kept)
-        summary = summarise(counts, replies, teacher)
         write_json(target.with_name(target.name + ".summary.json"), summary)
         return {"file": str(target), **summary}
 

@@ -58,7 +58,7 @@ class ReplyCache:
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
         self.identity = dict(identity)
-        self._known = {row.pop("key"): Reply(**row) for row in self._read()}
+        self._known = {row["key"]: _reply_in(row) for row in self._read()}
 
     def _read(self) -> list[dict[str, Any]]:
         """The lines that hold a reply; a file with others (torn by a kill) is written anew without them."""
@@ -89,7 +89,14 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and row.keys() == ROW_KEYS else None
+    is_reply = isinstance(row, dict) and row.keys() == ROW_KEYS
+    return row if is_reply and isinstance(row["key"], str) and isinstance(row["text"], str) else None
+
+
+def _reply_in(row: Mapping[str, Any]) -> Reply:
+    """A line's reply (an earlier version wrote null for counts that a server had left out)."""
+    counts = {name: _count(row[name]) for name in ("num_input_tokens", "num_output_tokens")}
+    return Reply(text=row["text"], **counts)
 
 
 def connect(settings: TeacherSettings) -> AbstractAsyncContextManager[Ask]:

@@ -235,6 +235,20 @@ def test_a_file_of_torn_lines_alone_is_mended(tmp_path, torn):
     assert len(path.read_bytes().splitlines()) == 1
 
 
+def test_null_counts_of_an_earlier_version_are_0_and_rows_of_another_shape_are_asked_again(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.jsonl", {})
+    for prompt in ("null", "number", "text"):
+        cache.put(prompt, Reply(text="r", num_input_tokens=3))
+    null, number, text = map(json.loads, cache.path.read_text().splitlines())
+    rows = [null | {"num_input_tokens": None}, number | {"text": 5}, text | {"num_output_tokens": "2"}]
+    cache.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reopened = ReplyCache(cache.path, {})
+    assert reopened.get("null") == Reply(text="r") and reopened.get("text") == Reply(
+        text="r", num_input_tokens=3
+    )
+    assert reopened.get("number") is None
+
+
 def test_empty_replies_of_an_earlier_version_are_asked_again(tmp_path):
     cache = ReplyCache(tmp_path / "replies.jsonl", {})
     cache.put("fine 1", Reply(text=""))

@@ -91,6 +91,18 @@ def test_the_local_model_is_asked_once(tiny_model_folder, tmp_path, monkeypatch)
     assert read_json(Path("runs/asked/rationales.jsonl.summary.json"))["unparsable"] == NUM_PAIRS
 
 
+def test_a_summary_that_fails_leaves_no_pairs_file(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("launcher.rationales.summarise", fail)
+    with pytest.raises(RuntimeError):
+        write_rationales(load_recipe(teacher_recipe(tiny_model_folder, backend="local")))
+    assert not Path("runs/asked/rationales.jsonl").exists()
+
+
 def test_only_drawn_pairs_are_asked_of_and_their_number_is_told_first(
     tiny_model_folder, tmp_path, monkeypatch, caplog
 ):
