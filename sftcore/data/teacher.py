@@ -103,7 +103,7 @@ def connect(settings: TeacherSettings) -> AbstractAsyncContextManager[Ask]:
     """What opens a connection to the server and yields a function that asks it once (with its retries).
 
     Raises:
-        MissingEnvironmentError: the `openai` package is missing.
+        MissingEnvironmentError: the `openai` package is missing, or the key is no key.
     """
     try:
         import openai
@@ -112,7 +112,16 @@ def connect(settings: TeacherSettings) -> AbstractAsyncContextManager[Ask]:
         raise MissingEnvironmentError(
             Problem(what="a teacher on a server needs the openai package", remedy=remedy)
         ) from error
-    return _connection(openai, settings, os.environ.get(settings.key_variable, "none"))
+    return _connection(openai, settings, _key(settings.key_variable))
+
+
+def _key(variable: str) -> str:
+    """The key without spaces around it; "none" (which local servers ignore) where there is none."""
+    key = os.environ.get(variable, "").strip() or "none"
+    if key.isascii() and key.isprintable():
+        return key
+    what = "the key is not of printable ASCII characters, so no request can carry it"
+    raise MissingEnvironmentError(Problem(what=what, where=f"${variable}", remedy="export the key anew"))
 
 
 @asynccontextmanager

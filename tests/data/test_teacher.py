@@ -192,6 +192,22 @@ def test_a_reply_in_drips_and_a_silent_server_cost_the_time_out_once(tmp_path):
     assert not [thread for thread in threading.enumerate() if "asyncio" in thread.name]
 
 
+@pytest.mark.parametrize(("key", "sent"), [(" sk-secret\n", "sk-secret"), ("", "none"), (" \n", "none")])
+def test_a_key_is_stripped_and_an_empty_one_is_none(tmp_path, monkeypatch, key, sent):
+    monkeypatch.setenv("MOODY", key)
+    with moody_server() as url:
+        ask_all({"a": "fine 1"}, connect(settings(url)), ReplyCache(tmp_path / "r.jsonl", {}), concurrency=1)
+    assert Moody.keys == {f"Bearer {sent}"}
+
+
+@pytest.mark.parametrize("key", ["sk-sécret", "sk-\x07secret", "sk-a\nsk-b", "sk-\udcff"])
+def test_a_key_that_no_header_holds_is_refused_by_its_variable(monkeypatch, key):
+    monkeypatch.setenv("MOODY", key)
+    with pytest.raises(MissingEnvironmentError, match=r"\$MOODY: .*printable ASCII") as caught:
+        connect(settings("http://127.0.0.1:1/v1"))
+    assert "sk-" not in str(caught.value)
+
+
 def test_a_refused_key_stops_at_once_with_a_remedy(tmp_path):
     cache = ReplyCache(tmp_path / "replies.jsonl", {})
     with moody_server() as url, pytest.raises(UserInputError, match=r"HTTP 401\n.*\$MOODY"):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from launching import BIN, ENVIRONMENT
 from packaged import packaged_model
 from tiny_tokenizers import CHATML, build_bpe
 
-from launcher.rationales import _as_asked, keep_agreeing, summarise, write_rationales
+from launcher.rationales import _as_asked, keep_agreeing, summarise, warn_of_failures, write_rationales
 from sftcore.data.contents import Pair
 from sftcore.data.records import Record
 from sftcore.data.teacher import Failure, Reply
@@ -65,9 +66,23 @@ def test_what_agrees_is_kept_and_all_is_counted():
     assert counts == {"kept": 1, "disagreeing": 1, "unparsable": 2, "failed": 1}
     prices = TeacherSettings(model="m", input_price=2.0, output_price=10.0)
     summary = summarise(counts, replies, prices)
+    assert summary["failed_by_reason"] == {"x": 1}
     assert summary["yield"] == 0.2 and summary["num_pairs"] == 5
     assert summary["cost"] == pytest.approx((40 * 2 + 16 * 10) / 1e6)
     assert summary["arm"] == "not run: fewer than 100 kept"
+
+
+def test_why_pairs_failed_is_counted_and_told_in_one_line(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sftcore"), "propagate", True)
+    whys = ["InternalServerError"] * 2 + ["no whole reply in 60 s"]
+    replies = {str(i): Failure(why=why) for i, why in enumerate(whys)} | {"3": Reply(text="结论：相同")}
+    summary = summarise(Counter(failed=3, unparsable=1), replies, TeacherSettings(model="m"))
+    assert summary["failed_by_reason"] == {"InternalServerError": 2, "no whole reply in 60 s": 1}
+    warn_of_failures(summary)
+    (line,) = caplog.messages
+    assert line.startswith("3 of 4 pairs failed: InternalServerError 2, no whole reply in 60 s 1;")
+    warn_of_failures(summarise(Counter(kept=1), {}, TeacherSettings(model="m")))
+    assert len(caplog.messages) == 1
 
 
 def test_a_base_model_is_asked_as_the_prompt_stands_without_an_appended_eos():
