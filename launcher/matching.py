@@ -126,4 +126,5 @@ def _first_rejections(ledger: Ledger) -> str:
 
 
 def _lacks_fields(ledger: Ledger) -> bool:
-    return bool(ledger.rejected_by_reason[Reason.MISSING_FIELD])
+    """Whether rows lack a text, or have a label where it should stand."""
+    return any(ledger.rejected_by_reason[reason] for reason in (Reason.MISSING_FIELD, Reason.LABEL_AS_TEXT))

@@ -292,6 +292,15 @@ def test_columns_that_are_not_there_name_the_options_of_the_command(scorer):
         match_pairs(scorer, Path("odd.jsonl"), Path("to.jsonl"), columns=("0", "1"))
 
 
+@pytest.mark.parametrize("labels", ["01", "\uff10\uff11"], ids=["plain", "full-width"])
+def test_a_column_of_labels_is_no_text(scorer, labels):
+    rows = "".join(f"Ann {i}\t{labels[i % 2]}\tBob {i}\n" for i in range(4))
+    Path("swapped.tsv").write_text("text_a\ttext_b\tlabel\n" + rows)
+    with pytest.raises(UserInputError, match="no usable pair(.|\n)*label_as_text(.|\n)*give --a and --b"):
+        match_pairs(scorer, Path("swapped.tsv"), Path("to.jsonl"))
+    assert match_pairs(scorer, Path("swapped.tsv"), Path("to.jsonl"), columns=("text_a", "label")) == 4
+
+
 def test_pairs_longer_than_an_encoder_has_positions_are_listed_not_scored(recipe, caplog):
     Path("bert").mkdir()
     write_bert(Path("bert"))
@@ -555,6 +564,7 @@ def write_rows(rows: list[tuple]) -> None:
         ([("a b", "b c", i % 3) for i in range(30)], "unknown_label: 10"),
         ([(i % 2, f"text {i}", f"words {i}") for i in range(9)], "label_as_text: 9"),
         ([(f"text {i}", i % 2, i % 2) for i in range(9)], "a text column holds labels"),
+        ([(f"text {i}", "\uff10\uff11"[i % 2], i % 2) for i in range(9)], "label_as_text: 9"),
         ([("", "b", 1)] * 4, "empty_prompt: 4"),
     ],
 )
