@@ -130,19 +130,26 @@ def select(recipe: Recipe) -> list[FactLevel]:
     levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
     trainable = [level for level in levels if level.split == "train"]
     check_same_facts(trainable, load_records(recipe, "train", Ledger()), where=run / LEVELS)
-    n = recipe.select.n
-    if n == "all":
-        n = sum(level.level in recipe.select.levels for level in trainable)
     chosen = select_facts(
         trainable,
         levels_wanted=recipe.select.levels,
-        n=n,
+        n=recipe.select.n,
         balance=recipe.select.balance,
         seed=recipe.seed,
         draw=recipe.select.draw,
     )
+    _tell_levels(recipe.select.levels, chosen)
     _write_selection(run, [level.to_row() for level in chosen])
     return chosen
+
+
+def _tell_levels(wanted: list[int], chosen: list[FactLevel]) -> None:
+    """How many facts of each wanted level were drawn."""
+    counts = level_counts(chosen)
+    drawn = ", ".join(f"level {level}: {counts[level]}" for level in sorted(set(wanted)))
+    log.info("select: %d facts (%s)", len(chosen), drawn)
+    if missing := [str(level) for level in sorted(set(wanted)) if not counts[level]]:
+        log.warning("select.levels names level %s, of which no fact was drawn", ", ".join(missing))
 
 
 def _write_selection(run: Path, rows: list[dict[str, Any]]) -> None:
