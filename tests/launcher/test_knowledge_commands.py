@@ -71,7 +71,10 @@ def test_trivial_facts_are_left_out_and_listed(tiny_recipe):
     ]
     write_lines(Path("more.jsonl"), facts)
     data = tiny_recipe["data"] | {"train": [{"format": "facts", "path": "more.jsonl"}]}
-    assert sftcore("probe", save(tiny_recipe, data=data)).returncode == 0
+    probed = sftcore("probe", save(tiny_recipe, data=data))
+    listed = "(runs/tiny/ledger.train.jsonl)"
+    assert f"2 facts left out: answer_in_subject 1, short_answer 1 {listed}" in probed.stderr
+    assert probed.returncode == 0 and probed.stderr.count("left out") == 1, "nothing of the other splits"
     train = [row for row in rows_of("runs/tiny/levels.jsonl") if row["split"] == "train"]
     assert [row["id"] for row in train] == ["plain"]
     reasons = {row["row"]: row["reason"] for row in rows_of("runs/tiny/ledger.train.jsonl")}
@@ -79,6 +82,15 @@ def test_trivial_facts_are_left_out_and_listed(tiny_recipe):
     kept = save(tiny_recipe, name="kept", data=data | {"trivial_facts": "keep"})
     assert sftcore("probe", kept).returncode == 0
     assert len(rows_of("runs/kept/levels.jsonl")) == len(rows_of("runs/tiny/levels.jsonl")) + 2
+
+
+def test_training_facts_that_are_all_trivial_are_refused(tiny_recipe):
+    write_lines(Path("more.jsonl"), [{"relation": "P131", "subject": "Ann", "answers": ["X"]}])
+    data = tiny_recipe["data"] | {"train": [{"format": "facts", "path": "more.jsonl"}]}
+    refused = sftcore("probe", save(tiny_recipe, data=data))
+    assert refused.returncode == 2 and "every training fact is trivial" in refused.stderr
+    assert "got: short_answer 1" in refused.stderr and "data.trivial_facts: keep" in refused.stderr
+    assert [row["reason"] for row in rows_of("runs/tiny/ledger.train.jsonl")] == ["short_answer"]
 
 
 @pytest.fixture
