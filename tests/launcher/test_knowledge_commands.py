@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -128,8 +129,12 @@ def test_restoring_everything_gives_the_base_model_back(trained, tiny_model_fold
     assert sftcore("restore", *options, "--to", "q").returncode == 2
     wrong = sftcore("restore", *options, "--to", "q", "--sweep", "1,two")
     assert wrong.returncode == 2 and "--sweep" in wrong.stderr
+    swapped = ["--base", str(run), "--tuned", str(tiny_model_folder), "--to", "q", "--fraction", "1"]
+    refused = sftcore("restore", *swapped)
+    assert refused.returncode == 2 and "these two are swapped" in refused.stderr and not Path("q").exists()
     swept = sftcore("restore", *options, "--to", "q", "--sweep", "0,20,100")
     assert swept.returncode == 0 and swept.stdout.count("weights restored") == 3, swept.stderr
+    assert re.match(r"q/q0: none of [\d,]+ weights restored\n", swept.stdout)
     names = ["base", "tuned", "q0", "q20", "q100"]
     folders = [tiny_model_folder, run, *(Path("q") / name for name in names[2:])]
     found = {}
