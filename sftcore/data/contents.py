@@ -220,7 +220,7 @@ def _sides(fields: Fields) -> tuple[str, str]:
 def _note_oddities(pair: Pair, fields: Fields) -> None:
     """Note what is kept as it stands, but may not be meant."""
     if pair.a == pair.b:
-        fields.changed(Change.IDENTICAL_SIDES, f"label {pair.label}")
+        fields.changed(Change.IDENTICAL_SIDES, "" if pair.label == UNKNOWN_LABEL else f"label {pair.label}")
     text = pair.a + pair.b
     if text.isascii():
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import subprocess
 from pathlib import Path
@@ -290,6 +291,44 @@ def test_columns_that_are_not_there_name_the_options_of_the_command(scorer):
         match_pairs(scorer, Path("odd.jsonl"), Path("to.jsonl"))
     with pytest.raises(UserInputError, match="columns by number(.|\n)*name the fields in --a and --b"):
         match_pairs(scorer, Path("odd.jsonl"), Path("to.jsonl"), columns=("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "gbk.tsv",
+            "句子甲\t句子乙\t标签\n几点开门\t何时开门\t1\n".encode("gbk"),
+            "not UTF-8(.|\n)*do: .*iconv -f GB18030",
+        ),
+        (
+            "raw.tsv",
+            "几点开门\t何时开门\t1\n".encode("gbk"),
+            "undecodable_bytes\n(.|\n)*do: .*iconv -f GB18030",
+        ),
+        ("empty.tsv", b"", "no pair in this file(.|\n)*do: give a file with a pair in each row"),
+        ("header.csv", b"text_a,text_b\n", "no pair in this file(.|\n)*do: give a file"),
+        ("blank.jsonl", b'{"text_a": "", "text_b": "x"}\n', "row 1: empty_prompt\n(.|\n)*do: mend"),
+    ],
+)
+def test_files_without_a_usable_pair_are_told_what_to_do(scorer, name, content, message):
+    Path(name).write_bytes(content)
+    with pytest.raises(UserInputError, match=message):
+        match_pairs(scorer, Path(name), Path("to.jsonl"))
+
+
+def test_what_was_noted_is_kept_where_no_row_was_rejected(scorer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sftcore"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="sftcore.matching")
+    Path("same.tsv").write_text("text_a\ttext_b\nAnn 1\tAnn 1\nAnn １\tBob\n")
+    assert match_pairs(scorer, Path("same.tsv"), Path("to.jsonl")) == 2
+    noted = read_jsonl(Path("to.jsonl.ledger.jsonl"))
+    assert [(row["row"], row["change"]) for row in noted] == [(1, "identical_sides"), (2, "full_width")]
+    assert "-1" not in str(noted)
+    assert "notes: identical_sides 1, full_width 1 (to.jsonl.ledger.jsonl)" in caplog.text
+    Path("plain.tsv").write_text("text_a\ttext_b\nAnn 1\tBob 1\n")
+    assert match_pairs(scorer, Path("plain.tsv"), Path("to.jsonl")) == 1
+    assert not Path("to.jsonl.ledger.jsonl").exists()
 
 
 @pytest.mark.parametrize("labels", ["01", "\uff10\uff11"], ids=["plain", "full-width"])
