@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from sftcore.config import PRESETS, Columns, Recipe
 from sftcore.data.contents import Pair
-from sftcore.data.ledger import Change, Ledger, Reason
+from sftcore.data.ledger import REMEDIES, Change, Ledger, Reason
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record, read_unlabelled
 from sftcore.data.tokens import load_tokenizer
@@ -30,6 +30,7 @@ from sftcore.model.adapters import is_adapter
 from sftcore.settings import MATCHING_FILE
 
 log = logging.getLogger("sftcore.matching")
+COLUMNS_REMEDY = "give --a and --b: header names or 0-based numbers"
 GOT_CHARACTERS = 400  # of an error that quotes a file
 
 
@@ -55,20 +56,25 @@ def match_pairs(
     prompter = Prompter(PromptOptions.of(recipe), load_tokenizer(str(folder)))
     records = reject_overlong(recipe, str(folder.resolve()), records, prompter, ledger)
     if not records:
-        remedy = "give --a and --b: header names or 0-based numbers" if _lacks_fields(ledger) else ""
-        got = _first_rejections(ledger)
-        raise UserInputError(Problem(what="no usable pair", where=str(pairs), got=got, remedy=remedy))
+        raise UserInputError(_no_pair(pairs, ledger))
     if ledger.altered_by_reason[Change.HEADER_ABSENT]:
         log.warning("%s has no header: its first line is taken for a pair", pairs)
     quantised = recipe.adapter.kind == "qlora" and is_adapter(folder)
     verdicts = judge_pairs(recipe, str(folder.resolve()), records, prompter, quantised=quantised)
     write_jsonl(to, _rows(records, verdicts))
-    listed = to.with_name(to.name + ".ledger.jsonl")
-    listed.unlink(missing_ok=True)  # of an earlier call
-    if ledger.num_rejected:
-        ledger.write(listed)
-        log.warning("%d rows can't be used; they are listed in %s", ledger.num_rejected, listed)
+    _write_ledger(ledger, to.with_name(to.name + ".ledger.jsonl"))
     return len(records)
+
+
+def _write_ledger(ledger: Ledger, path: Path) -> None:
+    """List what was rejected and what was noted, if anything was, and say so."""
+    path.unlink(missing_ok=True)  # of an earlier call
+    if ledger.num_rejected or ledger.altered_by_reason:
+        ledger.write(path)
+    if ledger.num_rejected:
+        log.warning("%d rows can't be used; they are listed in %s", ledger.num_rejected, path)
+    if notes := ", ".join(f"{change} {count}" for change, count in ledger.altered_by_reason.items()):
+        log.info("notes: %s (%s)", notes, path)
 
 
 def layouts_of(recipe: Recipe, columns: tuple[str | None, str | None] = (None, None)) -> list[Columns]:
@@ -120,10 +126,21 @@ def _rows(records: list[Record], verdicts: list[Verdict | None]) -> Iterator[dic
         yield {**texts, "label": verdict.label, "score": verdict.score, "text": verdict.text}
 
 
-def _first_rejections(ledger: Ledger) -> str:
+def _no_pair(pairs: Path, ledger: Ledger) -> Problem:
     rejected = [entry for entry in ledger.entries() if entry["kind"] == "rejected"]
-    return "; ".join(f"row {entry['row']}: {entry['reason']}" for entry in rejected[:3])
+    if not rejected:
+        remedy = "give a file with a pair in each row"
+        return Problem(what="no pair in this file", where=str(pairs), remedy=remedy)
+    got = "; ".join(f"row {entry['row']}: {entry['reason']}" for entry in rejected[:3])
+    remedies = [_REMEDIES[reason] for reason in _REMEDIES if ledger.rejected_by_reason[reason]]
+    remedy = "; ".join(dict.fromkeys(remedies)) or "mend these rows"
+    return Problem(what="no usable pair", where=str(pairs), got=got, remedy=remedy)
 
 
-def _lacks_fields(ledger: Ledger) -> bool:
-    return bool(ledger.rejected_by_reason[Reason.MISSING_FIELD])
+_REMEDIES = {
+    Reason.MISSING_FIELD: COLUMNS_REMEDY,
+    Reason.LABEL_AS_TEXT: COLUMNS_REMEDY,
+    Reason.UNDECODABLE_BYTES: REMEDIES[Reason.UNDECODABLE_BYTES],
+    Reason.WRONG_FIELD_COUNT: REMEDIES[Reason.WRONG_FIELD_COUNT],
+    Reason.OVERLENGTH: "shorten the texts: the model takes no longer ones",
+}

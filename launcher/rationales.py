@@ -66,9 +66,10 @@ def write_rationales(recipe: Recipe, to: Path | None = None) -> dict[str, Any]:
         else:
             replies = _ask_here(recipe, teacher, prompts, cache)
         kept, counts = keep_agreeing(records, replies, recipe.matching)
+        summary = summarise(counts, replies, teacher)
+        warn_of_failures(summary)
         target = to or run / "rationales.jsonl"
         write_jsonl(target, kept)
-        summary = summarise(counts, replies, teacher)
         write_json(target.with_name(target.name + ".summary.json"), summary)
         return {"file": str(target), **summary}
 
@@ -113,16 +114,18 @@ def _judge(record: Record, reply: Reply | Failure, settings: MatchingSettings) -
 
 
 def summarise(counts: Counter[str], replies: Replies, teacher: TeacherSettings) -> dict[str, Any]:
-    """Counts, the share that was kept, tokens and what they cost."""
+    """Counts, why replies are missing, the share that was kept, tokens and what they cost."""
     given = [reply for reply in replies.values() if isinstance(reply, Reply)]
     num_input, num_output = (
         sum(reply.num_input_tokens for reply in given),
         sum(reply.num_output_tokens for reply in given),
     )
+    whys = Counter(reply.why for reply in replies.values() if isinstance(reply, Failure))
     cost = (num_input * teacher.input_price + num_output * teacher.output_price) / TOKENS_PER_PRICE
     return {
         "num_pairs": counts.total(),
         **counts,
+        "failed_by_reason": dict(whys.most_common()),
         "yield": counts["kept"] / counts.total(),
         "num_input_tokens": num_input,
         "num_output_tokens": num_output,
@@ -131,6 +134,14 @@ def summarise(counts: Counter[str], replies: Replies, teacher: TeacherSettings) 
         if counts["kept"] >= MIN_REASONED_PAIRS
         else f"not run: fewer than {MIN_REASONED_PAIRS} kept",
     }
+
+
+def warn_of_failures(summary: Mapping[str, Any]) -> None:
+    """One line: how many pairs got no reply, and why."""
+    if whys := summary["failed_by_reason"]:
+        reasons = ", ".join(f"{why} {count}" for why, count in whys.items())
+        num_failed, num_pairs = sum(whys.values()), summary["num_pairs"]
+        log.warning("%d of %d pairs failed: %s; the next call asks again", num_failed, num_pairs, reasons)
 
 
 def _ask_here(

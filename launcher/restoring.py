@@ -8,6 +8,9 @@ Trade-off: a sweep writes a whole model for each percentage (0.3 GB each for 135
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from sftcore.errors import Problem, UserInputError
 from sftcore.knowledge.restore import restore
@@ -19,19 +22,41 @@ def restore_model(
     """Write TO, or TO/q1, TO/q3 and so on; returns a line for each folder.
 
     Raises:
-        UserInputError: not exactly one of `fraction` and `sweep`, or as `restore` says.
+        UserInputError: not exactly one of `fraction` and `sweep`, folders that are swapped, or as `restore`
+            says.
     """
     if (fraction is None) == (sweep is None):
         raise UserInputError(
             Problem(what="give exactly one of --fraction and --sweep", allowed="--sweep 0,1,3,5,10,20,40,60")
         )
     targets = {fraction: to} if fraction is not None else _targets(sweep or "", to)
+    if (start := _trained_from(base)) and start.resolve() == tuned.resolve():
+        what, remedy = "these two are swapped: --base was trained from --tuned", "swap them"
+        raise UserInputError(Problem(what=what, where=f"--base {base}", remedy=remedy))
     reports = restore(base, tuned, targets)
-    return [
-        f"{targets[percent]}: {report['num_restored']:,} of {report['num_weights']:,} weights restored, "
+    return [f"{targets[percent]}: {_told(report)}" for percent, report in reports.items()]
+
+
+def _trained_from(folder: Path) -> Path | None:
+    """What RUN/model was trained from, as RUN/recipe.yaml says; None where nothing says it."""
+    path = folder.resolve().parent / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    match recipe:
+        case {"model": {"path": str(start)}}:
+            return Path(start)
+    return None
+
+
+def _told(report: dict[str, Any]) -> str:
+    if not report["num_restored"]:
+        return f"none of {report['num_weights']:,} weights restored"
+    return (
+        f"{report['num_restored']:,} of {report['num_weights']:,} weights restored, "
         f"those that changed by {report['threshold']} or more of their base value"
-        for percent, report in reports.items()
-    ]
+    )
 
 
 def _targets(sweep: str, to: Path) -> dict[float, Path]:

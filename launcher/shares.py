@@ -44,11 +44,22 @@ def share_of(shard: str, *, is_alone: bool = True) -> Share:
     """
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if match is None or int(match[1]) >= int(match[2]):
-        what, allowed = "a share is i/N with i from 0 to N-1", "0/4 to 3/4"
+        what, allowed = "a share is i/N with i from 0 to N-1", _shares_of(int(match[2]) if match else 0)
         raise UserInputError(Problem(what=what, where="--shard", got=shard, allowed=allowed))
     if not is_alone:
         raise UserInputError(Problem(what="--merge and --check need all shards", where="--shard", got=shard))
     return Share(int(match[1]), int(match[2]))
+
+
+def _shares_of(count: int) -> str:
+    """The shares that there are.
+
+    >>> _shares_of(3), _shares_of(1)
+    ('0/3 to 2/3', '0/1')
+    """
+    if not count:
+        return "e.g. 0/4 to 3/4"
+    return f"0/{count} to {count - 1}/{count}" if count > 1 else "0/1"
 
 
 def run_shares(

@@ -20,13 +20,14 @@ from sftcore.config import Recipe
 from sftcore.data.check import check_store, check_text, draw_check
 from sftcore.data.contents import Pair
 from sftcore.data.draws import draw_selected
-from sftcore.data.ledger import Ledger
+from sftcore.data.ledger import TRIVIAL, Ledger
 from sftcore.data.prepare import load_records, prepare_shard, prepare_store
 from sftcore.data.records import Record
 from sftcore.data.splits import with_valid_as_train
 from sftcore.data.store import TokenStore
 from sftcore.data.tokens import Tokenizer, load_tokenizer
 from sftcore.dist import Share
+from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import (
     atomic_file,
     folder_lock,
@@ -130,19 +131,26 @@ def select(recipe: Recipe) -> list[FactLevel]:
     levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
     trainable = [level for level in levels if level.split == "train"]
     check_same_facts(trainable, load_records(recipe, "train", Ledger()), where=run / LEVELS)
-    n = recipe.select.n
-    if n == "all":
-        n = sum(level.level in recipe.select.levels for level in trainable)
     chosen = select_facts(
         trainable,
         levels_wanted=recipe.select.levels,
-        n=n,
+        n=recipe.select.n,
         balance=recipe.select.balance,
         seed=recipe.seed,
         draw=recipe.select.draw,
     )
+    _tell_levels(recipe.select.levels, chosen)
     _write_selection(run, [level.to_row() for level in chosen])
     return chosen
+
+
+def _tell_levels(wanted: list[int], chosen: list[FactLevel]) -> None:
+    """How many facts of each wanted level were drawn."""
+    counts = level_counts(chosen)
+    drawn = ", ".join(f"level {level}: {counts[level]}" for level in sorted(set(wanted)))
+    log.info("select: %d facts (%s)", len(chosen), drawn)
+    if missing := [str(level) for level in sorted(set(wanted)) if not counts[level]]:
+        log.warning("select.levels names level %s, of which no fact was drawn", ", ".join(missing))
 
 
 def _write_selection(run: Path, rows: list[dict[str, Any]]) -> None:
@@ -235,12 +243,27 @@ def usable_records(
 
     Args:
         fit: rejects what the model can't take.
+
+    Raises:
+        UserInputError: bad data; or all training facts are trivial.
     """
     records = []
     for split in splits:
-        ledger = Ledger()
+        ledger, listed = Ledger(), run / f"ledger.{split}.jsonl"
         found = load_records(recipe, split, ledger)
-        found = found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
-        records += fit(found, ledger) if fit else found
-        ledger.write(run / f"ledger.{split}.jsonl")
+        kept = found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
+        records += fit(kept, ledger) if fit else kept
+        ledger.write(listed)
+        if len(kept) < len(found):
+            _tell_trivial(ledger, listed, split, num_left=len(kept))
     return records
+
+
+def _tell_trivial(ledger: Ledger, listed: Path, split: str, *, num_left: int) -> None:
+    """Say how many facts were left out as trivial, and why; refuse if none is left to train on."""
+    counts = {reason: ledger.rejected_by_reason[reason] for reason in sorted(TRIVIAL)}
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items() if count)
+    if split == "train" and not num_left:
+        what, remedy = "every training fact is trivial", "mend the facts, or set data.trivial_facts: keep"
+        raise UserInputError(Problem(what=what, where=str(listed), got=reasons, remedy=remedy))
+    log.info("%d facts left out: %s (%s)", sum(counts.values()), reasons, listed)

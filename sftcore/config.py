@@ -201,7 +201,7 @@ class SelectSettings(Settings):
     levels: list[Annotated[int, Field(ge=0, le=4)]] = Field([2], min_length=1, description="memory levels")
     n: Positive | Literal["all"] = Field(
         60,
-        description="number of facts or pairs; all: of these levels, or as many of each label as there are",
+        description="number of facts or pairs; all: of these levels, or as many of each label or level",
     )
     balance: Literal["relation", "level", "label", "none"] = Field(
         "relation",

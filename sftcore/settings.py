@@ -68,8 +68,10 @@ class TeacherSettings(Settings):
     base_url: str | None = Field(None, description="of the server, e.g. http://127.0.0.1:8000/v1")
     key_variable: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
     concurrency: Positive = Field(8, description="requests under way at once")
-    timeout_seconds: Annotated[float, Field(gt=0)] = Field(60.0, description="of one request")
-    max_retries: Annotated[int, Field(ge=0)] = Field(6, description="after 429, 5xx, time-outs, lost lines")
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="of one prompt, its retries and waits included"
+    )
+    max_retries: Annotated[int, Field(ge=0)] = Field(6, description="after 429, 5xx, lost lines")
     temperature: NonNegative = Field(0.0, description="0: greedy")
     max_new_tokens: Positive = Field(160, description="tokens per reply")
     input_price: NonNegative = Field(0.0, description="of a million input tokens, in any currency")

@@ -9,6 +9,7 @@ are refused: Python's spelling of them need not be the one that the file's autho
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -190,8 +191,6 @@ def parse_pair(fields: Fields, labels: Mapping[str, int]) -> Pair:
     a, b = _sides(fields)
     label = fields.get("label")
     spelling = "" if isinstance(label, bool) else str(label).strip().casefold()
-    if label_like := [text for text in (a, b) if text in BARE_LABELS]:
-        raise OddRow(Reason.LABEL_AS_TEXT, f"a text is {label_like[0]!r}, the label {label!r}")
     if spelling not in labels:
         raise OddRow(Reason.UNKNOWN_LABEL, f"label {label!r}")
     rationale = fields.text("rationale") if fields.has("rationale") else None
@@ -212,13 +211,16 @@ def _sides(fields: Fields) -> tuple[str, str]:
     a, b = fields.text("a"), fields.text("b")
     if not a or not b:
         raise OddRow(Reason.EMPTY_PROMPT, "one of the two texts is empty")
+    if label_like := [text for text in (a, b) if unicodedata.normalize("NFKC", text) in BARE_LABELS]:
+        label = f", the label {fields.row.value['label']!r}" if fields.has("label") else ""
+        raise OddRow(Reason.LABEL_AS_TEXT, f"a text is {label_like[0]!r}{label}")
     return a, b
 
 
 def _note_oddities(pair: Pair, fields: Fields) -> None:
     """Note what is kept as it stands, but may not be meant."""
     if pair.a == pair.b:
-        fields.changed(Change.IDENTICAL_SIDES, f"label {pair.label}")
+        fields.changed(Change.IDENTICAL_SIDES, "" if pair.label == UNKNOWN_LABEL else f"label {pair.label}")
     text = pair.a + pair.b
     if text.isascii():
         return

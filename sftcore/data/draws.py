@@ -40,7 +40,7 @@ def draw_pairs(
     if n == "all":
         n = len(groups) * min(map(len, groups))
     sizes = [(n + 1) // 2, n // 2] if balance == "label" else [n]
-    if any(len(group) < size for group, size in zip(groups, sizes, strict=True)):
+    if not n or any(len(group) < size for group, size in zip(groups, sizes, strict=True)):
         raise UserInputError(_too_few(n, balance, [len(group) for group in groups]))
     drawn: set[str] = set()
     for number, (group, size) in enumerate(zip(groups, sizes, strict=True)):
@@ -70,10 +70,15 @@ def _of_label(records: Sequence[Record], label: int) -> list[Record]:
 def _too_few(n: int, balance: str, available: Sequence[int]) -> Problem:
     most = 2 * min(available) if balance == "label" else available[0]
     counts = ", ".join(f"label {label}: {count}" for label, count in zip(LABELS, available, strict=False))
+    what = f"{n} pairs can't be drawn"
+    remedy = "lower select.n, or leave `select` out to train on all"
+    if empty := [label for label, count in zip(LABELS, available, strict=False) if not count]:
+        what = f"no pair of label {empty[0]} to draw" if balance == "label" else "no pair to draw"
+        remedy = "train on pairs of both labels; select.balance: none draws from those there are"
     return Problem(
-        what=f"{n} pairs can't be drawn",
+        what=what,
         where="select.n",
         got=counts if balance == "label" else f"{available[0]} pairs",
-        allowed=f"at most {most}",
-        remedy="lower select.n, or leave `select` out to train on all",
+        allowed=f"at most {most}" if most else "",
+        remedy=remedy,
     )

@@ -15,8 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sftcore.config import PRESETS, Columns
-from sftcore.data.ledger import Alteration, Change, Reason, Rejection, printable
-from sftcore.data.rows import WHOLE, Note, RawRow, Span, csv_rows, damaged, ignore, json_line_rows, tsv_rows
+from sftcore.data.ledger import REMEDIES, Alteration, Change, Reason, Rejection, printable
+from sftcore.data.rows import (
+    WHOLE,
+    Note,
+    RawRow,
+    Span,
+    csv_rows,
+    damaged,
+    has_surrogates,
+    ignore,
+    json_line_rows,
+    tsv_rows,
+)
 from sftcore.errors import UserInputError
 
 EXTENSIONS = {".tsv": tsv_rows, ".txt": tsv_rows, ".csv": csv_rows, ".jsonl": json_line_rows}
@@ -186,13 +197,17 @@ def _looks_named(header: list[str], positions: dict[str, int], is_label: Callabl
 
 def _no_column(path: Path, missing: str | int, cells: Sequence[str], columns: Columns) -> UserInputError:
     """`columns.label` is None where somebody asks on the command line and has no source to mend."""
+    first_row = f"first row: {printable(' | '.join(cells))}"
+    if has_surrogates("".join(cells)):
+        remedy = REMEDIES[Reason.UNDECODABLE_BYTES]
+        return damaged(path, f"no column {missing!r}: this is not UTF-8 text", got=first_row, remedy=remedy)
     near = difflib.get_close_matches(str(missing), [cell.strip() for cell in cells], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     how = "give --a and --b" if columns.label is None else "set `columns: {a:, b:, label:}` of the source"
     return damaged(
         path,
         f"no column {missing!r}",
-        got=f"first row: {printable(' | '.join(cells))}",
+        got=first_row,
         remedy=f"{hint}{how}: header names or 0-based numbers",
     )
 

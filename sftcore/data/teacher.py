@@ -3,22 +3,24 @@
 In: prompts by key, where the server is. Out: replies by key; a cache file that a killed run goes on from.
 Invariant: each prompt ends as one reply or one failure, and the counts say so; a reply with a text is on disk
 before it counts; the key comes from the environment and is written nowhere.
-Trade-off: retries are the client's (429, 5xx, time-outs and lost connections, after 0.5 s to 8 s or as long
-as the server says); a prompt that fails after `max_retries` of them, or gets an empty reply (which counts,
-with its tokens), is asked again by the next run only, so one bad pair costs a minute, not the run.
+Trade-off: retries are the client's (429, 5xx and lost connections, after 0.5 s to 8 s or as long as the
+server says); a prompt without a whole reply after `max_retries` of them or `timeout_seconds` in all, or with
+an empty one (which counts, with its tokens), is asked again by the next run only, so one bad pair costs a
+minute, not the run. One event loop asks: a call given up is cancelled, and no thread is left waiting for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import append_jsonl, fingerprint_of, write_jsonl
@@ -26,7 +28,6 @@ from sftcore.log import progress
 from sftcore.settings import TeacherSettings
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 GARBLED = "no chat completion in the answer"
 FAILURES_IN_A_ROW = 20  # of a server that is gone: stop instead of waiting for all the rest
 
@@ -48,7 +49,7 @@ class Failure:
 
 
 ROW_KEYS = {"key", *(field.name for field in fields(Reply))}
-Ask = Callable[[str], Reply | Failure]
+Ask = Callable[[str], Awaitable[Reply | Failure]]
 
 
 class ReplyCache:
@@ -57,7 +58,7 @@ class ReplyCache:
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
         self.identity = dict(identity)
-        self._known = {row.pop("key"): Reply(**row) for row in self._read()}
+        self._known = {row["key"]: _reply_in(row) for row in self._read()}
 
     def _read(self) -> list[dict[str, Any]]:
         """The lines that hold a reply; a file with others (torn by a kill) is written anew without them."""
@@ -88,14 +89,21 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and row.keys() == ROW_KEYS else None
+    is_reply = isinstance(row, dict) and row.keys() == ROW_KEYS
+    return row if is_reply and isinstance(row["key"], str) and isinstance(row["text"], str) else None
 
 
-def connect(settings: TeacherSettings) -> Ask:
-    """A function that asks the server once (with the client's retries).
+def _reply_in(row: Mapping[str, Any]) -> Reply:
+    """A line's reply (an earlier version wrote null for counts that a server had left out)."""
+    counts = {name: _count(row[name]) for name in ("num_input_tokens", "num_output_tokens")}
+    return Reply(text=row["text"], **counts)
+
+
+def connect(settings: TeacherSettings) -> AbstractAsyncContextManager[Ask]:
+    """What opens a connection to the server and yields a function that asks it once (with its retries).
 
     Raises:
-        MissingEnvironmentError: the `openai` package is missing.
+        MissingEnvironmentError: the `openai` package is missing, or the key is no key.
     """
     try:
         import openai
@@ -104,31 +112,42 @@ def connect(settings: TeacherSettings) -> Ask:
         raise MissingEnvironmentError(
             Problem(what="a teacher on a server needs the openai package", remedy=remedy)
         ) from error
-    client = openai.OpenAI(
-        base_url=settings.base_url,
-        api_key=os.environ.get(settings.key_variable, "none"),
-        timeout=settings.timeout_seconds,
-        max_retries=settings.max_retries,
-    )
+    return _connection(openai, settings, _key(settings.key_variable))
 
-    def ask(prompt: str) -> Reply | Failure:
+
+def _key(variable: str) -> str:
+    """The key without spaces around it; "none" (which local servers ignore) where there is none."""
+    key = os.environ.get(variable, "").strip() or "none"
+    if key.isascii() and key.isprintable():
+        return key
+    what = "the key is not of printable ASCII characters, so no request can carry it"
+    raise MissingEnvironmentError(Problem(what=what, where=f"${variable}", remedy="export the key anew"))
+
+
+@asynccontextmanager
+async def _connection(openai: Any, settings: TeacherSettings, key: str) -> AsyncIterator[Ask]:
+    async def ask(prompt: str) -> Reply | Failure:
         try:
-            answer: Any = client.chat.completions.create(
-                model=settings.model,
-                messages=[{"role": "user", "content": prompt}],
-                temperature=settings.temperature,
-                max_tokens=settings.max_new_tokens,
-            )
+            async with asyncio.timeout(settings.timeout_seconds):
+                answer = await client.chat.completions.with_raw_response.create(
+                    model=settings.model,
+                    messages=[{"role": "user", "content": prompt}],
+                    temperature=settings.temperature,
+                    max_tokens=settings.max_new_tokens,
+                )
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise _refused(settings, f"HTTP {error.status_code}") from error
         except openai.APIError as error:
             return Failure(why=type(error).__name__)
-        except ValueError:  # a body that is no JSON
-            return Failure(why=GARBLED)
-        is_reply = isinstance(answer, openai.types.chat.ChatCompletion)
-        return _reply_of(answer) if is_reply else Failure(why=GARBLED)
+        except TimeoutError:
+            return Failure(why=f"no whole reply in {settings.timeout_seconds:g} s")
+        return _reply_of(answer.content)
 
-    return ask
+    # timeout=None: the client's own bounds each read alone, so a reply in drips would last for ever
+    async with openai.AsyncOpenAI(
+        base_url=settings.base_url, api_key=key, timeout=None, max_retries=settings.max_retries
+    ) as client:
+        yield ask
 
 
 def _refused(settings: TeacherSettings, what: str) -> UserInputError:
@@ -138,22 +157,65 @@ def _refused(settings: TeacherSettings, what: str) -> UserInputError:
     )
 
 
-def _reply_of(answer: Any) -> Reply:
-    usage, choices = answer.usage, answer.choices
+def _reply_of(body: bytes) -> Reply | Failure:
+    """What a server's answer says, whatever it holds; counts that are not there are 0."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return Failure(why=GARBLED)
+    text: str | None = None
+    match answer:
+        case {"choices": []}:
+            text = ""
+        case {"choices": [{"message": {"content": str() | list() | None as content}}, *_]}:
+            text = _text_of(content)
+    if text is None:
+        return Failure(why=GARBLED)
+    usage = answer.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
     return Reply(
-        text=(choices[0].message.content or "") if choices else "",
-        num_input_tokens=usage.prompt_tokens if usage else 0,
-        num_output_tokens=usage.completion_tokens if usage else 0,
+        text=text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
+        num_input_tokens=_count(usage.get("prompt_tokens")),
+        num_output_tokens=_count(usage.get("completion_tokens")),
     )
 
 
+def _text_of(content: str | list[Any] | None) -> str | None:
+    """A message's text; of a list the text parts, joined; None if there is none to read.
+
+    >>> _text_of([{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "b"}])
+    'ab'
+    """
+    if not isinstance(content, list):
+        return content or ""
+    texts = [text for part in content for text in _texts_of_part(part)]
+    return "".join(texts) if texts or not content else None
+
+
+def _texts_of_part(part: Any) -> list[str]:
+    match part:
+        case {"type": "text" | "output_text", "text": str() as text}:
+            return [text]
+    return []
+
+
+def _count(value: Any) -> int:
+    """A count of tokens; 0 for what is none."""
+    return value if type(value) is int and value >= 0 else 0
+
+
 def ask_all(
-    prompts: Mapping[str, str], ask: Ask, cache: ReplyCache, *, concurrency: int
+    prompts: Mapping[str, str],
+    server: AbstractAsyncContextManager[Ask],
+    cache: ReplyCache,
+    *,
+    concurrency: int,
 ) -> dict[str, Reply | Failure]:
     """Ask what the cache does not know, `concurrency` prompts at a time.
 
     Args:
         prompts: by the caller's key.
+        server: from `connect`, for this call alone.
 
     Returns:
         a reply or a failure for every key.
@@ -166,21 +228,34 @@ def ask_all(
     results: dict[str, Reply | Failure] = {
         k: reply for k, reply in known.items() if reply and not _fault(reply)
     }
-    todo = [key for key in prompts if key not in results]
+    todo = {key: prompt for key, prompt in prompts.items() if key not in results}
     log.info(
         "%d prompts to ask; %d of %d replies are in %s", len(todo), len(results), len(prompts), cache.path
     )
-    num_failed_in_a_row = 0
     with progress("asking the teacher", len(todo)) as advance:
-        for key, result in _in_threads(todo, lambda key: ask(prompts[key]), concurrency):
+        asyncio.run(_ask_missing(todo, server, results, cache, concurrency, advance))
+    return results
+
+
+async def _ask_missing(
+    todo: Mapping[str, str],
+    server: AbstractAsyncContextManager[Ask],
+    results: dict[str, Reply | Failure],
+    cache: ReplyCache,
+    concurrency: int,
+    advance: Callable[[int], Any],
+) -> None:
+    """Put what comes into `results`, and replies with a text into the cache."""
+    num_failed_in_a_row = 0
+    async with server as ask, aclosing(_as_they_come(todo, ask, concurrency)) as coming:
+        async for key, result in coming:
             results[key] = result
             if isinstance(result, Reply) and not _fault(result):
-                cache.put(prompts[key], result)
+                cache.put(todo[key], result)
             num_failed_in_a_row = num_failed_in_a_row + 1 if _fault(result) else 0
             if num_failed_in_a_row == FAILURES_IN_A_ROW:
                 raise _gone(results, cache)
             advance(1)
-    return results
 
 
 def _fault(result: Reply | Failure) -> str:
@@ -190,16 +265,26 @@ def _fault(result: Reply | Failure) -> str:
     return "" if result.text.strip() else "empty reply"
 
 
-def _in_threads(keys: Sequence[str], work: Callable[[str], T], concurrency: int) -> Iterator[tuple[str, T]]:
-    """Results as they come; no more than `concurrency` calls are under way or waiting."""
-    todo = iter(keys)
-    with ThreadPoolExecutor(concurrency) as pool:
-        running = {pool.submit(work, key): key for key in islice(todo, concurrency)}
+async def _as_they_come(
+    prompts: Mapping[str, str], ask: Ask, concurrency: int
+) -> AsyncGenerator[tuple[str, Reply | Failure], None]:
+    """Results by key; no more than `concurrency` calls are under way, and none when this ends."""
+    todo = iter(prompts)
+
+    def start(count: int) -> dict[asyncio.Future[Reply | Failure], str]:
+        return {asyncio.ensure_future(ask(prompts[key])): key for key in islice(todo, count)}
+
+    running = start(concurrency)
+    try:
         while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
                 yield running.pop(future), future.result()
-            running |= {pool.submit(work, key): key for key in islice(todo, concurrency - len(running))}
+            running |= start(concurrency - len(running))
+    finally:
+        for future in running:
+            future.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 def _gone(results: Mapping[str, Reply | Failure], cache: ReplyCache) -> MissingEnvironmentError:

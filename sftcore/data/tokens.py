@@ -235,11 +235,14 @@ def load_tokenizer(
         add_tokens: special tokens that it gets beside its own.
 
     Raises:
-        UserInputError: the folder holds no usable tokenizer, or only a slow one.
+        UserInputError: the path is a file's; the folder holds no usable tokenizer, or only a slow one.
         MissingEnvironmentError: a hub name that is neither cached nor reachable.
     """
     from transformers import AutoTokenizer
 
+    if Path(model_path).is_file():  # transformers would take it for a hub name, and try the network
+        what, remedy = "this is a file, not a model folder", "give the folder that it lies in"
+        raise UserInputError(Problem(what=what, where=model_path, remedy=remedy))
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a file that it can't parse

@@ -66,7 +66,7 @@ def make_trials(
     trials = []
     for number, record in enumerate(records):
         fact = fact_of(record)
-        relation = find_relation(relations, fact.relation)
+        relation = find_relation(relations, fact.relation, where=f"{record.file}:{record.row}")
         prompts = completion_prompts(relation, fact.subject, num_templates)
         trials += [Trial(fact=number, template=t, prompt=prompt) for t, prompt in enumerate(prompts)]
     return trials

@@ -12,6 +12,7 @@ percentages at once; a third writes. Memory is one stretch of `CHUNK` weights, w
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections import Counter
@@ -27,6 +28,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder, write_json
 from sftcore.log import progress
 
+log = logging.getLogger(__name__)
 CHUNK = 2**22  # weights in memory at once: 8 MB in bfloat16, about 100 MB with all that is worked out
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 HALF = 16  # bits
@@ -77,28 +79,29 @@ def restore(base: Path, tuned: Path, targets: dict[float, Path]) -> dict[float, 
         targets: percentage of the weights (0 to 100) -> folder to write; none of them exists.
 
     Returns:
-        content of each restore.json: `{percent, num_weights, num_restored, threshold, by_module, by_layer}`.
+        content of each restore.json: `{percent, num_weights, num_changed, threshold, num_restored, by_module,
+        by_layer}`; the threshold is None where nothing is restored.
 
     Raises:
-        UserInputError: a percentage out of range, a target that exists, folders that don't hold the same
-            tensors; all problems at once.
+        UserInputError: a percentage out of range, a target that exists or lies in one of the folders, folders
+            that don't hold the same tensors (all problems at once), or that hold the same weights.
         MissingEnvironmentError: the disk is full.
     """
-    _check_request(targets)
+    _check_request(base, tuned, targets)
     pairs = paired_spans(base, tuned)
-    thresholds = find_thresholds(pairs, list(targets))
+    thresholds, num_changed = find_thresholds(pairs, list(targets))
+    _check_changed(base, tuned, pairs, list(targets), num_changed)
     reports = {}
     for percent, target in targets.items():
         with atomic_folder(target) as folder:
             shutil.copytree(tuned, folder, dirs_exist_ok=True)
-            reports[percent] = _report(percent, pairs, thresholds[percent]) | _write(
-                pairs, folder, thresholds[percent]
-            )
+            about = _report(percent, pairs, thresholds[percent], num_changed)
+            reports[percent] = about | _write(pairs, folder, thresholds[percent])
             write_json(folder / REPORT, reports[percent])
     return reports
 
 
-def _check_request(targets: dict[float, Path]) -> None:
+def _check_request(base: Path, tuned: Path, targets: dict[float, Path]) -> None:
     problems = [
         Problem(what="a percentage of weights", where="--fraction", got=f"{percent:g}", allowed="0 to 100")
         for percent in targets
@@ -109,8 +112,39 @@ def _check_request(targets: dict[float, Path]) -> None:
         for target in targets.values()
         if target.exists()
     ]
+    problems += [
+        Problem(what=f"this lies in the folder of {option}", where=f"--to {target}", remedy="choose another")
+        for target in targets.values()
+        for option, folder in (("--base", base), ("--tuned", tuned))
+        if not target.exists() and target.resolve().is_relative_to(folder.resolve())
+    ]
     if problems:
         raise UserInputError(*problems)
+
+
+def _check_changed(
+    base: Path,
+    tuned: Path,
+    pairs: dict[str, tuple[Span, Span]],
+    percents: Sequence[float],
+    num_changed: int,
+) -> None:
+    """Refuse folders of equal weights; warn where more weights are asked for than changed."""
+    asked = _num_wanted(pairs, max(percents))
+    if asked and not num_changed:
+        what, remedy = "nothing changed: both folders hold the same weights", "give two different models"
+        raise UserInputError(Problem(what=what, where=f"{base} and {tuned}", remedy=remedy))
+    if asked > num_changed:
+        log.warning(
+            "%d weights changed; %g %% asks for %d, so unchanged ones count among those restored",
+            num_changed,
+            max(percents),
+            asked,
+        )
+
+
+def _num_wanted(pairs: dict[str, tuple[Span, Span]], percent: float) -> int:
+    return round(percent / 100 * sum(span.size for _, span in pairs.values()))
 
 
 def read_spans(folder: Path) -> dict[str, Span]:
@@ -181,20 +215,21 @@ def paired_spans(base: Path, tuned: Path) -> dict[str, tuple[Span, Span]]:
     return {name: (before[name], after[name]) for name in sorted(before)}
 
 
-def find_thresholds(pairs: dict[str, tuple[Span, Span]], percents: Sequence[float]) -> dict[float, Threshold]:
-    """The exact threshold of each percentage, by two passes over the weights."""
-    total = sum(span.size for _, span in pairs.values())
-    wanted = {percent: round(percent / 100 * total) for percent in percents}
+def find_thresholds(
+    pairs: dict[str, tuple[Span, Span]], percents: Sequence[float]
+) -> tuple[dict[float, Threshold], int]:
+    """The exact threshold of each percentage, and how many weights changed, by two passes."""
+    wanted = {percent: _num_wanted(pairs, percent) for percent in percents}
     upper = _count(pairs, lambda bits: np.bincount(bits >> HALF, minlength=HALF_VALUES), "counting")
     bins = {percent: _bin_of(upper, count) for percent, count in wanted.items()}
-    needed = sorted({bin_ for bin_, _ in bins.values()})
+    needed = sorted({0, *(bin_ for bin_, _ in bins.values())})  # 0 holds the unchanged
     lower = _count(pairs, lambda bits: _lower_counts(bits, needed), "counting again")
     rows = dict(zip(needed, lower, strict=True))
     found = {}
     for percent, (bin_, left) in bins.items():
         value, ties = _bin_of(rows[bin_], left)
         found[percent] = Threshold(bits=(bin_ << HALF) | value, ties=ties)
-    return found
+    return found, int(upper.sum() - rows[0][0])
 
 
 def _lower_counts(bits: np.ndarray, bins: Sequence[int]) -> np.ndarray:
@@ -298,10 +333,14 @@ def module_type(name: str) -> str:
     return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
 
 
-def _report(percent: float, pairs: dict[str, tuple[Span, Span]], threshold: Threshold) -> dict[str, Any]:
+def _report(
+    percent: float, pairs: dict[str, tuple[Span, Span]], threshold: Threshold, num_changed: int
+) -> dict[str, Any]:
     ratio = float(np.uint32(threshold.bits).view(np.float32))
+    shown = ratio if np.isfinite(ratio) else str(ratio)
     return {
         "percent": percent,
         "num_weights": sum(span.size for _, span in pairs.values()),
-        "threshold": ratio if np.isfinite(ratio) else str(ratio),
+        "num_changed": num_changed,
+        "threshold": shown if _num_wanted(pairs, percent) else None,
     }

@@ -22,7 +22,7 @@ def select_facts(
     levels: Sequence[FactLevel],
     *,
     levels_wanted: Collection[int],
-    n: int,
+    n: int | Literal["all"],
     balance: Literal["relation", "level", "none"],
     seed: int,
     draw: int = 0,
@@ -32,19 +32,20 @@ def select_facts(
     Args:
         levels: probed facts of one split, in any order.
         levels_wanted: memory levels, each 0 to 4.
-        n: number of facts, at least 1.
+        n: number of facts, at least 1; "all" of them are, with balance "level", the wanted level with the
+            fewest and as many of each other.
         balance: "relation" gives relations equal shares (see `equal_shares`), "level" the wanted levels, and
             relations within each (a divided set), "none" draws from all alike.
         seed: of the run.
         draw: number of the draw; draws are independent of each other.
 
     Raises:
-        UserInputError: too few facts, more than one split, repeated ids, or an n or level out of range.
+        UserInputError: too few facts (with balance "level": of one of the levels), more than one split,
+            repeated ids, or an n or level out of range.
     """
     _check_request(levels, levels_wanted, n)
     wanted = [fact for fact in levels if fact.level in levels_wanted]
-    if len(wanted) < n:
-        raise UserInputError(_too_few(levels, levels_wanted, len(wanted), n))
+    n = _number_of(levels, levels_wanted, n, divided=balance == "level")
     ranked = sorted(wanted, key=lambda fact: _rank(fact.id, seed, draw))
     if balance == "none":
         return ranked[:n]
@@ -99,10 +100,10 @@ def _rank(fact_id: str, seed: int, draw: int) -> bytes:
     return hashlib.sha256(f"{seed}/{draw}/{fact_id}".encode()).digest()
 
 
-def _check_request(levels: Sequence[FactLevel], levels_wanted: Collection[int], n: int) -> None:
+def _check_request(levels: Sequence[FactLevel], levels_wanted: Collection[int], n: int | str) -> None:
     """Refuse what can't be meant, all of it at once."""
     problems = []
-    if n < 1:
+    if isinstance(n, int) and n < 1:
         problems.append(Problem(what="nothing to select", where="select.n", got=str(n), allowed="1 or more"))
     if not levels_wanted or not set(levels_wanted) <= set(LEVELS):
         got, allowed = str(sorted(levels_wanted)), f"some of {list(LEVELS)}"
@@ -120,12 +121,42 @@ def _check_request(levels: Sequence[FactLevel], levels_wanted: Collection[int], 
         raise UserInputError(*problems)
 
 
-def _too_few(levels: Sequence[FactLevel], wanted: Collection[int], found: int, n: int) -> Problem:
-    counts = ", ".join(f"level {level}: {count}" for level, count in level_counts(levels).items())
+def _number_of(
+    levels: Sequence[FactLevel], wanted: Collection[int], n: int | Literal["all"], *, divided: bool
+) -> int:
+    """`n`, if there are so many facts of the wanted levels (divided: of each its share)."""
+    counts = level_counts(levels)
+    supplies = [counts[level] for level in sorted(set(wanted))]
+    fewest = min(supplies)
+    most = sum(supplies)
+    if divided:  # each level gives what the fewest-of-all can; beyond that one more where there is one
+        most = fewest * len(supplies) + sum(supply > fewest for supply in supplies) if fewest else 0
+    number = n if n != "all" else fewest * len(supplies) if divided else most
+    if not 0 < number <= most:
+        raise UserInputError(_too_few(counts, wanted, most, n))
+    return number
+
+
+def _too_few(
+    counts: Mapping[int, int], wanted: Collection[int], most: int, n: int | Literal["all"]
+) -> Problem:
+    names = ", ".join(map(str, sorted(set(wanted))))
+    empty = [str(level) for level in sorted(set(wanted)) if not counts[level]]
+    found = sum(counts[level] for level in set(wanted))
+    what = f"too few facts: {n} wanted of level {names}, {found} there"
+    remedy = f"lower select.n to {most}, add levels to select.levels, or probe more facts"
+    if not most:
+        what = f"no fact of level {', '.join(empty)}: {n} wanted of level {names}"
+        remedy = "wish for levels in select.levels that have facts, or probe more facts"
+    elif found >= (0 if n == "all" else n):
+        what = f"too few facts for equal shares: {n} wanted of level {names}"
+        remedy = (
+            f"lower select.n to {most}, take the level with the fewest out of select.levels, or probe more"
+        )
     return Problem(
-        what=f"too few facts: {n} wanted of level {', '.join(map(str, sorted(wanted)))}, {found} there",
+        what=what,
         where="select",
-        got=counts,
-        allowed=f"n up to {found} from these levels",
-        remedy=f"lower select.n to {found}, add levels to select.levels, or probe more facts",
+        got=", ".join(f"level {level}: {count}" for level, count in counts.items()),
+        allowed=f"n up to {most} from these levels" if most else "",
+        remedy=remedy,
     )

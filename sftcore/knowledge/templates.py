@@ -97,8 +97,11 @@ def _entry_faults(entry: Any) -> Iterator[str]:
             yield f"a prefix has no spaces around it (the model writes the next one); got {prefix!r}"
 
 
-def find_relation(relations: Mapping[str, Relation], relation_id: str) -> Relation:
+def find_relation(relations: Mapping[str, Relation], relation_id: str, *, where: str = "") -> Relation:
     """The relation with this id.
+
+    Args:
+        where: who asks for it (file:row), for the error.
 
     Raises:
         UserInputError: the table lacks it; names the nearest ids and says how to add one.
@@ -108,8 +111,9 @@ def find_relation(relations: Mapping[str, Relation], relation_id: str) -> Relati
         raise UserInputError(
             Problem(
                 what=f"no wording is known for the relation '{relation_id}'",
+                where=where,
                 allowed=f"{len(relations)} relations, nearest: {', '.join(nearest) or ', '.join(relations)}",
-                remedy=f"describe it in a relations file of your own: {_FORMAT}",
+                remedy=f"describe it in a relations file of your own (data.relations): {_FORMAT}",
             )
         )
     return relations[relation_id]

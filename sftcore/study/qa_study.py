@@ -70,7 +70,7 @@ def _cell_split(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
     scores = [run.scores["splits"].get(split) for run in runs]
     if not all(scores):
         return None
-    means = [mean for part in scores if (mean := mean_over_levels(part)) is not None]
+    means = [mean for part in scores if (mean := mean_over_large_levels(part)) is not None]
     by_level = {
         str(level): {
             "n": scores[0]["by_level"][str(level)]["n"],
@@ -82,7 +82,7 @@ def _cell_split(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
     return {
         "n": scores[0]["n"],
         "accuracy": _spread([part["accuracy"] for part in scores]),
-        "mean_over_levels": _spread(means) if means else None,
+        "mean_over_large_levels": _spread(means) if means else None,
         "levels_counted": levels_counted(scores[0]),
         "by_level": by_level,
     }
@@ -98,8 +98,11 @@ def levels_counted(part: Mapping[str, Any]) -> list[int]:
     return sorted([level for level, n in counts.items() if n >= FEW_ITEMS] or counts)
 
 
-def mean_over_levels(part: Mapping[str, Any]) -> float | None:
-    """Unweighted: a level of three items would count like one of three hundred, so it is left out."""
+def mean_over_large_levels(part: Mapping[str, Any]) -> float | None:
+    """Unweighted, over `levels_counted`: a level of three items would count like one of three hundred.
+
+    So this is another number than scores.json's `mean_over_levels`, which weighs every level with an item.
+    """
     accuracies = [part["by_level"][str(level)]["accuracy"] for level in levels_counted(part)]
     return fmean(accuracies) if accuracies else None
 
@@ -112,7 +115,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 def _by_split(scores: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("n", "accuracy", "low", "high", "by_level")
     return {
-        split: {key: part[key] for key in keys} | {"mean_over_levels": mean_over_levels(part)}
+        split: {key: part[key] for key in keys} | {"mean_over_large_levels": mean_over_large_levels(part)}
         for split, part in scores["splits"].items()
         if split in SPLITS
     }
@@ -175,9 +178,9 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         next have two draws or more. None where nothing was measured.
     """
     measured = [
-        (cell["splits"]["test"]["mean_over_levels"], cell)
+        (cell["splits"]["test"]["mean_over_large_levels"], cell)
         for cell in cells
-        if cell["splits"].get("test", {}).get("mean_over_levels")
+        if cell["splits"].get("test", {}).get("mean_over_large_levels")
     ]
     if not measured:
         return None
@@ -187,7 +190,7 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {
         **_named(cell),
         "runs": cell["runs"],
-        "mean_over_levels": top,
+        "mean_over_large_levels": top,
         "levels_counted": cell["splits"]["test"]["levels_counted"],
         "next": _named(others[0][1]) if others else None,
         "rivals": sorted(rivals, key=lambda rival: rival["n"]),
@@ -236,7 +239,7 @@ def describe_set(cell: Mapping[str, Any]) -> str:
 
 def recommend(best: Mapping[str, Any]) -> list[str]:
     """Which set to take: the best, or the smallest that draws don't tell apart from it."""
-    mean = format_share(best["mean_over_levels"]["mean"])
+    mean = format_share(best["mean_over_large_levels"]["mean"])
     levels, num_draws, rivals = best["levels_counted"], len(best["runs"]), best["rivals"]
     counted = f"{_plural(levels, 'test level')} {_listed([str(level) for level in levels])}"
     numbers = f"{mean} (mean over {counted}, {num_draws} {_plural(best['runs'], 'draw')})"
@@ -283,11 +286,11 @@ def verdict(
     sentences = recommend(best)
     base = others.get("base")
     if base:
-        before = mean_over_levels(base["splits"]["test"])
+        before = mean_over_large_levels(base["splits"]["test"])
         sentences.append(f"The base model has {format_share(before)} with the same prompt.")
     few = others.get("fewshot")
     if few:
-        share = mean_over_levels(few["splits"]["test"])
+        share = mean_over_large_levels(few["splits"]["test"])
         sentences.append(f"Behind solved examples, without training, it has {format_share(share)}.")
     if diagonal:
         up = sum(effect["low"] > 0 for effect in diagonal)

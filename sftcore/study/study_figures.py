@@ -65,8 +65,10 @@ def heat_map(cells: Sequence[Mapping[str, Any]], *, split: str, scale: tuple[flo
             for x, level in enumerate(columns):
                 cell = parts[row]["by_level"][level]
                 _draw_cell(axes, x, y, cell["mean"], cell["n"], scale, is_diagonal=row == level)
-            if parts[row]["mean_over_levels"]:
-                _draw_cell(axes, len(columns) + 0.25, y, parts[row]["mean_over_levels"]["mean"], None, scale)
+            if parts[row]["mean_over_large_levels"]:
+                _draw_cell(
+                    axes, len(columns) + 0.25, y, parts[row]["mean_over_large_levels"]["mean"], None, scale
+                )
         counts = [f"level {c}\nn = {parts[rows[0]]['by_level'][c]['n']:,}" for c in columns]
         _finish_map(axes, rows, [*counts, "mean over\nlevels"], len(columns))
         return svg_of(figure, name, f"Accuracy by training level and test level, split {split}")
@@ -142,9 +144,9 @@ def size_curves(cells: Sequence[Mapping[str, Any]], *, split: str, base: float |
         axes = figure.subplots()
         for row, style in _row_styles(cells).items():
             points = sorted(
-                (cell["n"], cell["splits"][split]["mean_over_levels"])
+                (cell["n"], cell["splits"][split]["mean_over_large_levels"])
                 for cell in cells
-                if cell["level"] == row and cell["splits"].get(split, {}).get("mean_over_levels")
+                if cell["level"] == row and cell["splits"].get(split, {}).get("mean_over_large_levels")
             )
             if points:
                 label = f"level {row}" if row.isdigit() else row

@@ -119,7 +119,7 @@ def _figures(report: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         how = f", {variant}" if variant else ""
         for split in SPLITS:
             if any(split in cell["splits"] for cell in same):
-                base = report["others"].get("base", {}).get(split, {}).get("mean_over_levels")
+                base = report["others"].get("base", {}).get(split, {}).get("mean_over_large_levels")
                 name = f"curve-{number}-{split}"
                 title = f"Size of the training set, {TITLES[split]}{how}"
                 figures[name] = (title, size_curves(same, split=split, base=base, name=name))
@@ -151,9 +151,9 @@ def study_table(report: Mapping[str, Any]) -> str:
     width = 4 + max(len(describe_set(cell)) for cell in report["cells"])
     for cell in report["cells"]:
         parts = [
-            f"{TITLES[split]} {format_share(part['mean_over_levels']['mean'])}"
+            f"{TITLES[split]} {format_share(part['mean_over_large_levels']['mean'])}"
             for split, part in cell["splits"].items()
-            if part["mean_over_levels"]
+            if part["mean_over_large_levels"]
         ]
         lines.append(f"{describe_set(cell):<{width}}{', '.join(parts)}")
     if report["unfinished"]:

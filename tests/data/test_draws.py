@@ -52,3 +52,11 @@ def test_too_few_pairs_are_refused_with_the_numbers(records):
         draw_pairs(records, 22, balance="label", seed=0, draw=0)
     with pytest.raises(UserInputError, match="41 pairs.*\n.*got: 40 pairs"):
         draw_pairs(records, 41, balance="none", seed=0, draw=0)
+
+
+@pytest.mark.parametrize("n", [4, "all"])
+def test_pairs_of_one_label_are_refused_by_its_name_and_no_n_is_offered(records, n):
+    of_one = [record for record in records if record.content.label == 0]
+    with pytest.raises(UserInputError, match="no pair of label 1(.|\n)*label 0: 30, label 1: 0") as caught:
+        draw_pairs(of_one, n, balance="label", seed=0, draw=0)
+    assert "at most" not in str(caught.value) and "select.balance: none" in str(caught.value)

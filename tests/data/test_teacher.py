@@ -15,7 +15,40 @@ from sftcore.data.teacher import FAILURES_IN_A_ROW, Failure, Reply, ReplyCache, 
 from sftcore.errors import MissingEnvironmentError, UserInputError
 from sftcore.settings import TeacherSettings
 
-SLOW_SECONDS = 3.0
+SLOW_SECONDS = 4.5
+
+
+def chat(content, **more) -> str:
+    """A server's answer around `content`, whatever that is."""
+    head = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "usage": {}}
+    choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}]
+    return json.dumps(head | {"choices": choices} | more)
+
+
+GARBLED = Failure(why="no chat completion in the answer")
+MALFORMED = {
+    "list": "[1, 2]",
+    "deep": "[" * 100_000,
+    "nothing": "{}",
+    "no-choices": chat("", choices=None),
+    "no-message": chat("", choices=[{"index": 0}]),
+    "null-message": chat("", choices=[{"index": 0, "message": None}]),
+    "text-choice": chat("", choices=["x"]),
+    "number": chat(5),
+    "pictures": chat([{"type": "image_url", "image_url": "x"}]),
+    "parts": chat([{"type": "text", "text": "a"}, 7, {"type": "text", "text": "b"}]),
+    "null-content": chat(None),
+    "many": chat("a", usage="many"),
+    "odd-counts": chat("a", usage={"prompt_tokens": None, "completion_tokens": "5"}),
+    "surrogate": chat("a\ud800b\U0001f600"),
+}
+READABLE = {
+    "parts": "ab",
+    "null-content": "",
+    "many": "a",
+    "odd-counts": "a",
+    "surrogate": "a\ufffdb\U0001f600",
+}
 
 
 class Moody(BaseHTTPRequestHandler):
@@ -40,6 +73,10 @@ class Moody(BaseHTTPRequestHandler):
             return self.answer(200, "<html>hello</html>", kind="text/html")
         if mood == "torn":
             return self.answer(200, '{"choices": [')
+        if mood == "drip":
+            return self.drip()
+        if mood in MALFORMED:
+            return self.answer(200, MALFORMED[mood])
         choices = [
             {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": prompt[::-1]}}
         ]
@@ -57,6 +94,18 @@ class Moody(BaseHTTPRequestHandler):
             self.send_header("Retry-After", retry_after)
         self.end_headers()
         self.wfile.write(text.encode())
+
+    def drip(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        for _ in range(1000):
+            try:
+                self.wfile.write(b" ")
+            except OSError:
+                return
+            time.sleep(0.1)
 
     def log_message(self, *_) -> None:
         """Quiet."""
@@ -79,7 +128,7 @@ def settings(base_url: str, **more) -> TeacherSettings:
     given = {
         "base_url": base_url,
         "model": "m",
-        "timeout_seconds": 1,
+        "timeout_seconds": 3,
         "max_retries": 2,
         "key_variable": "MOODY",
     }
@@ -98,7 +147,7 @@ def test_every_prompt_is_a_reply_or_a_failure_and_the_run_goes_on(tmp_path, monk
         whys = {key: result.why for key, result in results.items() if isinstance(result, Failure)}
         assert {key.split("-")[0] for key in whys} == {"broken", "slow", "page", "torn"}
         assert whys["page-0"] == whys["torn-1"] == "no chat completion in the answer"
-        assert whys["broken-0"] == "InternalServerError" and whys["slow-1"] == "APITimeoutError"
+        assert whys["broken-0"] == "InternalServerError" and whys["slow-1"] == "no whole reply in 3 s"
         texts = {key: result.text for key, result in results.items() if isinstance(result, Reply)}
         assert texts == {"fine-0": "0 enif", "fine-1": "1 enif", "busy-0": "0 ysub", "busy-1": "1 ysub"} | {
             f"mute-{i}": "" for i in range(2)
@@ -119,6 +168,44 @@ def test_every_prompt_is_a_reply_or_a_failure_and_the_run_goes_on(tmp_path, monk
     assert sum(r.num_input_tokens for r in results.values() if isinstance(r, Reply)) == 7 * 6, (
         "mute counts too"
     )
+
+
+def test_an_answer_of_the_wrong_shape_is_a_failure_or_read_as_far_as_it_goes(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.jsonl", {})
+    with moody_server() as url:
+        results = ask_all({mood: mood for mood in MALFORMED}, connect(settings(url)), cache, concurrency=4)
+    assert results == {
+        mood: Reply(text=READABLE[mood]) if mood in READABLE else GARBLED for mood in MALFORMED
+    }
+    kept = ReplyCache(cache.path, {})
+    assert kept.get("surrogate") == results["surrogate"] and kept.get("number") is None
+
+
+def test_a_reply_in_drips_and_a_silent_server_cost_the_time_out_once(tmp_path):
+    prompts = {mood: f"{mood} 1" for mood in ("drip", "slow", "fine")}
+    with moody_server() as url:
+        connection = connect(settings(url, timeout_seconds=0.5, max_retries=6))
+        results = ask_all(prompts, connection, ReplyCache(tmp_path / "replies.jsonl", {}), concurrency=3)
+        assert Moody.asked == {"drip 1": 1, "slow 1": 1, "fine 1": 1}
+    late = Failure(why="no whole reply in 0.5 s")
+    assert results.pop("fine").text == "1 enif" and results == {"drip": late, "slow": late}
+    assert not [thread for thread in threading.enumerate() if "asyncio" in thread.name]
+
+
+@pytest.mark.parametrize(("key", "sent"), [(" sk-secret\n", "sk-secret"), ("", "none"), (" \n", "none")])
+def test_a_key_is_stripped_and_an_empty_one_is_none(tmp_path, monkeypatch, key, sent):
+    monkeypatch.setenv("MOODY", key)
+    with moody_server() as url:
+        ask_all({"a": "fine 1"}, connect(settings(url)), ReplyCache(tmp_path / "r.jsonl", {}), concurrency=1)
+    assert Moody.keys == {f"Bearer {sent}"}
+
+
+@pytest.mark.parametrize("key", ["sk-sécret", "sk-\x07secret", "sk-a\nsk-b", "sk-\udcff"])
+def test_a_key_that_no_header_holds_is_refused_by_its_variable(monkeypatch, key):
+    monkeypatch.setenv("MOODY", key)
+    with pytest.raises(MissingEnvironmentError, match=r"\$MOODY: .*printable ASCII") as caught:
+        connect(settings("http://127.0.0.1:1/v1"))
+    assert "sk-" not in str(caught.value)
 
 
 def test_a_refused_key_stops_at_once_with_a_remedy(tmp_path):
@@ -162,6 +249,20 @@ def test_a_file_of_torn_lines_alone_is_mended(tmp_path, torn):
     ReplyCache(path, {}).put("p", Reply(text="r"))
     assert ReplyCache(path, {}).get("p") == Reply(text="r")
     assert len(path.read_bytes().splitlines()) == 1
+
+
+def test_null_counts_of_an_earlier_version_are_0_and_rows_of_another_shape_are_asked_again(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.jsonl", {})
+    for prompt in ("null", "number", "text"):
+        cache.put(prompt, Reply(text="r", num_input_tokens=3))
+    null, number, text = map(json.loads, cache.path.read_text().splitlines())
+    rows = [null | {"num_input_tokens": None}, number | {"text": 5}, text | {"num_output_tokens": "2"}]
+    cache.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reopened = ReplyCache(cache.path, {})
+    assert reopened.get("null") == Reply(text="r") and reopened.get("text") == Reply(
+        text="r", num_input_tokens=3
+    )
+    assert reopened.get("number") is None
 
 
 def test_empty_replies_of_an_earlier_version_are_asked_again(tmp_path):

@@ -88,6 +88,18 @@ def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+def test_a_file_for_a_model_is_named_before_anything_is_looked_up(tmp_path, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    (tmp_path / "model.safetensors").write_text("x")
+    with pytest.raises(
+        UserInputError, match=r"model.safetensors: this is a file(.|\n)*do: .*the folder"
+    ) as caught:
+        load_tokenizer(str(tmp_path / "model.safetensors"))
+    assert caught.value.exit_code == 2
+
+
 def test_a_hub_name_out_of_reach_is_an_environment_problem(monkeypatch):
     import transformers
 

@@ -7,6 +7,7 @@ import pytest
 from sftcore.data.contents import Fact, Pair
 from sftcore.data.ledger import READING, Ledger, Reason
 from sftcore.data.records import Record
+from sftcore.errors import UserInputError
 from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.questions import distinct_questions, make_trials, trivial_reason, without_trivial
 
@@ -57,3 +58,10 @@ def test_each_prompt_is_asked_once():
     questions = distinct_questions(trials)
     assert [question.trials for question in questions] == [(0, 4), (1, 5), (2,), (3,)]
     assert all(trials[number].prompt == q.prompt for q in questions for number in q.trials)
+
+
+def test_a_relation_without_wording_is_named_with_its_row():
+    fact = Fact(relation="guild", subject="Ann", answers=("x",))
+    record = Record(id="a", split="train", file="facts.jsonl", row=7, content=fact)
+    with pytest.raises(UserInputError, match="facts.jsonl:7: no wording is known for .* 'guild'"):
+        make_trials([record], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,9 @@ def test_restored_weights_are_those_of_a_full_sort(tmp_path, monkeypatch, chunk,
         assert report["by_module"] == reports[percent]["by_module"]
         assert (tmp_path / f"q{percent}" / "config.json").exists()
     assert reports[100]["by_layer"] == {"none": 408, "0": 128, "1": 128}
+    assert reports[0]["threshold"] is None and reports[0]["num_restored"] == 0
+    same = sum(int((base[name].float() == tuned[name].float()).sum()) for name in base)
+    assert reports[1]["num_changed"] == total - same < total
     assert reports[1]["threshold"] == "inf" and reports[100]["threshold"] == 0
 
 
@@ -113,6 +117,34 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         UserInputError, match=r"(?s)--fraction: a percentage.*got: 101.*--to .*/a: this folder"
     ):
         restore(a, a, {101: tmp_path / "q", 1: a})
+
+
+@pytest.mark.parametrize("inside", ["base", "tuned"])
+def test_a_target_inside_a_folder_that_is_read_is_refused(tmp_path, inside):
+    folders = [write_folder(tmp_path / name, weights(i)) for i, name in enumerate(("base", "tuned"))]
+    (tmp_path / "link").symlink_to(tmp_path / inside)
+    for target in (tmp_path / inside / "q", tmp_path / "link" / "deep" / "q"):
+        with pytest.raises(UserInputError, match=f"--to .*/q: this lies in the folder of --{inside}"):
+            restore(*folders, {1: target})
+        assert sorted(p.name for p in (tmp_path / inside).iterdir()) == ["config.json", "model-0.safetensors"]
+
+
+def test_equal_weights_are_refused_and_few_changes_warned_of(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sftcore"), "propagate", True)
+    base = weights(1)
+    few = {name: t.clone() for name, t in base.items()}
+    few["model.norm.weight"][:3] *= 2
+    a, b, c = (write_folder(tmp_path / n, t) for n, t in (("a", base), ("b", base), ("c", few)))
+    with pytest.raises(UserInputError, match="nothing changed: both folders hold the same weights"):
+        restore(a, b, {0: tmp_path / "q0", 1: tmp_path / "q1"})
+    assert not (tmp_path / "q0").exists()
+    assert restore(a, b, {0: tmp_path / "q0"})[0]["num_restored"] == 0
+    assert not caplog.messages
+    reports = restore(a, c, {0.1: tmp_path / "q", 10: tmp_path / "q10"})
+    assert [report["num_changed"] for report in reports.values()] == [3, 3]
+    assert caplog.messages == [
+        "3 weights changed; 10 % asks for 66, so unchanged ones count among those restored"
+    ]
 
 
 def test_folders_of_different_models_are_refused(tmp_path):

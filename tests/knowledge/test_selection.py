@@ -103,7 +103,7 @@ def test_a_draw_is_pinned() -> None:
     assert ids(chosen) == ["P19-2-000", "P19-2-005", "P17-2-004", "P17-2-007"]
 
 
-@given(st.integers(1, 130), st.integers(0, 3))
+@given(st.integers(1, 121), st.integers(0, 3))
 def test_a_divided_set_has_equal_shares_of_the_levels_and_of_relations_within(n, draw) -> None:
     facts = make_facts({"P17": 30, "P19": 30}, level=1) + make_facts({"P17": 50, "P20": 20}, level=3)
 
@@ -112,11 +112,54 @@ def test_a_divided_set_has_equal_shares_of_the_levels_and_of_relations_within(n,
 
     chosen = select(n)
     shares = Counter(fact.level for fact in chosen)
-    assert len(chosen) == n and (n > 120 or abs(shares[1] - shares[3]) <= 1)
+    assert len(chosen) == n and abs(shares[1] - shares[3]) <= 1
     for level, few in ((1, 60), (3, 40)):  # while no relation is used up
         by_relation = Counter(fact.relation for fact in chosen if fact.level == level)
         assert shares[level] > few or max(by_relation.values(), default=0) - shares[level] / 2 <= 0.5
     assert set(ids(select(max(1, n - 7)))) <= set(ids(chosen))
+
+
+def test_a_divided_set_of_unequal_shares_is_refused_with_what_could_be_given() -> None:
+    facts = (
+        make_facts({"P17": 3}, level=1) + make_facts({"P17": 9}, level=3) + make_facts({"P17": 4}, level=4)
+    )
+
+    def select(levels: list[int], n) -> Counter[int]:
+        chosen = select_facts(facts, levels_wanted=levels, n=n, balance="level", seed=5)
+        return Counter(fact.level for fact in chosen)
+
+    assert select([1, 3], 7) == {1: 3, 3: 4} and select([1, 3, 4], 11) == {1: 3, 3: 4, 4: 4}
+    assert select([1, 3, 4], "all") == {1: 3, 3: 3, 4: 3}, (
+        "the level with the fewest, and as many of each other"
+    )
+    with pytest.raises(
+        UserInputError, match="equal shares: 8 wanted of level 1, 3\n(.|\n)*n up to 7"
+    ) as caught:
+        select([1, 3], 8)
+    assert "level 1: 3, level 2: 0, level 3: 9" in str(caught.value)
+    assert "lower select.n to 7, take the level" in str(caught.value)
+    with pytest.raises(UserInputError, match="too few facts: 13 wanted of level 1, 3, 12 there"):
+        select([1, 3], 13)
+    for n in (1, 4, "all"):
+        with pytest.raises(UserInputError, match=f"no fact of level 2: {n} wanted of level 1, 2\n"):
+            select([1, 2], n)
+
+
+@pytest.mark.parametrize("n", [2, "all"])
+@pytest.mark.parametrize("balance", ["relation", "level", "none"])
+def test_levels_without_a_fact_are_named_and_no_n_is_offered(n, balance) -> None:
+    facts = make_facts({"P17": 3}, level=2)
+    with pytest.raises(UserInputError, match=f"no fact of level 0, 3: {n} wanted of level 0, 3\n") as caught:
+        select_facts(facts, levels_wanted=[3, 0], n=n, balance=balance, seed=1)
+    message = str(caught.value)
+    assert "level 2: 3" in message and "do: wish for levels" in message
+    assert "allowed" not in message and "lower" not in message
+
+
+def test_all_of_some_levels_are_taken_where_they_need_no_equal_shares() -> None:
+    facts = make_facts({"P17": 3}, level=2) + make_facts({"P17": 5}, level=4)
+    for balance in ("relation", "none"):
+        assert len(select_facts(facts, levels_wanted=[2, 4], n="all", balance=balance, seed=1)) == 8
 
 
 def test_balance_none_ignores_relations() -> None:

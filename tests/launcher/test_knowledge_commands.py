@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,10 @@ def test_trivial_facts_are_left_out_and_listed(tiny_recipe):
     ]
     write_lines(Path("more.jsonl"), facts)
     data = tiny_recipe["data"] | {"train": [{"format": "facts", "path": "more.jsonl"}]}
-    assert sftcore("probe", save(tiny_recipe, data=data)).returncode == 0
+    probed = sftcore("probe", save(tiny_recipe, data=data))
+    listed = "(runs/tiny/ledger.train.jsonl)"
+    assert f"2 facts left out: answer_in_subject 1, short_answer 1 {listed}" in probed.stderr
+    assert probed.returncode == 0 and probed.stderr.count("left out") == 1, "nothing of the other splits"
     train = [row for row in rows_of("runs/tiny/levels.jsonl") if row["split"] == "train"]
     assert [row["id"] for row in train] == ["plain"]
     reasons = {row["row"]: row["reason"] for row in rows_of("runs/tiny/ledger.train.jsonl")}
@@ -79,6 +83,15 @@ def test_trivial_facts_are_left_out_and_listed(tiny_recipe):
     kept = save(tiny_recipe, name="kept", data=data | {"trivial_facts": "keep"})
     assert sftcore("probe", kept).returncode == 0
     assert len(rows_of("runs/kept/levels.jsonl")) == len(rows_of("runs/tiny/levels.jsonl")) + 2
+
+
+def test_training_facts_that_are_all_trivial_are_refused(tiny_recipe):
+    write_lines(Path("more.jsonl"), [{"relation": "P131", "subject": "Ann", "answers": ["X"]}])
+    data = tiny_recipe["data"] | {"train": [{"format": "facts", "path": "more.jsonl"}]}
+    refused = sftcore("probe", save(tiny_recipe, data=data))
+    assert refused.returncode == 2 and "every training fact is trivial" in refused.stderr
+    assert "got: short_answer 1" in refused.stderr and "data.trivial_facts: keep" in refused.stderr
+    assert [row["reason"] for row in rows_of("runs/tiny/ledger.train.jsonl")] == ["short_answer"]
 
 
 @pytest.fixture
@@ -116,8 +129,12 @@ def test_restoring_everything_gives_the_base_model_back(trained, tiny_model_fold
     assert sftcore("restore", *options, "--to", "q").returncode == 2
     wrong = sftcore("restore", *options, "--to", "q", "--sweep", "1,two")
     assert wrong.returncode == 2 and "--sweep" in wrong.stderr
+    swapped = ["--base", str(run), "--tuned", str(tiny_model_folder), "--to", "q", "--fraction", "1"]
+    refused = sftcore("restore", *swapped)
+    assert refused.returncode == 2 and "these two are swapped" in refused.stderr and not Path("q").exists()
     swept = sftcore("restore", *options, "--to", "q", "--sweep", "0,20,100")
     assert swept.returncode == 0 and swept.stdout.count("weights restored") == 3, swept.stderr
+    assert re.match(r"q/q0: none of [\d,]+ weights restored\n", swept.stdout)
     names = ["base", "tuned", "q0", "q20", "q100"]
     folders = [tiny_model_folder, run, *(Path("q") / name for name in names[2:])]
     found = {}

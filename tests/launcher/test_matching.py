@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import subprocess
 from pathlib import Path
@@ -292,6 +293,53 @@ def test_columns_that_are_not_there_name_the_options_of_the_command(scorer):
         match_pairs(scorer, Path("odd.jsonl"), Path("to.jsonl"), columns=("0", "1"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "gbk.tsv",
+            "句子甲\t句子乙\t标签\n几点开门\t何时开门\t1\n".encode("gbk"),
+            "not UTF-8(.|\n)*do: .*iconv -f GB18030",
+        ),
+        (
+            "raw.tsv",
+            "几点开门\t何时开门\t1\n".encode("gbk"),
+            "undecodable_bytes\n(.|\n)*do: .*iconv -f GB18030",
+        ),
+        ("empty.tsv", b"", "no pair in this file(.|\n)*do: give a file with a pair in each row"),
+        ("header.csv", b"text_a,text_b\n", "no pair in this file(.|\n)*do: give a file"),
+        ("blank.jsonl", b'{"text_a": "", "text_b": "x"}\n', "row 1: empty_prompt\n(.|\n)*do: mend"),
+    ],
+)
+def test_files_without_a_usable_pair_are_told_what_to_do(scorer, name, content, message):
+    Path(name).write_bytes(content)
+    with pytest.raises(UserInputError, match=message):
+        match_pairs(scorer, Path(name), Path("to.jsonl"))
+
+
+def test_what_was_noted_is_kept_where_no_row_was_rejected(scorer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sftcore"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="sftcore.matching")
+    Path("same.tsv").write_text("text_a\ttext_b\nAnn 1\tAnn 1\nAnn １\tBob\n")
+    assert match_pairs(scorer, Path("same.tsv"), Path("to.jsonl")) == 2
+    noted = read_jsonl(Path("to.jsonl.ledger.jsonl"))
+    assert [(row["row"], row["change"]) for row in noted] == [(1, "identical_sides"), (2, "full_width")]
+    assert "-1" not in str(noted)
+    assert "notes: identical_sides 1, full_width 1 (to.jsonl.ledger.jsonl)" in caplog.text
+    Path("plain.tsv").write_text("text_a\ttext_b\nAnn 1\tBob 1\n")
+    assert match_pairs(scorer, Path("plain.tsv"), Path("to.jsonl")) == 1
+    assert not Path("to.jsonl.ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize("labels", ["01", "\uff10\uff11"], ids=["plain", "full-width"])
+def test_a_column_of_labels_is_no_text(scorer, labels):
+    rows = "".join(f"Ann {i}\t{labels[i % 2]}\tBob {i}\n" for i in range(4))
+    Path("swapped.tsv").write_text("text_a\ttext_b\tlabel\n" + rows)
+    with pytest.raises(UserInputError, match="no usable pair(.|\n)*label_as_text(.|\n)*give --a and --b"):
+        match_pairs(scorer, Path("swapped.tsv"), Path("to.jsonl"))
+    assert match_pairs(scorer, Path("swapped.tsv"), Path("to.jsonl"), columns=("text_a", "label")) == 4
+
+
 def test_pairs_longer_than_an_encoder_has_positions_are_listed_not_scored(recipe, caplog):
     Path("bert").mkdir()
     write_bert(Path("bert"))
@@ -555,6 +603,7 @@ def write_rows(rows: list[tuple]) -> None:
         ([("a b", "b c", i % 3) for i in range(30)], "unknown_label: 10"),
         ([(i % 2, f"text {i}", f"words {i}") for i in range(9)], "label_as_text: 9"),
         ([(f"text {i}", i % 2, i % 2) for i in range(9)], "a text column holds labels"),
+        ([(f"text {i}", "\uff10\uff11"[i % 2], i % 2) for i in range(9)], "label_as_text: 9"),
         ([("", "b", 1)] * 4, "empty_prompt: 4"),
     ],
 )

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from launching import BIN, ENVIRONMENT
 from packaged import packaged_model
 from tiny_tokenizers import CHATML, build_bpe
 
-from launcher.rationales import _as_asked, keep_agreeing, summarise, write_rationales
+from launcher.rationales import _as_asked, keep_agreeing, summarise, warn_of_failures, write_rationales
 from sftcore.data.contents import Pair
 from sftcore.data.records import Record
 from sftcore.data.teacher import Failure, Reply
@@ -65,9 +66,23 @@ def test_what_agrees_is_kept_and_all_is_counted():
     assert counts == {"kept": 1, "disagreeing": 1, "unparsable": 2, "failed": 1}
     prices = TeacherSettings(model="m", input_price=2.0, output_price=10.0)
     summary = summarise(counts, replies, prices)
+    assert summary["failed_by_reason"] == {"x": 1}
     assert summary["yield"] == 0.2 and summary["num_pairs"] == 5
     assert summary["cost"] == pytest.approx((40 * 2 + 16 * 10) / 1e6)
     assert summary["arm"] == "not run: fewer than 100 kept"
+
+
+def test_why_pairs_failed_is_counted_and_told_in_one_line(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sftcore"), "propagate", True)
+    whys = ["InternalServerError"] * 2 + ["no whole reply in 60 s"]
+    replies = {str(i): Failure(why=why) for i, why in enumerate(whys)} | {"3": Reply(text="结论：相同")}
+    summary = summarise(Counter(failed=3, unparsable=1), replies, TeacherSettings(model="m"))
+    assert summary["failed_by_reason"] == {"InternalServerError": 2, "no whole reply in 60 s": 1}
+    warn_of_failures(summary)
+    (line,) = caplog.messages
+    assert line.startswith("3 of 4 pairs failed: InternalServerError 2, no whole reply in 60 s 1;")
+    warn_of_failures(summarise(Counter(kept=1), {}, TeacherSettings(model="m")))
+    assert len(caplog.messages) == 1
 
 
 def test_a_base_model_is_asked_as_the_prompt_stands_without_an_appended_eos():
@@ -89,6 +104,18 @@ def test_the_local_model_is_asked_once(tiny_model_folder, tmp_path, monkeypatch)
     content = cache.read_bytes()
     assert write_rationales(recipe) == first and cache.read_bytes() == content
     assert read_json(Path("runs/asked/rationales.jsonl.summary.json"))["unparsable"] == NUM_PAIRS
+
+
+def test_a_summary_that_fails_leaves_no_pairs_file(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("launcher.rationales.summarise", fail)
+    with pytest.raises(RuntimeError):
+        write_rationales(load_recipe(teacher_recipe(tiny_model_folder, backend="local")))
+    assert not Path("runs/asked/rationales.jsonl").exists()
 
 
 def test_only_drawn_pairs_are_asked_of_and_their_number_is_told_first(
@@ -135,7 +162,7 @@ def test_a_real_server_killed_and_started_again_midway(tmp_path, monkeypatch):
         model=str(model),
         base_url=f"http://127.0.0.1:{port}/v1",
         concurrency=2,
-        timeout_seconds=60,
+        timeout_seconds=300,
         max_retries=40,
     )
     cache = Path("runs/asked/teacher.jsonl")

@@ -11,6 +11,7 @@ from tiny import SUBJECTS, write_lines
 from tiny_bert import write_bert
 
 from launcher.evaluating import evaluate, evaluate_share
+from launcher.shares import share_of
 from sftcore.config import Recipe
 from sftcore.dist import Share
 from sftcore.errors import UserInputError
@@ -132,3 +133,11 @@ def test_scores_follow_from_predictions_alone(tiny_recipe):
     evaluate(recipe)
     scores = read_json(Path("runs/one/eval/base/scores.json"))["pairs"]["test"]
     assert scores["n"] == 24 and scores["unparsable"] > 0 and scores["predicted_same"] == 0
+
+
+@pytest.mark.parametrize(
+    ("shard", "allowed"), [("3/3", "0/3 to 2/3"), ("5/1", "0/1"), ("0/0", "0/4 to 3/4"), ("x", "0/4 to 3/4")]
+)
+def test_a_share_that_is_none_is_told_those_there_are(shard, allowed):
+    with pytest.raises(UserInputError, match=f"got: {shard}\n +allowed: (e.g. )?{allowed}$"):
+        share_of(shard)

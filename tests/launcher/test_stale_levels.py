@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tiny import SUBJECTS, write_lines
 from launcher.evaluating import evaluate
 from launcher.stages import probe, select
 from launcher.whole_run import EVALUATED, PROBED, _files_identity, _probe_once, is_finished, shared_name
-from sftcore.config import Recipe
+from sftcore.config import Recipe, SelectSettings
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl, write_json
 from sftcore.knowledge.containment import AliasRow, AliasTable
@@ -53,6 +54,20 @@ def set_levels(wanted: dict[tuple[str, int], int]) -> None:
 def insert_on_top(split: str) -> None:
     path = Path(split, "facts.jsonl")
     path.write_text(json.dumps(facts(["Zoe"])[0]) + "\n" + path.read_text())
+
+
+def test_facts_drawn_are_told_by_level_and_a_level_without_any_is_warned_of(recipe, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sftcore"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="sftcore")
+    probe(recipe)
+    set_levels({("train", 1): KNOWN, ("train", 3): KNOWN})
+    wanted = {"levels": [0, 3, KNOWN], "n": 4, "balance": "relation"}
+    select(recipe.model_copy(update={"select": SelectSettings.model_validate(wanted)}))
+    told = [(r.levelname, r.getMessage()) for r in caplog.records if "select" in r.getMessage()]
+    assert told == [
+        ("INFO", "select: 4 facts (level 0: 2, level 3: 0, level 4: 2)"),
+        ("WARNING", "select.levels names level 3, of which no fact was drawn"),
+    ]
 
 
 def test_levels_of_an_edited_file_are_not_selected_from(recipe):

@@ -82,13 +82,15 @@ def test_cells_are_means_over_draws(study):
     one = cells["1"]["splits"]["test"]
     assert one["by_level"]["1"] == {"n": 40, "mean": 0.5125, "low": 0.5, "high": 0.525, "draws": [0.5, 0.525]}
     assert one["by_level"]["2"]["mean"] == 0 and one["by_level"]["2"]["n"] == 20
-    assert one["mean_over_levels"]["draws"] == [0.5, 0.525], "level 2 has 20 items: too few"
+    assert one["mean_over_large_levels"]["draws"] == [0.5, 0.525], "level 2 has 20 items: too few"
     assert one["levels_counted"] == [1]
+    scores = next(run.scores for run in read_study_runs(study).runs if run.name == "levels-1_draw-0")
+    assert scores["mean_over_levels"] == 0.25 and "mean_over_levels" not in str(report), "of both levels"
     two = cells["2"]["splits"]["test"]
-    assert two["mean_over_levels"]["draws"] == [0.25, 0.25] and cells["2"]["splits"]["ood"]["n"] == 5
+    assert two["mean_over_large_levels"]["draws"] == [0.25, 0.25] and cells["2"]["splits"]["ood"]["n"] == 5
     assert cells["1"]["drift_nats"] == 1.0 and cells["mixed"]["runs"] == ["mixed"]
     assert report["unfinished"] == {"started": "no selection.jsonl, eval/tuned/predictions.jsonl"}
-    assert report["others"]["base"]["test"]["mean_over_levels"] == 0
+    assert report["others"]["base"]["test"]["mean_over_large_levels"] == 0
 
 
 def test_a_set_divided_among_levels_has_a_row_of_its_own(study):
@@ -175,7 +177,7 @@ def test_the_best_set_is_recommended_and_doubted_where_draws_overlap(study):
 
 def one_cell(n: int, level: str, *draws: float) -> dict:
     spread = {"mean": sum(draws) / len(draws), "low": min(draws), "high": max(draws), "draws": draws}
-    part = {"mean_over_levels": spread, "levels_counted": [0, 1]}
+    part = {"mean_over_large_levels": spread, "levels_counted": [0, 1]}
     keys = {"adapter": "none", "variant": "", "n": n, "level": level, "runs": [f"{n}-{level}"] * len(draws)}
     return keys | {"splits": {"test": part}}
 
@@ -228,7 +230,7 @@ def test_the_page_holds_the_numbers_and_nothing_unescaped(study):
 def test_cells_of_few_items_are_hatched_and_not_coloured():
     def cells(n: int):
         part = {"n": n, "mean": 0.5, "low": 0.5, "high": 0.5}
-        return [{"level": "1", "splits": {"test": {"by_level": {"1": part}, "mean_over_levels": None}}}]
+        return [{"level": "1", "splits": {"test": {"by_level": {"1": part}, "mean_over_large_levels": None}}}]
 
     few, many = (heat_map(cells(n), split="test", scale=(0.0, 1.0), name="m") for n in (29, 30))
     assert "<pattern" in few and "<pattern" not in many
