@@ -21,7 +21,8 @@ from sftcore.model.attention.needs import AttentionNeeds, needs_of
 from sftcore.model.attention.sdpa_docs import sdpa_docs_attention
 
 LENGTHS = (5, 9, 5, 1)
-CUDA = {"dtype": "bfloat16", "device": "cuda", "softcap": None, "sinks": False, "head_size": 64}
+CUDA = {"dtype": "bfloat16", "device": "cuda", "head_size": 64, "value_size": 64}
+LAYER = torch.nn.Module()  # what calls an attention
 
 
 def inputs(
@@ -64,7 +65,7 @@ def documented_attention(q, k, v, borders, *, scale, left, right, softcap=0.0):
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_the_reference_itself_follows_the_definition(window):
     (q, k, v), document = inputs()
-    found, _ = sdpa_docs_attention(None, q, k, v, None, sliding_window=window, **document)
+    found, _ = sdpa_docs_attention(LAYER, q, k, v, None, sliding_window=window, **document)
     expected = documented_attention(
         *(t[0].transpose(0, 1) for t in (q, k, v)),
         document["cu_seq_lens_q"],
@@ -142,7 +143,7 @@ def check(attention, window, softcap=None, trains=True) -> None:
     """Equal to the definition, forward, and shaped as transformers wants it."""
     (q, k, v), document = inputs()
     q, k, v = (t.requires_grad_(trains) for t in (q, k, v))
-    found, weights = attention(None, q, k, v, None, sliding_window=window, softcap=softcap, **document)
+    found, weights = attention(LAYER, q, k, v, None, sliding_window=window, softcap=softcap, **document)
     expected = documented_attention(
         *(t[0].transpose(0, 1) for t in (q, k, v)),
         document["cu_seq_lens_q"],
@@ -159,7 +160,7 @@ def test_needs_are_read_from_the_configuration():
     config = tiny_config("gemma3")
     config.attn_logit_softcapping = 50.0
     assert needs_of(config, dtype="bfloat16", device="cuda") == AttentionNeeds(
-        head_size=8, dtype="bfloat16", device="cuda", softcap=50.0, sinks=False
+        head_size=8, value_size=8, dtype="bfloat16", device="cuda", softcap=50.0
     )
 
 
@@ -168,11 +169,11 @@ def test_needs_are_read_from_the_configuration():
     [
         ("flash_attn", {"device": "cpu"}, "needs a CUDA device"),
         ("flash_attn", {"dtype": "float32"}, "computes in bfloat16, not float32"),
-        ("flash_attn", {"head_size": 512}, "at most 256"),
+        ("flash_attn", {"head_size": 512, "value_size": 512}, "at most 256"),
         ("flash_attn", {"sinks": True}, "no attention sinks"),
         ("torch_varlen", {"device": "cpu"}, "needs a CUDA device"),
         ("torch_varlen", {"dtype": "float32"}, "computes in bfloat16"),
-        ("torch_varlen", {"head_size": 512}, "at most 256"),
+        ("torch_varlen", {"head_size": 512, "value_size": 512}, "at most 256"),
         ("torch_varlen", {"softcap": 50.0}, "no soft cap"),
         ("torch_varlen", {"sinks": True}, "no attention sinks"),
         ("flex", {"device": "cpu"}, "trains on CUDA devices only"),
@@ -193,18 +194,18 @@ def test_without_our_guard_cuda_backends_fail_on_cpus():
     q, k = (torch.randn(1, heads, 8, 16, requires_grad=True) for heads in (4, 2))
     borders = {"cu_seq_lens_q": torch.tensor([0, 8], dtype=torch.int32), "max_length_q": 8}
     with pytest.raises(NotImplementedError, match="_flash_attention_forward.*'CPU' backend"):
-        BACKENDS["torch_varlen"][0](None, q, k, k, None, scaling=0.25, **borders)
+        BACKENDS["torch_varlen"][0](LAYER, q, k, k, None, scaling=0.25, **borders)
     with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
-        BACKENDS["flex"][0](None, q, k, k, None, document_lengths=(8,), scaling=0.25)[0].sum().backward()
+        BACKENDS["flex"][0](LAYER, q, k, k, None, document_lengths=(8,), scaling=0.25)[0].sum().backward()
 
 
 def test_auto_takes_the_first_that_can(monkeypatch):
     config = tiny_config("llama")
-    assert choose_attention(config, "auto", dtype="bfloat16", device="cpu") == "sftcore_sdpa_docs"
-    assert choose_attention(config, "auto", dtype="bfloat16", device="cuda") == "sftcore_torch_varlen"
-    assert choose_attention(config, "auto", dtype="float32", device="cuda") == "sftcore_flex"
+    assert choose_attention(config, "auto", dtype="bfloat16", device="cpu") == "sftcore_packed_documents"
+    assert choose_attention(config, "auto", dtype="bfloat16", device="cuda") == "sftcore_packed_varlen"
+    assert choose_attention(config, "auto", dtype="float32", device="cuda") == "sftcore_packed_blocks"
     monkeypatch.setattr(flash, "find_kernel", lambda: ("flash_attn", None))
-    assert choose_attention(config, "auto", dtype="bfloat16", device="cuda") == "sftcore_flash_attn"
+    assert choose_attention(config, "auto", dtype="bfloat16", device="cuda") == "sftcore_packed_fa"
 
 
 def test_a_wish_that_cannot_be_met_is_refused_with_the_reason():
@@ -240,8 +241,8 @@ def test_kernels_equal_the_reference_forward_and_backward(name, window):
         pytest.skip("; ".join(why))
     (q, k, v), document = inputs("cuda", torch.bfloat16, heads=4, groups=2, size=64)
     exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
-    expected, _ = sdpa_docs_attention(None, *exact, None, sliding_window=window, **document)
-    found, _ = attention(None, q, k, v, None, sliding_window=window, **document)
+    expected, _ = sdpa_docs_attention(LAYER, *exact, None, sliding_window=window, **document)
+    found, _ = attention(LAYER, q, k, v, None, sliding_window=window, **document)
     expected.square().sum().backward()
     found.float().square().sum().backward()
     pairs = [(found, expected), *((a.grad, b.grad) for a, b in zip((q, k, v), exact, strict=True))]
