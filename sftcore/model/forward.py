@@ -56,6 +56,24 @@ def attention_set(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def placed_on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Hold the model on another kind of device while the block runs: CUDA's attentions compute nowhere else.
+
+    It goes back: what cuts it up over the ranks, or keeps it in host memory, starts from there.
+    """
+    before = model.device
+    if device.type == before.type:
+        yield
+        return
+    model.to(device)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        model.to(before)  # type: ignore[arg-type]
+        torch.cuda.empty_cache()
+
+
 @torch.no_grad()
 def states_by_transformers(model: PreTrainedModel, ids_T: torch.Tensor) -> torch.Tensor:
     """(1, T, D) states of one document under transformers' own plain attention."""

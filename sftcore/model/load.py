@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils.logging import disable_progress_bar
 
+from sftcore import dist
 from sftcore.batching.collate import Batch
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
@@ -36,7 +37,7 @@ from sftcore.model.adapters import (
 )
 from sftcore.model.attention import choose_attention
 from sftcore.model.demands import check_demands, warn_of_ignored
-from sftcore.model.forward import decode_states, output_head
+from sftcore.model.forward import decode_states, output_head, placed_on
 from sftcore.model.identity import base_of
 from sftcore.model.loss import TrainedTokenHead, choose_head
 from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing, unfit
@@ -110,7 +111,8 @@ def load_trainable(
         kind=choose_head(settings.head if kind is AutoModelForCausalLM else "chunked", device=device),
     )
     if sharded_by is None:
-        prove_head_and_packs(model)
+        with placed_on(model, dist.device()):
+            prove_head_and_packs(model)
     if recipe.adapter.kind != "none":
         add_adapter(model, recipe.adapter, seed=recipe.training_seed)
         train_whole_layers(model, vocabulary=bool(settings.add_tokens))

@@ -61,7 +61,9 @@ def needs_of(config: Any, *, dtype: str, device: str) -> AttentionNeeds:
     values = text.to_dict()
     key, value = head_sizes(config)
     looks_ahead = values.get("use_bidirectional_attention") in (True, "all")
-    largest = max(key, *(values.get(name) or 0 for name in ("global_head_dim", "swa_head_dim")))
+    others = [layer.get("head_dim") for layer in (values.get("per_layer_config") or {}).values()]  # Gemma 4
+    others += [values.get(name) for name in ("global_head_dim", "swa_head_dim")]
+    largest = max(key, *(size or 0 for size in others))
     return AttentionNeeds(
         head_size=largest,
         value_size=largest if value == key else max(value, values.get("swa_v_head_dim") or 0),
