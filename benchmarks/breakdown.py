@@ -30,7 +30,8 @@ from sftcore.batching.collate import UNTRAINED, Batch, collate
 from sftcore.config import Recipe
 from sftcore.data.prepare import prepare_store
 from sftcore.data.tokens import load_tokenizer
-from sftcore.model.load import DTYPES, LossModel, decode_states, load_for_training, output_head
+from sftcore.model.forward import decode_states, output_head
+from sftcore.model.load import DTYPES, LossModel, load_for_training
 from sftcore.model.loss import TrainedTokenHead
 
 REPEATS = 3

@@ -22,6 +22,7 @@ from sftcore.data.tokens import Tokenizer, codec_of
 from sftcore.errors import MissingEnvironmentError, Problem, SftError, UserInputError
 from sftcore.model.attention import choose_attention
 from sftcore.model.cost import measure_recipe
+from sftcore.model.demands import check_demands
 from sftcore.model.load import load_config
 from sftcore.model.loss import choose_head
 from sftcore.model.quantise import require_bitsandbytes
@@ -103,6 +104,7 @@ def why_not_trainable(recipe: Recipe, device: Device) -> SftError | None:
     ]
     if not is_encoder:
         config = load_config(model)
+        checks.append(lambda: check_demands(recipe, config))
         checks.append(lambda: choose_attention(config, model.attention, dtype=dtype, device=kind))
     if recipe.adapter.kind == "qlora":
         checks.append(lambda: require_bitsandbytes("adapter.kind: qlora"))

@@ -40,13 +40,10 @@ from sftcore.errors import (
 from sftcore.fsio import write_json
 from sftcore.model.classifier import load_classifier_for_training
 from sftcore.model.cost import measure_recipe
+from sftcore.model.demands import check_demands
 from sftcore.model.encoder import load_encoder_for_training
-from sftcore.model.load import (
-    LossModel,
-    checkpoint_activations,
-    load_for_training,
-    prove_head_and_packs,
-)
+from sftcore.model.load import LossModel, checkpoint_activations, load_config, load_for_training
+from sftcore.model.proof import prove_head_and_packs
 from sftcore.recipe import deepspeed_file
 from sftcore.train.checkpoint import (
     check_resumable,
@@ -169,6 +166,7 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
     ds_config = read_ds_config(deepspeed_file(recipe))
     check_engine(ds_config, recipe.train.optimizer)
     check_tracker(recipe)
+    check_demands(recipe, load_config(recipe.model))
     with _stoppable_at_once():
         start = _checkpoint_to_resume(run, request.resume)
         tokenizer, store = prepare(recipe)

@@ -23,7 +23,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
 from sftcore.model.adapters import CLASSIFIER
-from sftcore.model.load import LossModel, decode_states, load_trainable, output_head
+from sftcore.model.forward import decode_states, output_head
+from sftcore.model.load import LossModel, load_trainable
 from sftcore.settings import NUM_CLASSES
 
 CLASSIFIER_FILE = "classifier.safetensors"

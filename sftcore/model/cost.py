@@ -27,8 +27,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings, Recipe
 from sftcore.model.adapters import add_adapter
+from sftcore.model.attention.needs import head_sizes
 from sftcore.model.load import load_config
 from sftcore.model.loss import rows_per_chunk
+from sftcore.model.proof import BROKEN, refusing
 from sftcore.settings import NUM_CLASSES
 
 FLOPS_PER_WEIGHT = 6  # 2 forward, 4 backward
@@ -60,7 +62,7 @@ class ModelCost:
         vocabulary: V, rows of the output layer.
         num_words: rows of the input embedding.
         num_layers: L.
-        attention_width: h_attn = query heads * head size.
+        attention_width: h_attn = query heads * head size (half of keys and values, where they differ).
         num_banded_layers: those of the L with a sliding window.
         window: positions that those see; 0 if there are none.
         num_trained_parameters: all of them, or an adapter's.
@@ -168,7 +170,15 @@ def measure_model(
         config: a causal LM's transformers configuration.
         adapter: what is trained instead of all weights.
         num_classes: of a classifier in the vocabulary's place.
+
+    Raises:
+        UserInputError: its code can't be run on the meta device.
     """
+    with refusing(config.model_type, "can't be counted", broken=(*BROKEN, RuntimeError)):
+        return _measure(config, adapter, num_classes)
+
+
+def _measure(config: Any, adapter: AdapterSettings | None, num_classes: int | None) -> ModelCost:
     with torch.device("meta"):
         if num_classes is None:
             model = AutoModelForCausalLM.from_config(config)
@@ -182,8 +192,6 @@ def measure_model(
     }
     total = sum(p.numel() for p in model.parameters())
     text = config.get_text_config()
-    values = text.to_dict()
-    heads = text.num_attention_heads
     banded, window = _sliding_windows(text)
     trained = total if adapter is None or adapter.kind == "none" else _adapter_parameters(model, adapter)
     return ModelCost(
@@ -193,7 +201,7 @@ def measure_model(
         vocabulary=num_classes or output.weight.shape[0],
         num_words=model.get_input_embeddings().weight.shape[0],
         num_layers=text.num_hidden_layers,
-        attention_width=heads * (values.get("head_dim") or text.hidden_size // heads),
+        attention_width=text.num_attention_heads * sum(head_sizes(config)) // 2,
         num_banded_layers=banded,
         window=window,
         num_trained_parameters=trained,
@@ -214,7 +222,8 @@ class _CountedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(query)
+        batch, heads, tokens, _ = query.shape
+        out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)  # laid out as kernels do
         ctx.save_for_backward(query, key, value, out, out.new_empty(out.shape[:-1], dtype=torch.float32))
         return out
 

@@ -30,6 +30,7 @@ from sftcore.model.attention.tree import Fork, Tree, lacks, register_tree_attent
 from sftcore.model.classifier import restore_classifier
 from sftcore.model.load import load_for_decoding
 from sftcore.model.loss import CHUNK_ELEMENTS
+from sftcore.model.proof import BROKEN, close, computes_attention, probe_ids
 
 PACK_TOKENS = 2048
 PROBE_TOLERANCE = 5e-2  # of logits, relative to the largest: bfloat16's rounding
@@ -141,8 +142,14 @@ def load_for_scoring(
         restore_classifier(model, Path(settings.path))
     if reasons := lacks(needs_of(model.config, dtype=settings.dtype, device=model.device.type)):
         raise UserInputError(_unfit(settings, ", ".join(reasons)))
-    if not classifies and not _logits_agree(model):
+    try:
+        has_own_logits, has_own_states = classifies or _logits_agree(model), _states_agree(model)
+    except BROKEN as error:
+        raise UserInputError(_unfit(settings, str(error).strip().split("\n")[0])) from error
+    if not has_own_logits:
         raise UserInputError(_unfit(settings, "it changes its logits in a way that the scores would miss"))
+    if not has_own_states:
+        raise UserInputError(_unfit(settings, "its attention is none of those that we compute"))
     return model
 
 
@@ -154,12 +161,23 @@ def _unfit(settings: ModelSettings, why: str) -> Problem:
 @torch.inference_mode()
 def _logits_agree(model: PreTrainedModel) -> bool:
     """Whether our way from states to logits is the model's own, on five tokens."""
-    ids = torch.arange(1, 6, device=model.device)[None] * 7 % model.config.get_text_config().vocab_size
-    tree = Tree(forks=(Fork(start=0, before=np.empty(0, int), trunk=5),))
-    own = model(input_ids=ids, tree=tree, use_cache=False).logits.float()
-    states = model.get_decoder()(input_ids=ids, tree=tree, use_cache=False).last_hidden_state
-    ours = _vocabulary_logits(model, states)
-    return bool((ours - own).abs().max() <= PROBE_TOLERANCE * own.abs().max())
+    ids = probe_ids(model.config, 5)[None].to(model.device)
+    own = model(input_ids=ids, tree=_lone(5), use_cache=False).logits.float()
+    states = model.get_decoder()(input_ids=ids, tree=_lone(5), use_cache=False).last_hidden_state
+    return close(_vocabulary_logits(model, states), own, PROBE_TOLERANCE)
+
+
+@torch.inference_mode()
+def _states_agree(model: PreTrainedModel) -> bool:
+    """Whether transformers' own attention gives the same states, on seven tokens."""
+    ids = probe_ids(model.config, 7).to(model.device)
+    ours = model.get_decoder()(input_ids=ids[None], tree=_lone(7), use_cache=False).last_hidden_state
+    return computes_attention(model, [ids], [ours])
+
+
+def _lone(num_tokens: int) -> Tree:
+    """One text."""
+    return Tree(forks=(Fork(start=0, before=np.empty(0, int), trunk=num_tokens),))
 
 
 def _vocabulary_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,10 @@
 
 In: the recipe's model section. Out: a transformers model; for training, wrapped so that it maps a `Batch`
 to a loss.
-Invariant: before a model is trained its packs are proven: two documents packed give the hidden states that
-each gives alone, and our head gives the model's own logits; a model for which that fails is refused.
-Trade-off: the proof costs three forwards of 12 tokens at every start (0.2 s for 135M on two cores), and
-holds for any architecture, where a list of known ones would be out of date.
+Invariant: before a model is trained its packs are proven (`proof`), and what its configuration asks for and
+training doesn't give is refused (`demands`).
+Trade-off: the proof costs a few forwards at every start and holds for any architecture, where a list of known
+ones would be out of date.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils.logging import disable_progress_bar
 
+from sftcore import dist
 from sftcore.batching.collate import Batch
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
@@ -35,14 +36,16 @@ from sftcore.model.adapters import (
     train_whole_layers,
 )
 from sftcore.model.attention import choose_attention
+from sftcore.model.demands import check_demands, warn_of_ignored
+from sftcore.model.forward import decode_states, output_head, placed_on
 from sftcore.model.identity import base_of
 from sftcore.model.loss import TrainedTokenHead, choose_head
+from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing, unfit
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 from sftcore.model.vocabulary import grow_vocabulary
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-TOLERANCES = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # of the proof, relative to the largest state
 
 
 class LossModel(nn.Module):
@@ -60,28 +63,6 @@ class LossModel(nn.Module):
         hidden_1TD = decode_states(self.causal_lm, batch)
         trained_KD = hidden_1TD[0].index_select(0, batch.trained_index)
         return output_head(self.causal_lm)(trained_KD, batch.targets, batch.weights)
-
-
-def decode_states(causal_lm: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """(1, T, D) last hidden states of a pack."""
-    output = causal_lm.get_decoder()(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        use_cache=False,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
-        document_lengths=batch.document_lengths,
-    )
-    return output.last_hidden_state
-
-
-def output_head(model: PreTrainedModel) -> nn.Module:
-    """The vocabulary projection of a causal LM, or the classifier of a `...ForSequenceClassification`."""
-    head: nn.Module | None = model.get_output_embeddings()
-    return dict(model.named_children()).get("score", model) if head is None else head
 
 
 def load_for_training(recipe: Recipe, *, sharded_by: dict[str, Any] | None = None) -> LossModel:
@@ -108,15 +89,18 @@ def load_trainable(
     """
     settings = recipe.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention = choose_attention(
-        load_config(settings), settings.attention, dtype=settings.dtype, device=device
-    )
+    config = load_config(settings)
+    check_demands(recipe, config)
+    warn_of_ignored(config)
+    with refusing(config.model_type, NOT_PACKED):
+        attention = choose_attention(config, settings.attention, dtype=settings.dtype, device=device)
     dtype = DTYPES[settings.dtype]
     if recipe.adapter.kind == "qlora":
         options["quantization_config"] = quantisation_settings(dtype)
     # from_pretrained shards the weights as it reads them, as long as this object lives
     sharding = HfDeepSpeedConfig(sharded_by) if sharded_by is not None else None
-    model = load_pretrained(settings, kind, dtype=dtype, attention=attention, **options)
+    with refusing(config.model_type, NOT_PACKED):
+        model = load_pretrained(settings, kind, dtype=dtype, attention=attention, **options)
     del sharding
     grow_vocabulary(model, settings)
     model.config.use_cache = False
@@ -127,7 +111,8 @@ def load_trainable(
         kind=choose_head(settings.head if kind is AutoModelForCausalLM else "chunked", device=device),
     )
     if sharded_by is None:
-        prove_head_and_packs(model)
+        with placed_on(model, dist.device()):
+            prove_head_and_packs(model)
     if recipe.adapter.kind != "none":
         add_adapter(model, recipe.adapter, seed=recipe.training_seed)
         train_whole_layers(model, vocabulary=bool(settings.add_tokens))
@@ -245,7 +230,8 @@ def install_head(model: PreTrainedModel, *, z_loss: float, label_smoothing: floa
     """
     linear = output_head(model)
     if not isinstance(linear, nn.Linear):
-        raise _unfit(model, f"its output layer is a {type(linear).__name__}, not a linear layer")
+        what = f"{NOT_PACKED}: its output layer is a {type(linear).__name__}, not a linear layer"
+        raise unfit(model.config.model_type, what)
     is_causal_lm = model.get_output_embeddings() is not None
     text = model.config.get_text_config().to_dict()
     head = TrainedTokenHead.from_linear(
@@ -259,64 +245,3 @@ def install_head(model: PreTrainedModel, *, z_loss: float, label_smoothing: floa
         model.set_output_embeddings(head)
     else:
         model.score = head
-
-
-def prove_head_and_packs(model: PreTrainedModel) -> None:
-    """Check the trained-token head and the packing against the model itself.
-
-    Raises:
-        UserInputError: the head's logits differ from the model's (it edits logits in a way we don't know),
-            or a packed document's states differ from the document alone (it mixes documents).
-    """
-    head: Any = output_head(model)
-    softcap = head.softcap
-    vocabulary = model.config.get_text_config().vocab_size
-    tolerance = TOLERANCES[model.dtype]
-    was_training = model.training
-    model.eval()
-    keep_trainable_layout(model.modules())
-    with torch.no_grad():
-        ids = torch.arange(1, 13, device=model.device) * 7 % vocabulary
-        states, alone = (decode_states(model, _bare_batch(ids, documents)) for documents in ([5, 7], [5]))
-        second = decode_states(model, _bare_batch(ids[5:], [7]))
-        own = model(input_ids=ids[None, :5], document_lengths=(5,)).logits.float()
-        ours = head(alone if own.ndim == 3 else alone[:, -1]).float()  # a classifier gives one row a document
-        ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
-    model.train(was_training)
-    if not _close(ours, own, tolerance):
-        raise _unfit(model, "it changes its logits after the output layer in a way that the loss would miss")
-    if not _close(states, torch.cat([alone, second], 1), tolerance):
-        raise _unfit(
-            model, "its layers mix documents of one pack (state-space or bidirectional layers do that)"
-        )
-
-
-def _unfit(model: PreTrainedModel, why: str) -> UserInputError:
-    return UserInputError(
-        Problem(
-            what=f"model type {model.config.model_type!r} can't train in packs: {why}",
-            where="model.path",
-        )
-    )
-
-
-def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
-    scale = b.abs().max().clamp(min=1e-6)
-    return bool(((a - b).abs().max() / scale) < tolerance)
-
-
-def _bare_batch(ids: torch.Tensor, documents: list[int]) -> Batch:
-    """A batch without targets over the first sum(documents) of `ids`."""
-    total = sum(documents)
-    nothing = torch.empty(0, dtype=torch.int64)
-    return Batch(
-        input_ids=ids[None, :total],
-        position_ids=torch.cat([torch.arange(n, device=ids.device) for n in documents])[None],
-        cu_seqlens=torch.tensor([0, *documents], device=ids.device).cumsum(0).int(),
-        max_seqlen=max(documents),
-        document_lengths=tuple(documents),
-        trained_index=nothing,
-        targets=nothing,
-        weights=nothing.float(),
-        num_tokens=total,
-    )

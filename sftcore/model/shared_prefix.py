@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +25,9 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+
+from sftcore.model.attention.needs import refuse_unapplied
+from sftcore.model.forward import attention_set
 
 log = logging.getLogger(__name__)
 NAME = "sftcore_shared_prefix"
@@ -124,9 +127,7 @@ def shared_prefix_attention(
     prefix_cache: PrefixCache,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' AttentionInterface wants it: of whole prompts, then of one token a row.
 
@@ -134,10 +135,9 @@ def shared_prefix_attention(
         (R, T, H, D) and None (no attention weights).
 
     Raises:
-        ValueError: the model wants a soft cap on scores, or attention sinks.
+        ValueError: the layer wants what this attention would drop.
     """
-    if softcap is not None or s_aux is not None:
-        raise ValueError("soft caps and attention sinks are not computed here")
+    refuse_unapplied(module, attention_mask, extras)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = q_RHTD.shape[-1] ** -0.5 if scaling is None else scaling
     if prefix_cache.column < 0:
@@ -328,15 +328,9 @@ def shared_prefix(model: PreTrainedModel) -> Iterator[bool]:
         yield True
 
 
-@contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+def _own_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     AttentionInterface.register(NAME, shared_prefix_attention)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return attention_set(model, NAME)
 
 
 @torch.inference_mode()

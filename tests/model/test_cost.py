@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tiny import tiny_config
-from transformers import MistralConfig
+from transformers import DeepseekV2Config, MistralConfig
 
 from sftcore.model.cost import measure_model
 
@@ -40,3 +40,16 @@ def test_a_window_without_layer_types_holds_for_all_layers():
     expected = 12 * 16 * 3 * sum(pairs(int(n), 4) for n in LENGTHS)
     assert attention_flops(banded) == pytest.approx(expected)
     assert attention_flops(MistralConfig(**sizes, sliding_window=None)) > 2 * expected
+
+
+def test_values_of_another_size_than_keys_count_as_they_are():
+    """Keys of 8 + 4, values of 6: (12 + 6) / 2 a head; the output layer of attention takes 4 * 6."""
+    config = DeepseekV2Config(**MLA)
+    assert measure_model(config).attention_width == 4 * 9
+    assert attention_flops(config) == pytest.approx(6 * 2 * 4 * 9 * sum(n**2 for n in LENGTHS.tolist()))
+
+
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
+MLA |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
+MLA |= {"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1}
+MLA |= {"topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}

@@ -14,7 +14,9 @@ from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.errors import UserInputError
 from sftcore.model.attention import choose_attention
 from sftcore.model.attention.sdpa_docs import group_documents
-from sftcore.model.load import LossModel, decode_states, install_head, prove_head_and_packs
+from sftcore.model.forward import decode_states
+from sftcore.model.load import LossModel, install_head
+from sftcore.model.proof import prove_head_and_packs
 
 LENGTHS = (6, 9, 6, 1, 13)
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2}  # on values of order 1

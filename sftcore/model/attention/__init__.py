@@ -22,13 +22,18 @@ from sftcore.model.attention import flash, flex, sdpa_docs, torch_varlen
 from sftcore.model.attention.needs import AttentionNeeds, needs_of
 
 log = logging.getLogger(__name__)
-PREFIX = "sftcore_"  # of the names registered with transformers
 Lacks = Callable[[AttentionNeeds], list[str]]
 BACKENDS: dict[str, tuple[Callable[..., Any], Lacks]] = {  # in the order of preference
     flash.NAME: (flash.flash_attention, flash.lacks),
     torch_varlen.NAME: (torch_varlen.torch_varlen_attention, torch_varlen.lacks),
     flex.NAME: (flex.flex_docs_attention, flex.lacks),
     sdpa_docs.NAME: (sdpa_docs.sdpa_docs_attention, sdpa_docs.lacks),
+}
+REGISTERED = {  # names with "flash", "sdpa", "flex_attention" or "paged" mean something to transformers
+    flash.NAME: "sftcore_packed_fa",
+    torch_varlen.NAME: "sftcore_packed_varlen",
+    flex.NAME: "sftcore_packed_blocks",
+    sdpa_docs.NAME: "sftcore_packed_documents",
 }
 
 
@@ -62,16 +67,18 @@ def choose_attention(config: Any, wish: str, *, dtype: str, device: str) -> str:
     for name, why in refusals.items():
         if why and wish == "auto":
             log.debug("not %s: %s", name, ", ".join(why))
-    AttentionInterface.register(PREFIX + able[0], BACKENDS[able[0]][0])
-    AttentionMaskInterface.register(PREFIX + able[0], _no_mask)
-    return PREFIX + able[0]
+    name = REGISTERED[able[0]]
+    AttentionInterface.register(name, BACKENDS[able[0]][0])
+    AttentionMaskInterface.register(name, _no_mask)
+    return name
 
 
-PLAIN = AttentionNeeds(head_size=64, dtype="bfloat16", device="cuda", softcap=None, sinks=False)
+PLAIN = AttentionNeeds(head_size=64, value_size=64, dtype="bfloat16", device="cuda")
 ABILITIES = {
     "CPUs": replace(PLAIN, device="cpu"),
     "float32": replace(PLAIN, dtype="float32"),
-    "heads above 256": replace(PLAIN, head_size=512),
+    "heads above 256": replace(PLAIN, head_size=512, value_size=512),
+    "values unlike keys": replace(PLAIN, head_size=192, value_size=128),
     "soft caps": replace(PLAIN, softcap=50.0),
     "sinks": replace(PLAIN, sinks=True),
 }

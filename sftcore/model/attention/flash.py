@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sftcore.model.attention.needs import AttentionNeeds
+from sftcore.model.attention.needs import AttentionNeeds, lacks_of_all, refuse_unapplied
 
 NAME = "flash_attn"
 MAX_HEAD_SIZE = 256
@@ -55,9 +55,9 @@ def lacks(needs: AttentionNeeds) -> list[str]:
         reasons.append(f"it computes in bfloat16, not {needs.dtype}")
     if needs.head_size > MAX_HEAD_SIZE:
         reasons.append(f"its heads have at most {MAX_HEAD_SIZE} elements, not {needs.head_size}")
-    if needs.sinks:
-        reasons.append("it has no attention sinks")
-    return reasons
+    if needs.value_size != needs.head_size:
+        reasons.append(f"its values are of its keys' size, not {needs.value_size} beside {needs.head_size}")
+    return reasons + lacks_of_all(needs)
 
 
 def flash_attention(
@@ -72,7 +72,7 @@ def flash_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' AttentionInterface wants it.
 
@@ -81,8 +81,11 @@ def flash_attention(
 
     Returns:
         (1, T, H, D) and None.
+
+    Raises:
+        ValueError: the layer wants what this attention would drop.
     """
-    assert attention_mask is None, "packs carry document borders, not masks"
+    refuse_unapplied(module, attention_mask, extras)
     found = find_kernel()
     assert found is not None
     module_name, kernel = found

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from sftcore.model.attention.needs import AttentionNeeds
+from sftcore.model.attention.needs import AttentionNeeds, lacks_of_all, refuse_unapplied
 
 NAME = "flex"
 Score = Callable[..., torch.Tensor]
@@ -28,9 +28,7 @@ def lacks(needs: AttentionNeeds) -> list[str]:
     reasons = []
     if needs.device != "cuda":
         reasons.append("it trains on CUDA devices only")
-    if needs.sinks:
-        reasons.append("it has no attention sinks")
-    return reasons
+    return reasons + lacks_of_all(needs)
 
 
 def flex_docs_attention(
@@ -44,7 +42,7 @@ def flex_docs_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' AttentionInterface wants it.
 
@@ -53,8 +51,11 @@ def flex_docs_attention(
 
     Returns:
         (1, T, H, D) and None.
+
+    Raises:
+        ValueError: the layer wants what this attention would drop.
     """
-    assert attention_mask is None, "packs carry document borders, not masks"
+    refuse_unapplied(module, attention_mask, extras)
     kernel: Any = _compiled() if q_1HTD.is_cuda else flex_attention
     out_1HTD = kernel(
         q_1HTD,

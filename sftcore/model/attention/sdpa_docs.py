@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sftcore.model.attention.needs import AttentionNeeds
+from sftcore.model.attention.needs import AttentionNeeds, lacks_of_all, refuse_unapplied
 
 NAME = "sdpa_docs"
 
@@ -28,9 +28,7 @@ def lacks(needs: AttentionNeeds) -> list[str]:
     reasons = []
     if needs.softcap is not None:
         reasons.append("it has no soft cap on attention logits")
-    if needs.sinks:
-        reasons.append("it has no attention sinks")
-    return reasons
+    return reasons + lacks_of_all(needs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +70,7 @@ def sdpa_docs_attention(
     document_lengths: tuple[int, ...],
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' AttentionInterface wants it; see the module's docstring.
 
@@ -82,8 +80,11 @@ def sdpa_docs_attention(
 
     Returns:
         (1, T, H, D) and None (no attention weights).
+
+    Raises:
+        ValueError: the layer wants what this attention would drop.
     """
-    assert attention_mask is None, "packs carry document borders, not masks"
+    refuse_unapplied(module, attention_mask, extras)
     plan = group_documents(document_lengths, q_1HTD.device)
     q, k, v = (
         t[0] if plan.order is None else t[0].index_select(1, plan.order) for t in (q_1HTD, k_1GTD, v_1GTD)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention import varlen
 
-from sftcore.model.attention.needs import AttentionNeeds
+from sftcore.model.attention.needs import AttentionNeeds, lacks_of_all, refuse_unapplied
 
 NAME = "torch_varlen"
 MAX_HEAD_SIZE = 256
@@ -34,9 +34,9 @@ def lacks(needs: AttentionNeeds) -> list[str]:
         reasons.append(f"its heads have at most {MAX_HEAD_SIZE} elements, not {needs.head_size}")
     if needs.softcap is not None:
         reasons.append("it has no soft cap on attention logits")
-    if needs.sinks:
-        reasons.append("it has no attention sinks")
-    return reasons
+    if needs.value_size != needs.head_size:
+        reasons.append(f"its values are of its keys' size, not {needs.value_size} beside {needs.head_size}")
+    return reasons + lacks_of_all(needs)
 
 
 def torch_varlen_attention(
@@ -50,7 +50,7 @@ def torch_varlen_attention(
     max_length_q: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' AttentionInterface wants it.
 
@@ -59,8 +59,11 @@ def torch_varlen_attention(
 
     Returns:
         (1, T, H, D) and None.
+
+    Raises:
+        ValueError: the layer wants what this attention would drop.
     """
-    assert attention_mask is None, "packs carry document borders, not masks"
+    refuse_unapplied(module, attention_mask, extras)
     q_THD, k_TGD, v_TGD = (t[0].transpose(0, 1) for t in (q_1HTD, k_1GTD, v_1GTD))
     options: dict[str, Any] = {}
     group = q_THD.shape[1] // k_TGD.shape[1]

@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sftcore.model.attention.needs import AttentionNeeds
+from sftcore.model.attention.needs import AttentionNeeds, refuse_unapplied
 from sftcore.model.attention.sdpa_docs import lacks as lacks_of_sdpa
 
 NAME = "sftcore_tree"
@@ -134,7 +134,7 @@ def tree_attention(
     tree: Tree,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' AttentionInterface wants it; see the module's docstring.
 
@@ -144,8 +144,11 @@ def tree_attention(
 
     Returns:
         (1, T, H, D) and None (no attention weights).
+
+    Raises:
+        ValueError: the layer wants what this attention would drop.
     """
-    assert attention_mask is None, "trees carry their shape, not masks"
+    refuse_unapplied(module, attention_mask, extras)
     q_THD, k_TGD, v_TGD = (t[0].transpose(0, 1) for t in (q_1HTD, k_1GTD, v_1GTD))
     plan = tree.plan(sliding_window, q_1HTD.device)
     outputs = []
@@ -180,7 +183,7 @@ def _attend(
         scores = (q_NGXD @ k_NGMD.float().transpose(-1, -2)).view(forks, heads, length, width)
         weights = torch.softmax(scores.masked_fill_(~mask_N1LM, -torch.inf), -1)
         out_NGXD = weights.view(forks, groups, -1, width) @ v_NGMD.float()
-        out_NHLD = out_NGXD.view(forks, heads, length, size).to(q_NHLD.dtype)
+        out_NHLD = out_NGXD.view(forks, heads, length, -1).to(q_NHLD.dtype)
     return out_NHLD.transpose(1, 2).flatten(0, 1)
 
 

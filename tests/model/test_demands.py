@@ -1,0 +1,100 @@
+"""What a configuration asks for and training doesn't give: refused before anything is made, or said."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from launcher_commands import save
+from tiny import TINY, tiny_config, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
+
+from launcher.outlook import why_not_trainable
+from launcher.training import train_recipe
+from sftcore.errors import UserInputError
+from sftcore.model.demands import check_demands
+from sftcore.model.load import load_for_training
+from sftcore.recipe import load_recipe
+from sftcore.train.devices import Device
+
+CPUS = Device(name="CPUs", is_gpu=False, memory_bytes=8 * 10**9)
+ENDS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+GPT2 = GPT2Config(**ENDS, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+OPT = OPTConfig(
+    **ENDS,
+    hidden_size=32,
+    ffn_dim=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    word_embed_proj_dim=32,
+)
+ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def recipe_with(tiny_recipe, config, **changes):
+    """A recipe for a new model of this configuration."""
+    AutoModelForCausalLM.from_config(config).save_pretrained("other")
+    tiny_tokenizer().save_pretrained("other")
+    return load_recipe(Path(save(tiny_recipe, model={"path": "other", "dtype": "float32"}, **changes)))
+
+
+@pytest.mark.parametrize("config", [GPT2, OPT], ids=["gpt2", "opt"])
+def test_samples_longer_than_a_table_of_positions_are_refused_first(tiny_recipe, config):
+    recipe = recipe_with(tiny_recipe, config)
+    refusal = why_not_trainable(recipe, CPUS)
+    assert refusal is not None
+    for found in (str(refusal), message_of(lambda: train_recipe(recipe))):
+        assert "samples may be longer than the table of positions" in found
+        assert "got: 256 (batch.capacity)" in found and "do: set data.max_length: 64" in found
+    assert not list(Path().glob("**/plan.json")) and not list(Path().glob("**/*.bin"))
+    short = recipe_with(tiny_recipe, config, data=tiny_recipe["data"] | {"max_length": 64})
+    assert why_not_trainable(short, CPUS) is None
+    load_for_training(short)
+
+
+def message_of(action) -> str:
+    with pytest.raises(UserInputError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_computed_positions_have_no_limit(tiny_recipe):
+    config = LlamaConfig(**TINY, max_position_embeddings=16)
+    check_demands(recipe_with(tiny_recipe, config), config)
+
+
+def test_a_loss_of_routers_is_refused_with_the_remedy(tiny_recipe):
+    config = MixtralConfig(**TINY, **ROUTED, output_router_logits=True, router_aux_loss_coef=0.5)
+    recipe = recipe_with(tiny_recipe, config)
+    for found in (str(why_not_trainable(recipe, CPUS)), message_of(lambda: load_for_training(recipe))):
+        assert "model type 'mixtral' asks for a loss of its routers" in found
+        assert "got: output_router_logits: true, router_aux_loss_coef: 0.5" in found
+        assert "set output_router_logits: false" in found
+
+
+def test_a_routers_coefficient_alone_is_said(tiny_recipe, caplog):
+    recipe = recipe_with(tiny_recipe, MixtralConfig(**TINY, **ROUTED, router_aux_loss_coef=0.25))
+    with caplog.at_level(logging.WARNING):
+        load_for_training(recipe)
+    assert caplog.text.count("router_aux_loss_coef: 0.25 of the model's config.json is not trained") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (LlamaConfig(**TINY, attention_dropout=0.5), "attention_dropout: 0.5"),
+        (GPT2Config(**GPT2.to_diff_dict() | {"n_positions": 256, "attn_pdrop": 0.25}), "attn_pdrop: 0.25"),
+    ],
+)
+def test_dropout_of_attention_is_said_once(tiny_recipe, caplog, config, line):
+    with caplog.at_level(logging.WARNING):
+        load_for_training(recipe_with(tiny_recipe, config))
+    assert caplog.text.count(f"{line} of the model's config.json is taken as 0 in training") == 1
+
+
+def test_nothing_is_said_of_a_plain_model(tiny_recipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_for_training(recipe_with(tiny_recipe, tiny_config("llama")))
+    assert "config.json" not in caplog.text
