@@ -111,18 +111,20 @@ def computes_attention(
 ) -> bool:
     """Whether transformers' own attention gives documents of token ids these states (1, T, D).
 
-    In bfloat16 rounding can choose another expert for a token, which those after it see (of 30 models with
-    8 layers of 32 experts and random weights, 5 had most tokens off): behind routers the token that differs
-    least is judged, of those that see another.
+    In bfloat16 rounding alone can throw single tokens far off (logits of a tuned SmolLM2 by 7 % of the
+    largest), so the middle one of those that see another is judged. It can also choose another expert for a
+    token, which those after it see (of 30 models with 8 layers of 32 experts and random weights, 5 had most
+    tokens off): behind routers the token that differs least is judged.
     """
     offs = []
     for ids_T, ours_1TD in zip(documents, states, strict=True):
         own_1TD = states_by_transformers(model, ids_T)
         offs.append((ours_1TD - own_1TD)[0, 1:].abs().amax(-1).float() / own_1TD.abs().max().clamp(min=1e-6))
     off = torch.cat(offs)
+    if model.dtype != torch.bfloat16:
+        return bool(off.max() < TOLERANCES[model.dtype])
     is_routed = not EXPERTS.isdisjoint(model.config.get_text_config().to_dict())
-    worst = off.min() if is_routed and model.dtype == torch.bfloat16 else off.max()
-    return bool(worst < TOLERANCES[model.dtype])
+    return bool((off.min() if is_routed else off.median()) < TOLERANCES[model.dtype])
 
 
 @contextmanager

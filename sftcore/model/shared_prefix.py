@@ -32,8 +32,7 @@ from sftcore.model.forward import attention_set
 log = logging.getLogger(__name__)
 NAME = "sftcore_shared_prefix"
 DROP_PROMPTS_BELOW = 0.75  # prompts without rows go once fewer than this share still has some
-TOLERANCES = {torch.float32: 1e-3}  # of the proof, relative to the largest logit
-LOW_PRECISION_TOLERANCE = 5e-2
+TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.2  # of the proof, relative to the norm of the logits
 _PROVEN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -349,6 +348,18 @@ def proves_equal(model: PreTrainedModel) -> bool:
     except (TypeError, ValueError, LookupError) as error:
         log.debug("no shared prefixes: %s", error)
         return False
-    tolerance = TOLERANCES.get(model.dtype, LOW_PRECISION_TOLERANCE)
-    largest = torch.stack(own).abs().max()
-    return bool(((rows.logits.float() - torch.stack(own)).abs().max() < tolerance * largest).item())
+    return _agree(rows.logits.float(), torch.stack(own), model.dtype)
+
+
+def _agree(ours_RV: torch.Tensor, own_RV: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits are equal: those of every row in float32, of the middle row in lower precisions.
+
+    There rounding alone can throw a row far off: of SmolLM2's three in bfloat16, 4, 8 and 18 % (a tuned one:
+    5, 5, 66 %); a wrong attention threw all of them off by 66 % and more.
+    """
+    centred_RV = own_RV - own_RV.mean(-1, keepdim=True)
+    off_R = (ours_RV - own_RV).norm(dim=-1) / centred_RV.norm(dim=-1)
+    is_exact = dtype == torch.float32
+    worst, tolerance = (off_R.max(), TOLERANCE) if is_exact else (off_R.median(), LOW_PRECISION_TOLERANCE)
+    log.debug("shared prefixes: logits differ by %.2g of their norm, %.2g is allowed", worst, tolerance)
+    return bool(worst < tolerance)
