@@ -83,8 +83,8 @@ TITLES = {
 NOTES = {
     "trl": "TRL trains bfloat16 weights by bfloat16 moments; what ours keeps stands in the last columns.",
     "lever": "Measured in the benchmark's own plain loop, whose weights are bfloat16 without masters. The "
-    "product has `train.activation_checkpointing` and, always, the fused optimizer; fused layers and compiled "
-    "blocks exist in this loop only.",
+    "product has `train.activation_checkpointing` and, always, the fused optimizer; fused layers and "
+    "compiled blocks exist in this loop only.",
 }
 
 
