@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
@@ -40,7 +41,8 @@ class Target:
             torch.cuda.synchronize()
 
     def reset_peak(self) -> None:
-        """Begin to watch the device's memory anew."""
+        """Let go of what cycles hold, and begin to watch the device's memory anew."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -57,12 +59,12 @@ class Case:
     Args:
         description: section and settings, first in its row.
         run: makes it; returns the row's figures.
-        seconds: must be left for it to begin.
+        seconds: it takes, by arithmetic, with set-up and compilation; must be left for it to begin.
     """
 
     description: dict
     run: Callable[[], dict]
-    seconds: float = field(default=15.0)
+    seconds: float
 
 
 def seconds_of(target: Target, run: Callable[[], object], *, warmup: int = 2, repeats: int = 5) -> float:

@@ -6,7 +6,7 @@ without it a plain loop with torch's fused AdamW on the bfloat16 weights (`engin
 float32 masters: the two are never compared.
 MFU = FLOPs of the weights, of the trained positions' head and of the pairs that documents really have
 (`sftcore.model.cost`), over 989 TFLOP/s (H100 and H200, dense bfloat16) and over the rate measured here.
-Levers are differences from the plain loop's step, each alone, then all that are kept.
+Levers are differences from the plain loop's step, each alone, then all; what they patch is put back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 
 from benchmarks.gpu_clock import Case, Target, seconds_of
 from benchmarks.gpu_kernels import product_rate
+from benchmarks.gpu_unpatched import patched_modules, restored
 from sftcore.batching.collate import UNTRAINED, Batch, collate
 from sftcore.config import Recipe
 from sftcore.data.prompts import Sample
@@ -93,7 +94,6 @@ TINY = LlamaConfig(
     num_key_value_heads=2,
     head_dim=16,
 )
-ZERO = ("zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,51 +128,70 @@ class Settings:
 
 
 def step_cases(target: Target) -> Iterator[Case]:
-    """Shapes x full and LoRA x pack sizes, then the ZeRO stages of the smallest."""
+    """Shapes x full and LoRA x pack sizes, then ZeRO-2 of the smallest."""
+    smallest = _smallest(target)
+    if target.is_tiny:
+        chosen = [smallest, replace(smallest, adapter="lora"), replace(smallest, checkpointing="full")]
+    else:
+        large = replace(smallest, shape="llama-3.1-8b")
+        chosen = [
+            smallest,
+            replace(large, adapter="lora"),
+            *(replace(smallest, shape=shape) for shape in ("qwen3-1.7b", "gemma-3-1b")),
+            replace(large, optimizer="adamw-8bit", checkpointing="full"),
+            replace(smallest, num_tokens=16_384),
+            replace(large, adapter="lora", num_tokens=16_384, checkpointing="full"),
+        ]
+    if smallest.deepspeed != "plain":
+        chosen.append(replace(smallest, deepspeed="zero2"))
+    return (_step_case(target, settings) for settings in chosen)
+
+
+def zero3_cases(target: Target) -> Iterator[Case]:
+    """ZeRO-3 of the smallest shape, where DeepSpeed is installed."""
+    smallest = _smallest(target)
+    if smallest.deepspeed != "plain":
+        yield _step_case(target, replace(smallest, deepspeed="zero3"))
+
+
+def _smallest(target: Target) -> Settings:
     engine = "zero1" if util.find_spec("deepspeed") else "plain"
     if target.is_tiny:
-        base = Settings(shape="tiny", num_tokens=512, deepspeed=engine)
-        chosen = [base, replace(base, adapter="lora"), replace(base, checkpointing="full")]
-    else:
-        large = Settings(shape="llama-3.1-8b", deepspeed=engine)
-        chosen = [
-            Settings(shape="llama-3.2-1b", deepspeed=engine),
-            replace(large, adapter="lora"),
-            *(Settings(shape=shape, deepspeed=engine) for shape in ("qwen3-1.7b", "gemma-3-1b")),
-            Settings(shape="llama-3.2-1b", num_tokens=16_384, deepspeed=engine),
-            replace(large, adapter="lora", num_tokens=16_384, checkpointing="full"),
-            replace(large, optimizer="adamw-8bit", checkpointing="full"),
-        ]
-    if engine != "plain":
-        chosen += [replace(chosen[0], deepspeed=name) for name in ZERO[1:]]
-    for settings in chosen:
-        yield Case(
-            description=settings.describe("step"),
-            run=lambda s=settings: measure_step(target, s),
-            seconds=60 if "8b" in settings.shape else 30,
-        )
+        return Settings(shape="tiny", num_tokens=512, deepspeed=engine)
+    return Settings(shape="llama-3.2-1b", deepspeed=engine)
+
+
+def _step_case(target: Target, settings: Settings) -> Case:
+    return Case(
+        description=settings.describe("step"),
+        run=lambda: measure_step(target, settings),
+        seconds=26 if "8b" in settings.shape else 12,
+    )
 
 
 def lever_cases(target: Target) -> Iterator[Case]:
     """Each lever alone on the plain loop, then all of them."""
-    base = Settings(shape="tiny" if target.is_tiny else "llama-3.2-1b", deepspeed="plain")
-    base = replace(base, num_tokens=512) if target.is_tiny else base
+    base = replace(_smallest(target), deepspeed="plain")
     for levers in ((), *((name,) for name in LEVERS), tuple(LEVERS)):
         settings = replace(base, levers=levers)
         yield Case(
-            description=settings.describe("lever"), run=lambda s=settings: measure_step(target, s), seconds=40
+            description=settings.describe("lever"),
+            run=lambda s=settings: measure_step(target, s),
+            seconds=35 if "compiled blocks" in levers else 10,
         )
 
 
 def measure_step(target: Target, settings: Settings) -> dict:
     """Tokens/s, MFU, peak bytes and the plan's prediction of them, seconds by part."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        config = TINY if settings.shape == "tiny" else SHAPES[settings.shape]
+    config = config_of(settings)
+    with tempfile.TemporaryDirectory() as folder, restored(patched_modules(config)):
         config.save_pretrained(folder)
         recipe = make_recipe(settings, folder)
-        cost = measure_recipe(recipe).coefficients
-        predicted = predict_bytes(recipe, world=1, num_tokens=settings.num_tokens, device=device_here())
+        cost = measure_recipe(recipe)
+        predicted = predict_bytes(
+            recipe, world=1, num_tokens=settings.num_tokens, device=device_here(), cost=cost
+        )
         target.reset_peak()
         model = build(target, config, recipe)
         batches = [make_batch(target, config, settings, seed) for seed in range(4)]
@@ -185,7 +204,7 @@ def measure_step(target: Target, settings: Settings) -> dict:
             close()
     lengths = np.array(batches[0].document_lengths)
     trained = np.full(len(lengths), len(batches[0].targets) / len(lengths))
-    rate = 1e-12 * float(cost.of(lengths, trained).sum()) / seconds
+    rate = 1e-12 * float(cost.coefficients.of(lengths, trained).sum()) / seconds
     return {
         "seconds": seconds,
         "tokens_per_second": settings.num_tokens / seconds,
@@ -196,6 +215,11 @@ def measure_step(target: Target, settings: Settings) -> dict:
         "peak_bytes": target.peak_bytes(),
         "predicted_bytes": sum(predicted.values()),
     }
+
+
+def config_of(settings: Settings) -> Any:
+    """The configuration of the settings' shape."""
+    return TINY if settings.shape == "tiny" else SHAPES[settings.shape]
 
 
 def make_recipe(settings: Settings, folder: str) -> Recipe:
@@ -277,7 +301,7 @@ def plain_step(model: LossModel, recipe: Recipe, settings: Settings) -> Step:
 
 
 def _fuse_layers(model: LossModel) -> None:
-    """Liger's norms, rotary embedding and SwiGLU in this model alone; the loss stays ours."""
+    """Liger's norms, rotary embedding and SwiGLU; the loss stays ours. Also patches the model's module."""
     liger = importlib.import_module("liger_kernel.transformers")
     liger._apply_liger_kernel_to_instance(
         model.causal_lm, cross_entropy=False, fused_linear_cross_entropy=False

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_needs import CARRIED, OPTIONAL, how_to_bring
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 GPU_COMMAND = "python -m benchmarks.gpu --out benchmarks/results"
@@ -19,11 +21,32 @@ TRAIN_COMMAND = (
     "python -m benchmarks.train --model .cache/models/smollm2-135m --trl-python TRL/bin/python "
     "--items ../shared/data/entityquestions --rounds 5 --samples-per-step 64 --steps 1"
 )
+WHEELS = (
+    "It needs torch, transformers, numpy, tokenizers, safetensors and PyYAML, which GPU images have, and "
+    f"{', '.join(CARRIED)}. It uses {', '.join(OPTIONAL)}, says which are missing and what it leaves out "
+    "without them, and prints these commands with their names:",
+    "",
+    *how_to_bring(["NAMES"]).splitlines(),
+    "",
+    "Carry also what these require and the image lacks: for deepspeed hjson, einops, msgpack, psutil, "
+    "py-cpuinfo and ninja; for peft and trl accelerate; for datasets dill, multiprocess, xxhash and pyarrow. "
+    "flash-attn compiles for an hour or more where it has no wheel for the image's torch; `torch_varlen` "
+    "needs none.",
+)
 COLUMNS = {
     "limit": ("product", "teraflops_per_second"),
     "attention": (
-        *("backend", "tokens", "heads", "key_value_heads", "head_size", "window"),
-        *("state", "error_out", "error_dq", "error_dk", "error_dv", "seconds", "teraflops_per_second"),
+        *("backend", "packed", "tokens", "documents", "longest", "heads", "key_value_heads", "head_size"),
+        *(
+            "window",
+            "state",
+            "error_out",
+            "error_dq",
+            "error_dk",
+            "error_dv",
+            "seconds",
+            "teraflops_per_second",
+        ),
     ),
     "step": (
         *("shape", "adapter", "num_tokens", "deepspeed", "optimizer", "checkpointing", "state"),
@@ -39,7 +62,7 @@ COLUMNS = {
             "ours_tokens_per_second",
             "trl_tokens_per_second",
         ),
-        *("times_as_fast", "ours_peak_bytes", "trl_peak_bytes"),
+        *("times_as_fast", "ours_peak_bytes", "trl_peak_bytes", "ours_precision", "trl_precision"),
     ),
     "head": (
         *("head", "tokens", "trained_share", "vocabulary", "state", "error_loss", "error_gradient_of_states"),
@@ -54,6 +77,14 @@ TITLES = {
     "trl": "Beside TRL",
     "head": "Head and loss",
     "lever": "Levers",
+}
+
+
+NOTES = {
+    "trl": "TRL trains bfloat16 weights by bfloat16 moments; what ours keeps stands in the last columns.",
+    "lever": "Measured in the benchmark's own plain loop, whose weights are bfloat16 without masters. The "
+    "product has `train.activation_checkpointing` and, always, the fused optimizer; fused layers and "
+    "compiled blocks exist in this loop only.",
 }
 
 
@@ -82,6 +113,7 @@ def page(gpu: dict | None, train: list[dict] | None) -> str:
     lines += ["## Training on CPUs beside TRL", "", f"    {TRAIN_COMMAND}", ""]
     lines += train_lines(train or [])
     lines += ["", "## On a GPU", "", f"    {GPU_COMMAND}", ""]
+    lines += [*WHEELS, ""]
     if gpu is None:
         return "\n".join(
             [*lines, "Not measured yet: the tables stay empty until the command has run on a card.", ""]
@@ -89,8 +121,15 @@ def page(gpu: dict | None, train: list[dict] | None) -> str:
     lines += ["```", json.dumps({"date": gpu["date"], **gpu["environment"]}, indent=1), "```", ""]
     for section, columns in COLUMNS.items():
         rows = [row for row in gpu["rows"] if row["section"] == section]
-        lines += [f"### {TITLES[section]}", "", *table(rows, columns), ""]
+        lines += [f"### {TITLES[section]}", "", *note(section, rows), *table(rows, columns), ""]
     return "\n".join([*lines, "![roofline](results/gpu.png)", ""])
+
+
+def note(section: str, rows: list[dict]) -> list[str]:
+    """When the section was run, and what its reader must know."""
+    dates = ", ".join(sorted({row["date"] for row in rows}))
+    parts = [part for part in (f"{dates}." if dates else "", NOTES.get(section)) if part]
+    return [" ".join(parts), ""] if parts else []
 
 
 def train_lines(reports: list[dict]) -> list[str]:

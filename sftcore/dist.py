@@ -69,6 +69,12 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def claim_device() -> None:
+    """Make this rank's GPU torch's current one; collectives of Python objects go through that one."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+
+
 def fill_environment() -> None:
     """Give a process without a launcher the variables that a launcher would set for rank 0 of 1."""
     os.environ.setdefault("RANK", "0")
@@ -87,11 +93,12 @@ def _free_port() -> int:
 
 def sums_and_maxima(sums: list[float], maxima: list[float]) -> tuple[list[float], list[float]]:
     """Sum the first values over ranks and take the maximum of the second; float64."""
+    if world_size() == 1:
+        return list(sums), list(maxima)  # no round trip to the device
     total = torch.tensor(sums, dtype=torch.float64, device=device())
     largest = torch.tensor(maxima, dtype=torch.float64, device=device())
-    if world_size() > 1:
-        torch_dist.all_reduce(total)
-        torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
+    torch_dist.all_reduce(total)
+    torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
     return total.tolist(), largest.tolist()
 
 

@@ -54,16 +54,22 @@ class Batch:
     num_tokens: int
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; copies don't block the host."""
+        """The same batch on `device`; copies to a GPU, from page-locked memory, don't block the host."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-            trained_index=self.trained_index.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            weights=self.weights.to(device, non_blocking=True),
+            input_ids=_send(self.input_ids, device),
+            position_ids=_send(self.position_ids, device),
+            cu_seqlens=_send(self.cu_seqlens, device),
+            trained_index=_send(self.trained_index, device),
+            targets=_send(self.targets, device),
+            weights=_send(self.weights, device),
         )
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from pageable memory, the copy waits for all work before it
+    return tensor.to(device, non_blocking=True)
 
 
 def collate(

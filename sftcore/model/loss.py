@@ -91,6 +91,10 @@ class TrainedTokenHead(nn.Linear):
 def choose_head(wish: str, *, device: str) -> str:
     """Which loss a model trains with: liger or chunked.
 
+    auto is chunked until both are measured on a card (benchmarks.gpu head). liger adds each of its small
+    chunks' (V, D) product to a float32 sum: for 2,458 trained positions of a 1B model that traffic comes to
+    33 ms by arithmetic, the products themselves to 5 ms.
+
     Args:
         wish: auto, or one of them.
         device: "cuda" or "cpu".
@@ -98,12 +102,12 @@ def choose_head(wish: str, *, device: str) -> str:
     Raises:
         MissingEnvironmentError: liger is asked for and can't be had.
     """
+    kind = "chunked" if wish == "auto" else wish
     reason = "it needs a CUDA device" if device != "cuda" else _why_no_liger()
-    if wish == "liger" and reason:
+    if kind == "liger" and reason:
         raise MissingEnvironmentError(
             Problem(what=f"liger's loss can't be used: {reason}", where="model.head", remedy=LIGER_REMEDY)
         )
-    kind = "chunked" if wish == "chunked" or reason else "liger"
     log.info("head: %s", kind)
     return kind
 
@@ -112,7 +116,10 @@ def _why_no_liger() -> str:
     """Empty if it is there."""
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
-    found = metadata.version("liger-kernel")
+    try:
+        found = metadata.version("liger-kernel")
+    except metadata.PackageNotFoundError:
+        return "liger_kernel has no metadata that tells its version"
     numbers = tuple(int(n) for n in found.split(".")[:3] if n.isdigit())
     return "" if numbers >= LIGER_VERSION else f"liger-kernel {found} has wrong gradients"
 

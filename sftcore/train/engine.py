@@ -126,6 +126,7 @@ def keep_freed_memory() -> None:
 def init_process_group() -> None:
     """Join the other ranks; a process without a launcher becomes rank 0 of 1."""
     dist.fill_environment()
+    dist.claim_device()
     _put_own_programs_first()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=dist.RENDEZVOUS_TIMEOUT, verbose=False)
@@ -289,8 +290,18 @@ class Engine:
                 yield name, whole
 
     def close(self) -> None:
-        """Give up DeepSpeed's hooks and buffers."""
+        """Give up DeepSpeed's buffers and the model's weights; neither is of use any more.
+
+        DeepSpeed 0.19.8 leaves its functions and flat buffers hanging on the parameters, and at stage 3 the
+        modules in a cache: weights, float32 masters and gradients would stay as long as the process.
+        """
         self.deepspeed.destroy()
+        for parameter in self.deepspeed.module.parameters():
+            parameter.__dict__.clear()
+            parameter.data = parameter.data.new_empty(0)
+        for optimizer in (self.deepspeed.optimizer, self.deepspeed.basic_optimizer):
+            vars(optimizer).clear()
+        del self.deepspeed
 
     def _leave_lone_gradients_alone(self) -> None:
         """One rank has nothing to reduce, but DeepSpeed would copy and round all gradients for it.

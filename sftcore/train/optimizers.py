@@ -9,17 +9,22 @@ products of each matrix with itself in every update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from sftcore.config import TrainSettings
+from sftcore.errors import Problem, UserInputError
 from sftcore.model.quantise import require_bitsandbytes
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 MUON_MOMENTUM = 0.95
+# bitsandbytes counts a tensor's elements in 32 bits with a sign; DeepSpeed makes a group one tensor and pads
+# it to a multiple of a few elements a rank
+MAX_EIGHT_BIT_ELEMENTS = 2**31 - 2**16
 LR_SCALE = "lr_scale"  # key of a parameter group: its learning rate is the step's times this
 Group = dict[str, Any]
 
@@ -29,6 +34,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
 
     Raises:
         MissingEnvironmentError: bitsandbytes is not installed.
+        UserInputError: a weight is too large for 8-bit moments.
     """
     if settings.optimizer == "muon":
         return _make_muon(model, settings)
@@ -36,6 +42,8 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     options: Group = {"lr": settings.lr, "betas": ADAM_BETAS, "eps": ADAM_EPS}
     if settings.optimizer == "adamw-8bit":
         bitsandbytes = require_bitsandbytes("train.optimizer: adamw-8bit")
+        _refuse_larger(model, MAX_EIGHT_BIT_ELEMENTS)
+        groups = [part for group in groups for part in _parts_of(group, MAX_EIGHT_BIT_ELEMENTS)]
         eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **options)
         return eight_bit
     return torch.optim.AdamW(groups, fused=True, **options)
@@ -62,6 +70,38 @@ def _decay_groups(parameters: Iterable[nn.Parameter], settings: TrainSettings) -
         },
         {"params": [p for p in parameters if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
     ]
+
+
+def _refuse_larger(model: nn.Module, limit: int) -> None:
+    """No weight can be in two groups."""
+    sizes = {name: math.prod(whole_shape(p)) for name, p in model.named_parameters() if p.requires_grad}
+    problems = [
+        Problem(
+            what=f"8-bit moments can't be kept for {name}: it is too large for bitsandbytes",
+            where="train.optimizer",
+            got=f"adamw-8bit, {size:,} elements",
+            allowed=f"at most {limit:,}",
+            remedy="set train.optimizer: adamw (deepspeed: zero2-offload if memory is short)",
+        )
+        for name, size in sizes.items()
+        if size > limit
+    ]
+    if problems:
+        raise UserInputError(*problems)
+
+
+def _parts_of(group: Group, limit: int) -> Iterator[Group]:
+    """The group cut, in order, into groups of at most `limit` elements; at least one, be it empty."""
+    part: list[nn.Parameter] = []
+    size = 0
+    for parameter in group["params"]:
+        num_elements = math.prod(whole_shape(parameter))
+        if part and size + num_elements > limit:
+            yield {**group, "params": part}
+            part, size = [], 0
+        part.append(parameter)
+        size += num_elements
+    yield {**group, "params": part}
 
 
 def _make_muon(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

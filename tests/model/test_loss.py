@@ -145,11 +145,22 @@ def test_the_head_is_chosen_by_ability(monkeypatch):
     assert choose_head("auto", device="cpu") == "chunked"
     with pytest.raises(MissingEnvironmentError, match=r"(?s)needs a CUDA device.*sftcore\[gpu\]"):
         choose_head("liger", device="cpu")
-    for version, kind in (("0.8.1", "chunked"), ("0.8.2", "liger"), ("0.10.0", "liger"), (None, "chunked")):
+    refusals = {"0.8.1": "has wrong gradients", "0.8.2": "", "0.10.0": "", None: "is not installed"}
+    for version, refusal in refusals.items():
         monkeypatch.setattr(loss_module.importlib.util, "find_spec", lambda name, v=version: v)
         monkeypatch.setattr(loss_module.metadata, "version", lambda name, v=version: v)
-        assert choose_head("auto", device="cuda") == kind, version
-        assert choose_head("chunked", device="cuda") == "chunked"
+        assert choose_head("auto", device="cuda") == choose_head("chunked", device="cuda") == "chunked"
+        if refusal:
+            with pytest.raises(MissingEnvironmentError, match=refusal):
+                choose_head("liger", device="cuda")
+        else:
+            assert choose_head("liger", device="cuda") == "liger"
+
+
+def test_liger_without_metadata_is_refused(monkeypatch):
+    monkeypatch.setattr(loss_module.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(MissingEnvironmentError, match="no metadata that tells its version"):
+        choose_head("liger", device="cuda")
 
 
 @pytest.mark.gpu

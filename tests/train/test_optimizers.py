@@ -14,7 +14,8 @@ from launching import ROOT, run, run_cells, steps, weights, weights_hash, write_
 from transformers import AutoModelForCausalLM
 
 from sftcore.config import Recipe, TrainSettings
-from sftcore.errors import MissingEnvironmentError
+from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.train import optimizers
 from sftcore.train.loop import learning_rate
 from sftcore.train.optimizers import make_optimizer, set_learning_rate
 from sftcore.train.tracking import RunTracker
@@ -89,6 +90,34 @@ def test_a_muon_step_is_as_large_as_adams(tiny_model_folder):
         is_hidden = parameter.ndim > 1 and "embed" not in name
         expected = 0.2 * 0.01 if is_hidden else 0.01
         assert change.item() == pytest.approx(expected, rel=0.25 if is_hidden else 1e-3), name
+
+
+def eight_bit_groups(monkeypatch, **shapes: tuple[int, ...]) -> list[dict]:
+    """Parameter groups that bitsandbytes' Adam is given for weights of these shapes, which take no memory."""
+    model = torch.nn.Module()
+    for name, shape in shapes.items():
+        model.register_parameter(name, torch.nn.Parameter(torch.empty(shape, device="meta")))
+    optim = SimpleNamespace(AdamW8bit=lambda groups, **options: list(groups))
+    monkeypatch.setattr(optimizers, "require_bitsandbytes", lambda where: SimpleNamespace(optim=optim))
+    return make_optimizer(model, TrainSettings(optimizer="adamw-8bit", weight_decay=0.1))
+
+
+def test_no_group_of_eight_bit_adam_is_longer_than_bitsandbytes_counts(monkeypatch):
+    """DeepSpeed makes each group one tensor; with two groups a model of 8B would wrap the count around."""
+    shapes = {f"m{n}": (2**15, 2**15) for n in range(3)} | {"norm": (8,), "m3": (2**15, 2**14)}
+    groups = eight_bit_groups(monkeypatch, **shapes)
+    sizes = [[p.numel() for p in group["params"]] for group in groups]
+    assert sizes == [[2**30], [2**30], [2**30, 2**29], [8]]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.1, 0.0]
+    small = eight_bit_groups(monkeypatch, matrix=(2, 3))
+    assert [len(group["params"]) for group in small] == [1, 0]
+
+
+def test_a_weight_too_large_for_eight_bit_adam_is_named(monkeypatch):
+    with pytest.raises(
+        UserInputError, match=r"(?s)kept for huge: .*2,147,483,648 elements.*adamw .deepspeed: zero2-offload"
+    ):
+        eight_bit_groups(monkeypatch, huge=(2**16, 2**15), fine=(2, 3))
 
 
 @pytest.mark.slow
