@@ -59,14 +59,14 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
     Args:
         path: final name; its folder is created.
-        mode: "w" (UTF-8, newline kept) or "wb".
+        mode: "w" (UTF-8, newline kept; lone surrogates, from odd file names, become JSON's escapes) or "wb".
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    encoding, newline, errors = (None, None, None) if "b" in mode else ("utf-8", "\n", "backslashreplace")
     with disk_errors_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, mode, encoding=encoding, newline=newline) as handle:
+            with open(temporary, mode, encoding=encoding, newline=newline, errors=errors) as handle:
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -184,7 +184,7 @@ def sha256_of_file(path: Path) -> str:
 def fingerprint_of(value: Any) -> str:
     """First 16 hex digits of the SHA-256 of `value` as canonical JSON: stable over runs and machines."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]  # odd file names
 
 
 @contextlib.contextmanager

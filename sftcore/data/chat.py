@@ -18,6 +18,7 @@ from sftcore.data.tokens import Codec
 from sftcore.errors import Problem, UserInputError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+CLOCK, DAY = "strftime_now", "26 Jul 2024"  # Llama 3's templates take a day that they are given
 TRIAL = Chat(
     messages=(
         Message(role="user", content="What is the colour of the sky?"),
@@ -51,8 +52,11 @@ class ChatRenderer:
             )
         tokens = self.tokenizer.convert_ids_to_tokens(sorted(codec.special_ids))
         self._special = re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)))
-        self._has_masks = bool(GENERATION_TAG.search(str(self.tokenizer.chat_template)))
+        template = str(self.tokenizer.chat_template)
+        self._has_masks = bool(GENERATION_TAG.search(template))
         try:
+            if CLOCK in template and "date_string" not in template:
+                raise ChatRefused(f"it reads the clock ({CLOCK}), so samples would depend on the day")
             self.pieces(TRIAL)
         except ChatRefused as error:
             raise UserInputError(
@@ -95,7 +99,7 @@ class ChatRenderer:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DAY
             )
         except TemplateError as error:
             raise ChatRefused(f"the template says: {error}") from error
@@ -124,6 +128,7 @@ class ChatRenderer:
             [{"role": message.role, "content": message.content} for message in chat.messages],
             return_dict=True,
             return_assistant_tokens_mask=True,
+            date_string=DAY,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
         mask, offsets = [0, *rendered["assistant_masks"], 0], rendered["offset_mapping"]

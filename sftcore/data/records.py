@@ -189,7 +189,8 @@ def id_prefixes(files: Sequence[Path]) -> dict[Path, str]:
 def _prefix_choices(file: Path) -> list[str]:
     """Stem, folder/stem, ..., and at last the whole path with its extension."""
     parts = (*file.parts[:-1], Path(file.name.removesuffix(".gz")).stem)
-    return ["/".join(parts[-depth:]) for depth in range(1, len(parts) + 1)] + [str(file)]
+    choices = ["/".join(parts[-depth:]) for depth in range(1, len(parts) + 1)] + [str(file)]
+    return [printable_path(choice) for choice in choices]
 
 
 def shares_of(

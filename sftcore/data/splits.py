@@ -8,6 +8,7 @@ written by prepare, which never does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from sftcore.data.wording import PromptOptions, fact_texts, question_patterns, w
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 
+log = logging.getLogger(__name__)
 HELD_OUT = ("valid", "test", "ood")
 FORMATS = {
     "qa": ("entityquestions", "facts", "jsonl"),
@@ -65,17 +67,21 @@ def split_prefixes(recipe: Recipe, split: str) -> dict[Path, str]:
 
 
 def held_out_records(recipe: Recipe) -> Iterator[Record]:
-    """What is held out, for comparison with the training rows; odd rows are left out here.
+    """What is held out, for comparison with the training rows; odd rows are left out, and counted in the log.
 
     Raises:
-        UserInputError: naming every file that is unusable.
+        UserInputError: naming every file that is unusable, or has too many odd rows to be compared with.
     """
     problems: list[Problem] = []
     for split in HELD_OUT:
+        ledger = Ledger()
         try:
-            yield from (row for row in _read_split(recipe, split, None) if isinstance(row, Record))
+            yield from ledger.take(_read_split(recipe, split, ledger))
+            ledger.check(recipe.data.max_reject_fraction, reasons=READING, num_rows=ledger.num_rows_read)
         except UserInputError as error:
             problems += error.problems
+        if ledger.num_rejected:
+            log.warning("%s: %d odd rows are not held against training rows", split, ledger.num_rejected)
     if problems:
         raise UserInputError(*problems)
 

@@ -54,6 +54,19 @@ def test_pieces_of_a_template_that_adds_a_system_turn():
     )
 
 
+@pytest.mark.parametrize("template", [CHATML, MASKED])
+def test_samples_do_not_depend_on_the_day(template):
+    """As in Llama 3's templates; one that asks the clock whatever it is given is refused."""
+    llama = "{% if not date_string is defined %}{% set date_string = strftime_now('%f') %}{% endif %}"
+    assert (
+        renderer(llama + "{{ date_string }}\n" + template)
+        .pieces(chat("hi", "yo"))[0]
+        .startswith("26 Jul 2024\n")
+    )
+    with pytest.raises(UserInputError, match="reads the clock"):
+        renderer("{{ strftime_now('%f') }}\n" + template)
+
+
 def test_a_conversation_that_ends_with_a_user_turn_keeps_no_tail():
     pieces = renderer(CHATML).pieces(chat("hi", "yo", "more"))
     assert pieces[-1] == "yo<|im_end|>" and len(pieces) == 2

@@ -63,6 +63,21 @@ def account(store: TokenStore) -> dict:
     return manifest
 
 
+def test_held_out_rows_that_cannot_be_compared_are_counted_and_too_many_refused(recipe, bpe, cache, caplog):
+    held_out = [FACTS[5], *({"relation": "P1"} for _ in range(9))]
+    with pytest.raises(UserInputError, match="test.jsonl(.|\n)*missing_field"):
+        prepare_store(recipe(FACTS, test=held_out, max_reject_fraction=0.01), bpe, cache_root=cache)
+    prepare_store(recipe(FACTS, test=held_out, max_reject_fraction=0.95), bpe, cache_root=cache)
+    assert "test: 9 odd rows" in caplog.text
+
+
+def test_a_file_name_that_is_no_unicode_is_prepared(recipe, bpe, cache, write):
+    path = write("name.jsonl", FACTS)
+    odd = path.rename(path.with_name("caf\udce9.jsonl"))
+    source = [{"format": "facts", "path": str(odd)}]
+    assert account(prepare_store(recipe(source), bpe, cache_root=cache))["num_samples"] == 20
+
+
 def test_rows_read_are_samples_plus_rejects(recipe, bpe, cache):
     rows = [*FACTS, {"relation": "P1"}, FACTS[0], FACTS[0] | {"id": "train:2"}]
     store = prepare_store(recipe(rows, test=FACTS[5:7], max_reject_fraction=0.5), bpe, cache_root=cache)
