@@ -13,6 +13,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.fsio",
     "sftcore.log",
     "sftcore.settings",
+    "sftcore.sources",
     "sftcore.config",
     "sftcore.recipe",
     "sftcore.dist",
@@ -29,6 +30,7 @@ ORDER = [  # a module imports from its own group or an earlier one
 ]
 TORCH_FREE = [
     "sftcore.settings",
+    "sftcore.sources",
     "sftcore.config",
     "sftcore.recipe",
     "sftcore.errors",
