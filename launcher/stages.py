@@ -227,13 +227,14 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
 
 def usable_records(
     recipe: Recipe,
-    run: Path,
+    run: Path | None,
     *splits: str,
     fit: Callable[[list[Record], Ledger], list[Record]] | None = None,
 ) -> list[Record]:
     """Usable records of some splits; what is rejected on the way is listed in RUN/ledger.SPLIT.jsonl.
 
     Args:
+        run: None: rejections are listed nowhere.
         fit: rejects what the model can't take.
     """
     records = []
@@ -242,5 +243,6 @@ def usable_records(
         found = load_records(recipe, split, ledger)
         found = found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
         records += fit(found, ledger) if fit else found
-        ledger.write(run / f"ledger.{split}.jsonl")
+        if run is not None:
+            ledger.write(run / f"ledger.{split}.jsonl")
     return records

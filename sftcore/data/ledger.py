@@ -53,6 +53,7 @@ class Reason(StrEnum):
     LABEL_AS_TEXT = "label_as_text"
     NO_RATIONALE = "no_rationale"
     SPECIAL_TOKEN = "special_token"
+    NO_REPLY = "no_reply"
 
 
 HYGIENE = frozenset({Reason.DUPLICATE, Reason.CONTRADICTORY_LABEL, Reason.LEAK})
@@ -67,6 +68,7 @@ PROMPTING = frozenset(
         Reason.OVERLENGTH,
         Reason.NO_RATIONALE,
         Reason.SPECIAL_TOKEN,
+        Reason.NO_REPLY,
     }
 )
 READING = frozenset(Reason) - HYGIENE - PROMPTING - TRIVIAL
@@ -84,6 +86,7 @@ REMEDIES = {
     Reason.NO_RATIONALE: "train on pairs that have one (sftcore rationales RECIPE writes them)",
     Reason.SPECIAL_TOKEN: "take the tokenizer's special tokens out of the messages"
     " (pre-rendered chats go into `prompt` and `completion`)",
+    Reason.NO_REPLY: "end held-out chats with the assistant's reply, with which a model's is compared",
 }
 
 
