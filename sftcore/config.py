@@ -238,7 +238,12 @@ class Recipe(Settings):
     )
     model: ModelSettings
     adapter: AdapterSettings = Field(default_factory=lambda: AdapterSettings())
-    task: Literal["qa", "matching", "chat"] = Field("qa", description="qa | matching | chat")
+    task: Literal["qa", "matching", "chat"] = Field(
+        "qa",
+        description="qa: facts in a template, scored by containment, and prompts with completions; matching:"
+        " pairs of texts -> same or different; chat: messages through the model's chat template, all"
+        " assistant turns trained, scored by the exact last reply",
+    )
     data: DataSettings
     probe: ProbeSettings = Field(default_factory=lambda: ProbeSettings())
     select: SelectSettings | None = Field(

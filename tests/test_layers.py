@@ -15,6 +15,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.settings",
     "sftcore.sources",
     "sftcore.config",
+    "sftcore.reference",
     "sftcore.recipe",
     "sftcore.dist",
     "sftcore.data",
