@@ -38,7 +38,7 @@ from launcher.job_commands import (
     study,
     submit,
 )
-from launcher.show_commands import inspect, schema
+from launcher.show_commands import generate, inspect, schema
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, SftError, StoppedOnRequest, UserInputError
 from sftcore.log import setup_logging
 from sftcore.train.stopping import end_on_stop
@@ -350,7 +350,7 @@ def _refuse(on: str, **options: bool | int | None) -> None:
         raise UserInputError(*(Problem(what=f"not with --on {on}", where=name) for name in given))
 
 
-for command in (inspect, schema, probe, evaluate, study, submit):
+for command in (generate, inspect, schema, probe, evaluate, study, submit):
     app.command()(command)
 
 

@@ -1,6 +1,6 @@
 """Commands that only show something: samples, the keys of a recipe, what a model says.
 
-In: arguments. Out: `inspect` and `schema`, which cli.py lists; text on stdout.
+In: arguments. Out: `inspect`, `schema` and `generate`, which cli.py lists; text on stdout.
 Invariant: nothing is trained or changed (a store that is not there is prepared).
 Trade-off: apart from cli.py only so that each file can be read at a sitting.
 """
@@ -16,6 +16,7 @@ import typer
 
 from launcher.job_commands import Overrides, RecipePath, RunFolder, load
 from sftcore.config import Recipe
+from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_file
 from sftcore.reference import recipe_reference
 
@@ -48,3 +49,32 @@ def schema(
         return
     with atomic_file(to) as handle:
         handle.write(text)
+
+
+def generate(
+    folder: Annotated[Path, typer.Argument(help="run folder, or model folder", metavar="MODEL_OR_RUN")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="question, user's turn or prompt")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="JSONL", help="rows with prompt, question or messages")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens of a completion")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the draws at a temperature")] = 17,
+    verbatim: Annotated[
+        bool, typer.Option("--verbatim", help="put texts into no template of the run or model")
+    ] = False,
+) -> None:
+    """Complete prompts in the form in which the run was trained; a text, or JSON lines for a file."""
+    if (prompt is None) == (file is None):
+        raise UserInputError(Problem(what="give exactly one of --prompt and --file", where="generate"))
+    from launcher.generating import Settings, generate_rows, generate_text
+
+    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, verbatim=verbatim)
+    if prompt is not None:
+        print(generate_text(folder, prompt, settings))
+        return
+    assert file is not None
+    for row in generate_rows(folder, file, settings):
+        print(json.dumps(row, ensure_ascii=False))

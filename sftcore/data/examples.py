@@ -130,7 +130,7 @@ def _parse_chat(fields: Fields, name: str) -> Chat:
         raise OddRow(Reason.WRONG_TYPE, f"{name!r} must be a list of {{role, content}}")
     if name == SHAREGPT:
         _refuse_beside(fields, name)
-    messages = tuple(_parse_message(fields, turn) for turn in turns)
+    messages = tuple(parse_message(fields, turn) for turn in turns)
     answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
         raise OddRow(Reason.EMPTY_ANSWER, "no assistant turn")
@@ -141,7 +141,7 @@ def _parse_chat(fields: Fields, name: str) -> Chat:
     return Chat(messages=messages)
 
 
-def _parse_message(fields: Fields, turn: dict[str, Any]) -> Message:
+def parse_message(fields: Fields, turn: dict[str, Any]) -> Message:
     """A turn as {role, content}, or as ShareGPT's {from, value}."""
     is_sharegpt = turn.get("role") is None and turn.get("from") is not None
     role, text = ("from", "value") if is_sharegpt else ("role", "content")

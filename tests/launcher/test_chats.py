@@ -11,6 +11,7 @@ from tiny import TINY, write_lines
 from tiny_tokenizers import CHATML, build_bpe
 
 from launcher.evaluating import evaluate
+from launcher.generating import Settings, generate_rows, generate_text
 from launcher.held_out import check_scorable
 from launcher.stages import recipe_tokenizer
 from launcher.whole_run import run_whole
@@ -155,3 +156,15 @@ def test_completions_beside_chats_are_scored_alike(chats):
     said = read_jsonl(Path("runs/chats/eval/base/predictions.jsonl"))[0]["prediction"]
     write_lines(Path("test.jsonl"), [rows[0] | {"completion": said}, rows[1]])
     assert evaluate(recipe)["base"]["correct"] == 1
+
+
+def test_a_chat_models_turn_ends_as_in_evaluation(chats, chat_model):
+    recipe = recipe_of(chats, evaluate={"max_new_tokens": 12})
+    evaluate(recipe)
+    rows = {
+        row["id"]: row["prediction"] for row in read_jsonl(Path("runs/chats/eval/base/predictions.jsonl"))
+    }
+    write_lines(Path("asked.jsonl"), held_out("Rome", "London", "Paris")[:3])
+    said = generate_rows(chat_model, Path("asked.jsonl"), Settings(max_new_tokens=12))
+    assert {row["id"]: row["generated"] for row in said} == rows
+    assert generate_text(chat_model, "Who was born?", Settings(max_new_tokens=12)) == rows["one"]
