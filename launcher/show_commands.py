@@ -24,6 +24,7 @@ from sftcore.reference import recipe_reference
 def inspect(
     recipe: RecipePath,
     n: Annotated[int, typer.Option(min=1, help="samples to show")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="every token with its id, those of prompts too")] = False,
     set_: Overrides = None,
     run: RunFolder = None,
 ) -> None:
@@ -31,7 +32,7 @@ def inspect(
     loaded = load(recipe, set_, run)
     from launcher.inspection import inspect_recipe
 
-    for line in inspect_recipe(loaded, num_samples=n, colour=sys.stdout.isatty()):
+    for line in inspect_recipe(loaded, num_samples=n, colour=sys.stdout.isatty(), with_ids=ids):
         print(line)
 
 
