@@ -38,9 +38,8 @@ from launcher.job_commands import (
     study,
     submit,
 )
-from sftcore.config import Recipe
+from launcher.show_commands import generate, inspect, schema
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, SftError, StoppedOnRequest, UserInputError
-from sftcore.fsio import atomic_file
 from sftcore.log import setup_logging
 from sftcore.train.stopping import end_on_stop
 
@@ -344,34 +343,6 @@ def run(
     print(run_whole(loaded, shared=shared, machines=machines if gpus_per_node or ranks_per_node else None))
 
 
-@app.command()
-def inspect(
-    recipe: RecipePath,
-    n: Annotated[int, typer.Option(min=1, help="samples to show")] = 3,
-    set_: Overrides = None,
-    run: RunFolder = None,
-) -> None:
-    """Print samples with trained tokens coloured, packs drawn, the first step explained."""
-    loaded = load(recipe, set_, run)
-    from launcher.inspection import inspect_recipe
-
-    for line in inspect_recipe(loaded, num_samples=n, colour=sys.stdout.isatty()):
-        print(line)
-
-
-@app.command()
-def schema(
-    to: Annotated[Path | None, typer.Option(help="write it to this file instead of printing it")] = None,
-) -> None:
-    """The JSON schema of a recipe, for editors and checks."""
-    text = json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False)
-    if to is None:
-        print(text)
-        return
-    with atomic_file(to) as handle:
-        handle.write(text + "\n")
-
-
 def _refuse(on: str, **options: bool | int | None) -> None:
     """Debugging options are for one process."""
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
@@ -379,7 +350,7 @@ def _refuse(on: str, **options: bool | int | None) -> None:
         raise UserInputError(*(Problem(what=f"not with --on {on}", where=name) for name in given))
 
 
-for command in (probe, evaluate, study, submit):
+for command in (generate, inspect, schema, probe, evaluate, study, submit):
     app.command()(command)
 
 

@@ -12,16 +12,18 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from launcher.held_out import fitting, scorable_records
 from launcher.run_folder import open_run, record_seconds
-from launcher.stages import recipe_tokenizer, usable_records
+from launcher.stages import recipe_tokenizer
 from sftcore.config import Recipe
+from sftcore.data.contents import Chat
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records
 from sftcore.data.prompts import Prompter, PromptOptions
@@ -32,7 +34,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_logits, summarise_drift
 from sftcore.evaluate.few_shot import choose_examples, with_examples
 from sftcore.evaluate.generate import predict
-from sftcore.evaluate.pairs import has_learnt_labels, judge_pairs, pair_rows, pair_scores, reject_overlong
+from sftcore.evaluate.pairs import has_learnt_labels, judge_pairs, pair_rows, pair_scores
 from sftcore.evaluate.score import CODE_VERSION, score
 from sftcore.fsio import (
     fingerprint_of,
@@ -117,32 +119,9 @@ class _Items:
 def _items(recipe: Recipe, run: Path, model: Path | None) -> _Items:
     tokenizer = recipe_tokenizer(recipe)
     folder = next(iter(_models_to_evaluate(recipe, model).values()))
-    fit = _fitting(recipe, folder, tokenizer) if recipe.task == "matching" else None
-    records = usable_records(recipe, run, "test", "ood", fit=fit)
-    if not records:
-        remedy = f"give held-out sources there (what was dropped is listed in {run}/ledger.test.jsonl)"
-        raise UserInputError(Problem(what="nothing to evaluate on", where="data.test", remedy=remedy))
+    records = scorable_records(recipe, folder, tokenizer, run)
     levels = _known_levels(recipe, run, records)
     return _Items(recipe=recipe, run=run, tokenizer=tokenizer, records=records, levels=levels)
-
-
-def _fitting(
-    recipe: Recipe, folder: str, tokenizer: Tokenizer
-) -> Callable[[list[Record], Ledger], list[Record]]:
-    """Rejects pairs that are longer than the model has positions for."""
-
-    def fit(records: list[Record], ledger: Ledger) -> list[Record]:
-        kept = reject_overlong(recipe, folder, records, Prompter(PromptOptions.of(recipe), tokenizer), ledger)
-        if len(kept) < len(records):
-            log.warning(
-                "%d of %d held-out pairs are longer than the model's positions and not scored; the ledger"
-                " lists them",
-                len(records) - len(kept),
-                len(records),
-            )
-        return kept
-
-    return fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +160,7 @@ class _Task:
                 [[r.id, r.split, ids] for r, ids in zip(records, prompts, strict=True)]
             ),
             "levels_fingerprint": fingerprint_of([[*key, n] for key, n in self.items.levels.items()]),
+            "items_fingerprint": fingerprint_of([asdict(record.content) for record in records]),
             "settings": recipe.evaluate.model_dump(),
             "examples": [example.id for example in self.examples],
         }
@@ -247,7 +227,7 @@ def _few_shot_tasks(items: _Items) -> list[_Task]:
     if recipe.classifies:
         log.info("few-shot: left out, as the base model has no classifier yet")
         return []
-    found = load_records(recipe, "train", Ledger())
+    found = [r for r in load_records(recipe, "train", Ledger()) if not isinstance(r.content, Chat)]
     is_explained = recipe.task == "matching" and recipe.matching.rationale != "none"
     examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed, explained=is_explained)
     if recipe.task == "matching":  # whose prompts know of examples themselves
@@ -260,7 +240,7 @@ def _few_shot_tasks(items: _Items) -> list[_Task]:
 def _behind_examples(items: _Items, examples: Sequence[Record]) -> _Items:
     """The same pairs behind examples; what gets too long is listed in RUN/ledger.fewshot.jsonl."""
     recipe, ledger = with_examples(items.recipe, examples), Ledger()
-    records = _fitting(recipe, recipe.model.path, items.tokenizer)(items.records, ledger)
+    records = fitting(recipe, recipe.model.path, items.tokenizer)(items.records, ledger)
     if ledger.num_rejected:
         ledger.write(items.run / "ledger.fewshot.jsonl")
     return replace(items, recipe=recipe, records=records)

@@ -26,10 +26,13 @@ DRAWN_COLUMNS = 60
 REPLACEMENT = "\ufffd"  # what a part of a character decodes to
 
 
-def inspect_recipe(recipe: Recipe, *, num_samples: int, colour: bool) -> Iterator[str]:
+def inspect_recipe(
+    recipe: Recipe, *, num_samples: int, colour: bool, with_ids: bool = False
+) -> Iterator[str]:
     """Lines to print.
 
     Args:
+        with_ids: also a line for each token of these samples.
         colour: mark trained tokens by colour; else by [brackets].
     """
     tokenizer, store = prepare(recipe)
@@ -42,6 +45,8 @@ def inspect_recipe(recipe: Recipe, *, num_samples: int, colour: bool) -> Iterato
         length, trained = store.lengths[number], store.num_trained[number]
         yield f"sample {store.ids[number]}: {length} tokens, {trained} trained"
         yield "  " + marked_text(store[number], tokenizer, mark)
+        if with_ids:
+            yield from _token_lines(store[number], tokenizer, mark)
     yield ""
     yield from _draw_step(store, schedule, first)
     yield ""
@@ -54,7 +59,7 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
     Position i predicts token i + 1, so token i + 1 is marked where labels[i] is trained. Tokens that hold
     parts of one character are shown together. A class stands behind the text.
     """
-    trained = [False, *(np.asarray(sample.labels[:-1]) != UNTRAINED).tolist()]
+    trained = _trained_tokens(sample)
     text, pending = "", []
     for position, token in enumerate(sample.input_ids.tolist()):
         pending.append(token)
@@ -68,6 +73,21 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
     if sample.labels[-1] != UNTRAINED:
         text += f" -> class {mark[0]}{sample.labels[-1]}{mark[1]}"
     return text
+
+
+def _trained_tokens(sample: Any) -> list[bool]:
+    """Whether each token is a trained target."""
+    return [False, *(np.asarray(sample.labels[:-1]) != UNTRAINED).tolist()]
+
+
+def _token_lines(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> Iterator[str]:
+    """Place, id and text of each token; a part of a character is shown as the vocabulary has it."""
+    ids = sample.input_ids.tolist()
+    names = tokenizer.convert_ids_to_tokens(ids)
+    for place, (token, name, is_trained) in enumerate(zip(ids, names, _trained_tokens(sample), strict=True)):
+        text = tokenizer.decode([token])
+        shown = repr(name if REPLACEMENT in text else text)
+        yield f"  {place:>6} {token:>7}  {f'{mark[0]}{shown}{mark[1]}' if is_trained else shown}"
 
 
 def _draw_step(store: TokenStore, schedule: Schedule, step: Step) -> Iterator[str]:

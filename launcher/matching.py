@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sftcore.config import PRESETS, Columns, Recipe
+from sftcore.config import Recipe
 from sftcore.data.contents import Pair
 from sftcore.data.ledger import REMEDIES, Change, Ledger, Reason
 from sftcore.data.prompts import Prompter, PromptOptions
@@ -28,6 +28,7 @@ from sftcore.evaluate.pairs import Verdict, judge_pairs, reject_overlong
 from sftcore.fsio import read_json, write_jsonl
 from sftcore.model.adapters import is_adapter
 from sftcore.settings import MATCHING_FILE
+from sftcore.sources import PRESETS, Columns
 
 log = logging.getLogger("sftcore.matching")
 COLUMNS_REMEDY = "give --a and --b: header names or 0-based numbers"

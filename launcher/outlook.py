@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from launcher.held_out import check_scorable
 from launcher.preflight import describe_plan
 from launcher.stages import prepare
 from sftcore.config import Recipe
@@ -44,8 +45,10 @@ def look_ahead(recipe: Recipe, *, world: int, device: Device, mfu: float) -> tup
         mfu: the share of the device's peak that training will reach.
 
     Raises:
-        UserInputError, MissingEnvironmentError: there is nothing to plan: no data, levels, tokenizer, config.
+        UserInputError, MissingEnvironmentError: there is nothing to plan (no data, levels, tokenizer,
+            config), or nothing of the held-out data could be scored.
     """
+    check_scorable(recipe)
     tokenizer, store = prepare(recipe)
     schedule = make_schedule(recipe, store, world=world, cost=measure_recipe(recipe).coefficients)
     plan = describe_plan(recipe, store, schedule, device)

@@ -235,13 +235,14 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
 
 def usable_records(
     recipe: Recipe,
-    run: Path,
+    run: Path | None,
     *splits: str,
     fit: Callable[[list[Record], Ledger], list[Record]] | None = None,
 ) -> list[Record]:
     """Usable records of some splits; what is rejected on the way is listed in RUN/ledger.SPLIT.jsonl.
 
     Args:
+        run: None: rejections are listed nowhere.
         fit: rejects what the model can't take.
 
     Raises:
@@ -249,21 +250,23 @@ def usable_records(
     """
     records = []
     for split in splits:
-        ledger, listed = Ledger(), run / f"ledger.{split}.jsonl"
+        ledger, listed = Ledger(), None if run is None else run / f"ledger.{split}.jsonl"
         found = load_records(recipe, split, ledger)
         kept = found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
         records += fit(kept, ledger) if fit else kept
-        ledger.write(listed)
+        if listed is not None:
+            ledger.write(listed)
         if len(kept) < len(found):
             _tell_trivial(ledger, listed, split, num_left=len(kept))
     return records
 
 
-def _tell_trivial(ledger: Ledger, listed: Path, split: str, *, num_left: int) -> None:
+def _tell_trivial(ledger: Ledger, listed: Path | None, split: str, *, num_left: int) -> None:
     """Say how many facts were left out as trivial, and why; refuse if none is left to train on."""
     counts = {reason: ledger.rejected_by_reason[reason] for reason in sorted(TRIVIAL)}
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items() if count)
     if split == "train" and not num_left:
         what, remedy = "every training fact is trivial", "mend the facts, or set data.trivial_facts: keep"
-        raise UserInputError(Problem(what=what, where=str(listed), got=reasons, remedy=remedy))
-    log.info("%d facts left out: %s (%s)", sum(counts.values()), reasons, listed)
+        where = "data.train" if listed is None else str(listed)
+        raise UserInputError(Problem(what=what, where=where, got=reasons, remedy=remedy))
+    log.info("%d facts left out: %s (%s)", sum(counts.values()), reasons, listed or split)

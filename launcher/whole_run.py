@@ -67,10 +67,12 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
         The report's table, or why the run was left out.
 
     Raises:
-        UserInputError: the folder holds a finished run of other data or another base model.
+        UserInputError: the folder holds a finished run of other data or another base model; or nothing of the
+            held-out data could be scored.
         SftError: of the stage that failed; what was done before it is kept and found again.
     """
     from launcher.evaluating import evaluate
+    from launcher.held_out import check_scorable
     from sftcore.study.report import write_report
 
     run, started = recipe.run_folder, time.perf_counter()
@@ -80,6 +82,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
             log.warning("%s: %s", recipe.name, why)
         if why and shared is not None:
             return _leave_out(recipe, why)
+        check_scorable(recipe)
         (run / NOT_RUN).unlink(missing_ok=True)
         if recipe.selects_by_level:
             _probe_once(recipe, shared)

@@ -11,11 +11,13 @@ Parsing needs no torch (import in about 0.2 s), so `sftcore --help` and `sftcore
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from sftcore.settings import Fraction, MatchingSettings, NonNegative, Positive, Settings, TrackingSettings
+from sftcore.sources import InlineTemplate as InlineTemplate
+from sftcore.sources import Source as Source
 
 DRAW_STRIDE = 1_000_003  # between the seeds of two draws
 
@@ -57,77 +59,6 @@ class AdapterSettings(Settings):
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
     dora: bool = Field(False, description="train each row's magnitude apart (DoRA)")
-
-
-class Columns(Settings):
-    """Column names (or 0-based numbers) of a `pairs` file."""
-
-    a: str | int = Field("sentence1", description="first text")
-    b: str | int = Field("sentence2", description="second text")
-    label: str | int | None = Field(
-        "label", description="label: 0 or 1, or a label word of the recipe; null: none (`sftcore match` only)"
-    )
-    rationale: str | int = Field("rationale", description="why the label is right; the column may be absent")
-
-
-PRESETS: dict[str, dict[str, str | int]] = {  # layouts as the corpora's authors spread them
-    "lcqmc": {"a": "text_a", "b": "text_b", "label": "label"},
-    "bq": {"a": "sentence1", "b": "sentence2", "label": "label"},
-    "pawsx": {"a": "sentence1", "b": "sentence2", "label": "label"},
-    "afqmc": {"a": "sentence1", "b": "sentence2", "label": "label"},
-    "mrpc": {"a": "#1 String", "b": "#2 String", "label": "Quality"},
-    "qqp": {"a": "question1", "b": "question2", "label": "is_duplicate"},
-}
-
-
-class Source(Settings):
-    """One group of files."""
-
-    preset: Literal["lcqmc", "bq", "pawsx", "afqmc", "mrpc", "qqp"] | None = Field(
-        None, description="layout of a known pair corpus: fills in format and columns"
-    )
-    format: Literal["entityquestions", "facts", "pairs", "jsonl"] = Field(
-        description="how the files are read"
-    )
-    path: str = Field(
-        description="file, glob or data set folder; relative to the recipe, then to here; `assets:` for"
-        " shipped data, `hub:NAME` for a data set by name"
-    )
-    subset: str | None = Field(None, description="`hub:` only: the data set's configuration")
-    split: str | None = Field(None, description="`hub:` only, required there: the data set's split")
-    limit: Positive | None = Field(None, description="take N rows, evenly from the tops of the files")
-    columns: Columns = Field(default_factory=lambda: Columns(), description="pairs only")
-    weight: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="training only: this source's share of an epoch's samples, relative to the others"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, values: Any) -> Any:
-        """Format and columns of the preset, where they aren't given."""
-        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
-            return values
-        return {"format": "pairs", "columns": PRESETS[values["preset"]], **values}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Source:
-        if self.preset and self.format != "pairs":
-            raise ValueError(f"preset {self.preset} is a layout of pairs, not of {self.format}")
-        if self.columns.label is None:
-            raise ValueError("training and test pairs need a label column")
-        is_hub = self.path.startswith("hub:")
-        if is_hub and self.split is None:
-            raise ValueError("a data set by name needs `split`, e.g. split: train")
-        if not is_hub and (self.split or self.subset):
-            raise ValueError("`split` and `subset` are for `hub:` paths; on disk, name the split's folder")
-        return self
-
-
-class InlineTemplate(Settings):
-    """A prompt template in the recipe, e.g. {prompt: "Q: {question}\\nA: ", completion: "{answer}"}."""
-
-    prompt: str
-    completion: str
 
 
 class DataSettings(Settings):
@@ -310,7 +241,12 @@ class Recipe(Settings):
     )
     model: ModelSettings
     adapter: AdapterSettings = Field(default_factory=lambda: AdapterSettings())
-    task: Literal["qa", "matching", "chat"] = Field("qa", description="qa | matching | chat")
+    task: Literal["qa", "matching", "chat"] = Field(
+        "qa",
+        description="qa: facts in a template, scored by containment, and prompts with completions; matching:"
+        " pairs of texts -> same or different; chat: messages through the model's chat template, all"
+        " assistant turns trained, scored by the exact last reply",
+    )
     data: DataSettings
     probe: ProbeSettings = Field(default_factory=lambda: ProbeSettings())
     select: SelectSettings | None = Field(

@@ -29,8 +29,8 @@ class Settings(BaseModel):
 class LabelWords(Settings):
     """The label's text per language: [text of label 0, text of label 1]."""
 
-    zh: tuple[str, str] = ("不同", "相同")
-    en: tuple[str, str] = ("different", "same")
+    zh: tuple[str, str] = Field(("不同", "相同"), description="of Chinese pairs: [label 0, label 1]")
+    en: tuple[str, str] = Field(("different", "same"), description="of other pairs: [label 0, label 1]")
 
     @model_validator(mode="after")
     def _readable(self) -> LabelWords:
@@ -52,9 +52,9 @@ class LabelWords(Settings):
 class PairExample(Settings):
     """A pair with its label, shown in the prompt."""
 
-    a: str = Field(min_length=1)
-    b: str = Field(min_length=1)
-    label: Literal[0, 1]
+    a: str = Field(min_length=1, description="first text")
+    b: str = Field(min_length=1, description="second text")
+    label: Literal[0, 1] = Field(description="0: they differ in meaning; 1: they mean the same")
     rationale: str | None = Field(None, min_length=1, description="why; needed where answers hold one")
 
 

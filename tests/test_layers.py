@@ -13,7 +13,9 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.fsio",
     "sftcore.log",
     "sftcore.settings",
+    "sftcore.sources",
     "sftcore.config",
+    "sftcore.reference",
     "sftcore.recipe",
     "sftcore.dist",
     "sftcore.data",
@@ -29,6 +31,7 @@ ORDER = [  # a module imports from its own group or an earlier one
 ]
 TORCH_FREE = [
     "sftcore.settings",
+    "sftcore.sources",
     "sftcore.config",
     "sftcore.recipe",
     "sftcore.errors",

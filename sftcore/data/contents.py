@@ -21,8 +21,6 @@ from sftcore.settings import BARE_LABELS, LabelWords
 
 UNKNOWN_LABEL = -1
 FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")
-ROLES = ("system", "developer", "user", "assistant", "tool")
-NOT_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "weight")  # each changes what is trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,41 +248,3 @@ def _encodes(char: str, charset: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def parse_example(fields: Fields) -> Completion | Chat:
-    """A row of a `jsonl` file: prompt and completion, or messages."""
-    if fields.has("messages"):
-        if fields.has("prompt") or fields.has("completion"):
-            raise OddRow(Reason.WRONG_TYPE, "'messages' together with 'prompt' or 'completion'")
-        return _parse_chat(fields)
-    prompt, completion = (fields.text(name, verbatim=True) for name in ("prompt", "completion"))
-    if not prompt.strip():
-        raise OddRow(Reason.EMPTY_PROMPT, "'prompt' is empty")
-    if not completion.strip():
-        raise OddRow(Reason.EMPTY_ANSWER, "'completion' is empty")
-    return Completion(prompt=prompt, completion=completion)
-
-
-def _parse_chat(fields: Fields) -> Chat:
-    turns = fields.get("messages")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise OddRow(Reason.WRONG_TYPE, "'messages' must be a list of {role, content}")
-    messages = tuple(_parse_message(fields, turn) for turn in turns)
-    answers = [message.content for message in messages if message.role == "assistant"]
-    if not answers:
-        raise OddRow(Reason.EMPTY_ANSWER, "no assistant turn")
-    if not all(answer.strip() for answer in answers):
-        raise OddRow(Reason.EMPTY_ANSWER, "an assistant turn is empty")
-    if messages[0].role == "assistant":
-        raise OddRow(Reason.EMPTY_PROMPT, "the first turn is the assistant's")
-    return Chat(messages=messages)
-
-
-def _parse_message(fields: Fields, turn: dict[str, Any]) -> Message:
-    role, content = turn.get("role"), turn.get("content")
-    if role not in ROLES:
-        raise OddRow(Reason.WRONG_TYPE, f"role {role!r} is none of {', '.join(ROLES)}")
-    if unsupported := [key for key in NOT_IN_A_TURN if turn.get(key) is not None]:
-        raise OddRow(Reason.WRONG_TYPE, f"a turn with {unsupported[0]!r}, which is not supported")
-    return Message(role=role, content=fields.checked(content, "content", verbatim=True))

@@ -23,6 +23,7 @@ from sftcore.fsio import disk_errors_explained, write_jsonl
 
 T = TypeVar("T")
 EXCERPT_CHARACTERS = 80
+DETAIL_CHARACTERS = 200
 LISTED_ALTERATIONS_PER_KIND = 20
 SPOOL_BYTES = 2**20
 
@@ -52,6 +53,7 @@ class Reason(StrEnum):
     LABEL_AS_TEXT = "label_as_text"
     NO_RATIONALE = "no_rationale"
     SPECIAL_TOKEN = "special_token"
+    NO_REPLY = "no_reply"
 
 
 HYGIENE = frozenset({Reason.DUPLICATE, Reason.CONTRADICTORY_LABEL, Reason.LEAK})
@@ -66,11 +68,14 @@ PROMPTING = frozenset(
         Reason.OVERLENGTH,
         Reason.NO_RATIONALE,
         Reason.SPECIAL_TOKEN,
+        Reason.NO_REPLY,
     }
 )
 READING = frozenset(Reason) - HYGIENE - PROMPTING - TRIVIAL
 
 REMEDIES = {
+    Reason.MISSING_FIELD: "name the fields in `columns` of the source: {prompt: ..., completion: ...} or"
+    " {messages: ...} (jsonl), {a: ..., b: ..., label: ...} (pairs)",
     Reason.UNKNOWN_LABEL: "labels are 0, 1 or a word of matching.labels",
     Reason.UNDECODABLE_BYTES: "save the file as UTF-8, e.g. iconv -f GB18030 -t UTF-8",
     Reason.DUPLICATE_ID: "is a file listed twice, or an id given twice?",
@@ -81,6 +86,7 @@ REMEDIES = {
     Reason.NO_RATIONALE: "train on pairs that have one (sftcore rationales RECIPE writes them)",
     Reason.SPECIAL_TOKEN: "take the tokenizer's special tokens out of the messages"
     " (pre-rendered chats go into `prompt` and `completion`)",
+    Reason.NO_REPLY: "end held-out chats with the assistant's reply, with which a model's is compared",
 }
 
 
@@ -103,9 +109,9 @@ class Change(StrEnum):
     SPECIAL_IN_TEXT = "special_in_text"
 
 
-def printable(text: str) -> str:
-    """`text` on one line, at most 80 characters, with undecodable bytes written as escapes."""
-    short = text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 1] + "…"
+def printable(text: str, limit: int = EXCERPT_CHARACTERS) -> str:
+    """`text` on one line, at most `limit` characters, with undecodable bytes written as escapes."""
+    short = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 

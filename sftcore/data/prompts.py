@@ -131,6 +131,13 @@ class Prompter:
         assert not isinstance(record.content, Chat)
         return self._texts(record.content)[1]
 
+    def reply_ids_batch(self, records: Sequence[Record]) -> list[list[int] | Refusal]:
+        """What is trained last in each record, stop token included, cut nowhere; or why nothing is."""
+        return [
+            encoded if isinstance(encoded, Refusal) else encoded.ids[slice(*encoded.trained[-1])]
+            for encoded in self._encode([record.content for record in records])
+        ]
+
     def label_ids(self, record: Record) -> tuple[list[int], list[int]]:
         """What would be trained after a pair's prompt for label 0 and for label 1, stop token included."""
         return self.label_ids_batch([record])[0]

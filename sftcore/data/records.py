@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from sftcore.config import Columns, Source
 from sftcore.data.arrow import arrow_rows, is_arrow
 from sftcore.data.contents import (
     Chat,
@@ -30,20 +29,29 @@ from sftcore.data.contents import (
     Pair,
     Parsed,
     label_numbers,
-    parse_example,
     parse_fact,
     parse_id,
     parse_pair,
     parse_question,
     parse_unlabelled,
 )
-from sftcore.data.ledger import Ledger, Reason, Rejection, printable, printable_path
-from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore, json_line_rows, json_list_rows
+from sftcore.data.examples import named_rows, parse_example
+from sftcore.data.ledger import (
+    DETAIL_CHARACTERS,
+    REMEDIES,
+    Ledger,
+    Reason,
+    Rejection,
+    printable,
+    printable_path,
+)
+from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore, json_list_rows, json_rows, suffix_of
 from sftcore.data.subjects import recover_subjects
 from sftcore.data.tables import choose_columns, object_rows, pair_rows
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.settings import LabelWords
+from sftcore.sources import Columns, Source
 
 __all__ = ["Chat", "Completion", "Content", "Fact", "Message", "Pair", "Record", "id_prefixes", "read_source"]
 RELATION_IN_NAME = re.compile(r"(P\d+)\b")
@@ -238,10 +246,14 @@ def _usable(rows: Iterator[Record | Rejection], file: Path) -> Iterator[Record |
 
 def unusable_file(file: Path, rejected: Sequence[Rejection]) -> Problem:
     """What is said of a file without a usable row."""
+    remedies = [
+        REMEDIES[reason] for reason in dict.fromkeys(r.reason for r in rejected) if reason in REMEDIES
+    ]
     return Problem(
         what="no usable row" if rejected else "the file holds no rows",
         where=printable_path(str(file)),
         got="\n      ".join(str(rejection) for rejection in rejected),
+        remedy="; ".join(remedies),
     )
 
 
@@ -255,7 +267,9 @@ def _raw_rows(
         return json_list_rows(file, note)
     if source.format == "pairs":
         return pair_rows(file, source.columns, is_label=_label_test(labels), note=note, span=span)
-    return json_line_rows(file, note, span)
+    if source.format == "jsonl" and suffix_of(file) in (".csv", ".tsv"):
+        return named_rows(file, note, span)
+    return json_rows(file, note, span)
 
 
 def _label_test(labels: LabelWords) -> Callable[[str], bool]:
@@ -274,7 +288,7 @@ def _contents(
     if source.format == "pairs":
         numbers = label_numbers(labels)
         return _parsed(rows, file, lambda fields: parse_pair(fields, numbers), note)
-    return _parsed(rows, file, parse_example, note)
+    return _parsed(rows, file, lambda fields: parse_example(fields, source.columns), note)
 
 
 def _parsed(
@@ -304,7 +318,7 @@ def _rejected(row: RawRow, file: Path, odd: OddRow) -> Rejection:
         row=row.number,
         reason=odd.reason,
         excerpt=printable(excerpt),
-        detail=printable(odd.detail),
+        detail=printable(odd.detail, DETAIL_CHARACTERS),
     )
 
 

@@ -5,7 +5,8 @@ don't parse.
 Invariant: a row ends at "\\n" and nowhere else (not at U+2028 or a lone "\\r", which str.splitlines would
 take); one bad row never swallows its neighbours: a stray CSV quote costs the row that it stands in.
 Trade-off: bytes that are not UTF-8 survive decoding as lone surrogates, so one pass over the file finds them
-row by row; only JSON lists are held whole (EntityQuestions' largest file is 0.9 MB).
+row by row; only JSON lists are held whole (EntityQuestions' largest file is 0.9 MB; a list of 100 MB takes
+250 MB while it is read: make JSON lines of larger ones).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ FOREIGN_STARTS = {
     b"PK\x03\x04": ("a zip archive", "unpack it"),  # "PK" alone may begin a text
 }
 LONGEST_START = max(map(len, FOREIGN_STARTS))
+PEEKED_BYTES = 2**12
 LONG_NUMBER = re.compile(r"\d{19}")
 Note = Callable[[Alteration], None]
 
@@ -118,6 +120,34 @@ def text_lines(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[
             position += len(line)
             if span.end is not None and position >= span.end:
                 return
+
+
+def suffix_of(path: Path) -> str:
+    """What a file's name ends with, without .gz.
+
+    >>> suffix_of(Path("rows.JSON.gz"))
+    '.json'
+    """
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def is_json_list(path: Path) -> bool:
+    """Whether a file named .json holds one list, which can't be read line by line."""
+    if suffix_of(path) != ".json":
+        return False
+    with read_errors_explained(path), open_binary(path) as handle:
+        while line := handle.readline(PEEKED_BYTES):
+            if start := line.removeprefix(BOM.encode()).lstrip():
+                return start.startswith(b"[")
+    return False
+
+
+def json_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[RawRow | Rejection]:
+    """JSON lines, or the elements of a .json file that is one list (then `span` is the whole file)."""
+    if not is_json_list(path):
+        return json_line_rows(path, note, span)
+    assert span == WHOLE
+    return json_list_rows(path, note)
 
 
 def json_list_rows(path: Path, note: Note = ignore) -> Iterator[RawRow]:

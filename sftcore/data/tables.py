@@ -1,6 +1,6 @@
 """From a table's cells to the three texts of a pair: which columns, and is there a header?
 
-In: rows of a TSV, CSV or JSONL file and the recipe's `columns`. Out: rows {"a", "b", "label"}.
+In: rows of a TSV, CSV, JSONL or JSON file and the recipe's `columns`. Out: rows {"a", "b", "label"}.
 Invariant: a first line is taken for a header only if it names the columns, or if its label cell is neither a
 label nor a number; either way the decision is noted in the ledger when the recipe did not state it.
 Trade-off: a row with another number of cells than the first is rejected rather than guessed at: a stray tab
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sftcore.config import PRESETS, Columns
 from sftcore.data.ledger import REMEDIES, Alteration, Change, Reason, Rejection, printable
 from sftcore.data.rows import (
     WHOLE,
@@ -25,12 +24,14 @@ from sftcore.data.rows import (
     damaged,
     has_surrogates,
     ignore,
-    json_line_rows,
+    json_rows,
+    suffix_of,
     tsv_rows,
 )
 from sftcore.errors import UserInputError
+from sftcore.sources import PRESETS, Columns
 
-EXTENSIONS = {".tsv": tsv_rows, ".txt": tsv_rows, ".csv": csv_rows, ".jsonl": json_line_rows}
+EXTENSIONS = {".tsv": tsv_rows, ".txt": tsv_rows, ".csv": csv_rows, ".jsonl": json_rows, ".json": json_rows}
 KNOWN_NAMES = frozenset((names["a"], names["b"]) for names in PRESETS.values())
 
 
@@ -66,12 +67,12 @@ def pair_rows(
     Raises:
         UserInputError: an extension that isn't known, or columns that the file doesn't have.
     """
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    suffix = suffix_of(path)
     if suffix not in EXTENSIONS:
         allowed = ", ".join(EXTENSIONS)
         raise damaged(path, f"pairs are read from {allowed} (also .gz)", got=suffix or "no extension")
     rows = EXTENSIONS[suffix](path, note, span)
-    if suffix == ".jsonl":
+    if EXTENSIONS[suffix] is json_rows:
         return object_rows(path, columns, rows)
     if span.start:
         layout = find_layout(path, _first_cells(EXTENSIONS[suffix](path, ignore, WHOLE)), columns, is_label)
@@ -86,7 +87,7 @@ def _first_cells(rows: Iterator[RawRow | Rejection]) -> list[str]:
 
 def choose_columns(path: Path, layouts: Sequence[Columns]) -> Columns:
     """The first of some layouts whose two texts the first row of a file names, else the first of all."""
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    suffix = suffix_of(path)
     first = next(EXTENSIONS[suffix](path, ignore, WHOLE), None) if suffix in EXTENSIONS else None
     names = [str(name).strip() for name in first.value] if isinstance(first, RawRow) else []
     return next((layout for layout in layouts if layout.a in names and layout.b in names), layouts[0])
@@ -96,7 +97,7 @@ def object_rows(
     path: Path, columns: Columns, rows: Iterator[RawRow | Rejection]
 ) -> Iterator[RawRow | Rejection]:
     """The rows' objects with the names of `columns` replaced by a, b and label."""
-    names = {field: name for field, name in columns.model_dump().items() if name is not None} | {"id": "id"}
+    names = columns.of_pair() | {"id": "id"}
     if not all(isinstance(name, str) for name in names.values()):
         remedy = f"name the fields in {'--a and --b' if columns.label is None else '`columns`'}"
         raise damaged(path, "columns by number need a TSV or CSV file", remedy=remedy)
@@ -162,7 +163,7 @@ def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callab
     Raises:
         UserInputError: a named or numbered column is not there.
     """
-    wanted = {field: name for field, name in columns.model_dump().items() if name is not None}
+    wanted = columns.of_pair()
     optional = wanted.pop("rationale")
     header = [cell.strip() for cell in cells]
     missing = [name for name in wanted.values() if not _is_there(name, header)]

@@ -106,9 +106,10 @@ def load_template(setting: str | InlineTemplate, *, task: str) -> Template:
         template = Template(name="inline", prompt=setting.prompt, completion=setting.completion)
     else:
         if setting not in _shipped():
-            near = difflib.get_close_matches(setting, _shipped(), n=1)
+            fitting = _names_of(task)
+            near = difflib.get_close_matches(setting, fitting, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else "name one of these, or write it inline"
-            names = ", ".join(_shipped())
+            names = ", ".join(fitting)
             raise UserInputError(
                 Problem(what="no such template", where=WHERE, got=setting, allowed=names, remedy=remedy)
             )
@@ -116,6 +117,14 @@ def load_template(setting: str | InlineTemplate, *, task: str) -> Template:
     if problems := _problems(template, PLACEHOLDERS[task], task):
         raise UserInputError(*problems)
     return template
+
+
+def _names_of(task: str) -> list[str]:
+    """The shipped templates that a task can use."""
+    known = PLACEHOLDERS[task]
+    return [
+        name for name, texts in _shipped().items() if not _problems(Template(name=name, **texts), known, task)
+    ]
 
 
 def _problems(template: Template, known: Placeholders, task: str) -> list[Problem]:

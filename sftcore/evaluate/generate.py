@@ -3,7 +3,8 @@
 In: records, a model, its tokenizer, levels if known. Out: rows of predictions.jsonl.
 Invariant: the prompt is the one that training conditioned on; batches are a function of the items alone.
 Trade-off: the whole completion is judged, not its first line: a base model that has not learnt to stop may
-hit an answer late in its 16 tokens, so accuracy before training is rather over- than underestimated.
+hit an answer late in its 16 tokens, so accuracy before training is rather over- than underestimated. (Chats
+and completions are right only where the whole reply is.)
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sftcore.config import EvaluateSettings
-from sftcore.data.contents import Completion, Fact, Pair
+from sftcore.data.contents import Fact, Pair
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
 from sftcore.dist import WHOLE, Share
-from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.few_shot import few_shot_prompts, first_paragraph
+from sftcore.evaluate.replies import Reply, replies_of
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
@@ -39,12 +40,12 @@ def predict(
     """Rows of predictions.jsonl, in the records' order (of a share: of the records in its batches).
 
     Args:
+        records: each can be scored (`reject_unscorable`).
         levels: memory level by split and id; items without one get no `level`.
         examples: solved before each prompt (few-shot); then only a completion's first paragraph counts.
-
-    Raises:
-        UserInputError: a record has no single right answer (chats).
     """
+    replies = [reply if isinstance(reply, Reply) else None for reply in replies_of(records, prompter)]
+    stops = stop_ids(model, tokenizer) | {reply.stop_id for reply in replies if reply}
     if examples:
         prompts = few_shot_prompts(records, examples, prompter)
     else:
@@ -57,7 +58,7 @@ def predict(
                 model,
                 [prompts[i] for i in batch],
                 max_new_tokens=settings.max_new_tokens,
-                stop_ids=stop_ids(model, tokenizer),
+                stop_ids=stops,
             )
             for i, tokens in zip(batch, completions, strict=True):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -65,36 +66,33 @@ def predict(
             advance(len(batch))
     aliases = AliasTable.load()
     return [
-        _row(records[i], tokenizer.decode(prompts[i]), texts[i], prompter, levels, aliases)
+        _row(records[i], tokenizer.decode(prompts[i]), texts[i], prompter, aliases)
+        | _expected(replies[i], texts[i])
+        | _level(records[i], levels)
         for i in sorted(texts)
     ]
 
 
-def _row(
-    record: Record,
-    prompt: str,
-    text: str,
-    prompter: Prompter,
-    levels: Mapping[tuple[str, str], int],
-    aliases: AliasTable,
-) -> dict[str, Any]:
-    """One row; `correct` by containment for facts, by the exact text otherwise."""
+def _row(record: Record, prompt: str, text: str, prompter: Prompter, aliases: AliasTable) -> dict[str, Any]:
+    """What a row holds of any record; `correct` by containment for facts, by the exact label for pairs."""
     row: dict[str, Any] = {"id": record.id, "prompt": prompt, "prediction": text, "split": record.split}
     content = record.content
     if isinstance(content, Fact):
         correct = AnswerMatcher(content.answers, aliases).matches(text)
         row |= {"answers": list(content.answers), "relation": content.relation, "correct": correct}
-    elif isinstance(content, Pair | Completion):
+    elif isinstance(content, Pair):
         label = prompter.answer_text(record).strip()
         row |= {"label": label, "correct": text.strip() == label}
-    else:
-        raise UserInputError(
-            Problem(
-                what="a chat has no single right answer to score",
-                where=f"{record.file}:{record.row}",
-                remedy="give data.test as facts, pairs, or prompt and completion",
-            )
-        )
-    if (record.split, record.id) in levels:
-        row["level"] = levels[record.split, record.id]
     return row
+
+
+def _expected(reply: Reply | None, text: str) -> dict[str, Any]:
+    """What is expected of a chat or completion, and whether it came."""
+    if reply is None:
+        return {}
+    return {"label": reply.text, "label_tokens": reply.num_tokens, "correct": text.strip() == reply.text}
+
+
+def _level(record: Record, levels: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    key = (record.split, record.id)
+    return {"level": levels[key]} if key in levels else {}

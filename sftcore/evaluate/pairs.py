@@ -90,7 +90,7 @@ def judge_pairs(
 def reject_overlong(
     recipe: Recipe, folder: str, records: Sequence[Record], prompter: Prompter, ledger: Ledger
 ) -> list[Record]:
-    """The pairs that the model in `folder` has positions for; the others go to the ledger."""
+    """The items that the model in `folder` has positions for; the others go to the ledger."""
     path = base_of(Path(folder)) if is_adapter(Path(folder)) else folder
     limit = position_limit(load_config(recipe.model.model_copy(update={"path": path})))
     if limit is None or not records:
@@ -115,11 +115,11 @@ def reject_overlong(
 def _tokens_needed(
     recipe: Recipe, records: Sequence[Record], prompter: Prompter, *, stops: bool
 ) -> list[int]:
-    """Tokens of each pair's prompt and of what is read behind it: the last token of an answer never is."""
+    """Tokens of each prompt and of what is read behind it: the last token of an answer never is."""
     prompts = [len(ids) for ids in prompter.prompt_ids_batch(records)]
     if recipe.classifies:
         return prompts
-    if not recipe.matching.compares_likelihoods:
+    if recipe.task != "matching" or not recipe.matching.compares_likelihoods:
         return [prompt + recipe.evaluate.max_new_tokens - 1 for prompt in prompts]
     answers = [max(map(len, both)) for both in prompter.label_ids_batch(records, stops=stops)]
     return [prompt + answer - 1 for prompt, answer in zip(prompts, answers, strict=True)]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sftcore.study.figures import FEW_ITEMS
-from sftcore.study.run_folder import RunFiles
+from sftcore.study.run_folder import MODELS, PREDICTIONS, RunFiles
 
 SIGNIFICANT = 0.05
 PAPER_PROBE = {"templates": 21, "samples": 10, "temperature": 0.7, "max_new_tokens": 32}  # METHODS.md M1
@@ -80,13 +80,28 @@ def list_notes(report: Mapping[str, Any], files: RunFiles) -> list[str]:
         notes.append(
             f"{report['without_level']:,} test items have no memory level; they count in the total only."
         )
-    notes += _training_notes(report["training"], report["plan"] or {})
+    notes += [*_reply_notes(files), *_training_notes(report["training"], report["plan"] or {})]
     if report["paired_change"]:
         notes.append(
             "One run, one training draw, one seed: the intervals and p-values cover the choice of test "
             "items, not the luck of the draw. A study with several draws shows that."
         )
     return notes
+
+
+def _reply_notes(files: RunFiles) -> list[str]:
+    """What "right" means of a chat or completion, and of how many it can't be said."""
+    rows = next((rows for model in MODELS if (rows := files.rows(PREDICTIONS.format(model)))), [])
+    lengths = [row["label_tokens"] for row in rows if isinstance(row.get("label_tokens"), int)]
+    if not lengths:
+        return []
+    limit = files.setting("evaluate", "max_new_tokens")
+    num_long = sum(length > limit for length in lengths) if isinstance(limit, int) else 0
+    note = "Chats and completions count as right only where the reply equals the reference exactly"
+    if num_long:
+        note += f"; {num_long:,} of {len(lengths):,} references are longer than the {limit} tokens decoded "
+        note += "(evaluate.max_new_tokens), so they can't be matched"
+    return [f"{note}."]
 
 
 def _weights_notes(environment: Mapping[str, Any], probe: Mapping[str, Any], *, adapter: Any) -> list[str]:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftcore.config import Columns, Source
 from sftcore.data.contents import label_numbers
 from sftcore.data.ledger import Change, Reason
 from sftcore.data.records import (
@@ -24,6 +23,7 @@ from sftcore.data.records import (
 )
 from sftcore.errors import UserInputError
 from sftcore.settings import LabelWords
+from sftcore.sources import Columns, Source
 
 FACT = {"relation": "P19", "subject": "Ann", "answers": ["Rome"]}
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " yo "}]
@@ -163,8 +163,8 @@ def test_jsonl_is_verbatim(write, read):
 @pytest.mark.parametrize(
     ("row", "reason", "detail"),
     [
-        ({"prompt": "a"}, Reason.MISSING_FIELD, "no 'completion'"),
-        ({"question": "a", "answer": "b"}, Reason.MISSING_FIELD, "no 'prompt'"),
+        ({"prompt": "a"}, Reason.MISSING_FIELD, "this row has prompt; needed: messages [{role, content}] or"),
+        ({"question": "a", "answer": "b"}, Reason.MISSING_FIELD, "this row has question, answer; needed: "),
         ({"prompt": "\n", "completion": "b"}, Reason.EMPTY_PROMPT, "'prompt' is empty"),
         ({"prompt": "a", "completion": " "}, Reason.EMPTY_ANSWER, "'completion' is empty"),
         ({"prompt": "a", "completion": 7}, Reason.WRONG_TYPE, "'completion' must be text, not int"),
@@ -178,7 +178,7 @@ def test_jsonl_is_verbatim(write, read):
             Reason.EMPTY_ANSWER,
             "an assistant turn is empty",
         ),
-        ({"messages": [{"from": "human", "value": "Hi"}]}, Reason.WRONG_TYPE, "role None is none of system"),
+        ({"messages": [{"content": "Hi"}]}, Reason.WRONG_TYPE, "role None is none of system"),
         ({"messages": [TURNS[0], TURNS[1] | {"weight": 0}]}, Reason.WRONG_TYPE, "a turn with 'weight'"),
         ({"messages": [{"role": "user", "content": None}]}, Reason.WRONG_TYPE, "'content' must be text"),
     ],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from sftcore.config import Columns
 from sftcore.data.ledger import Change, Reason
 from sftcore.data.rows import RawRow
 from sftcore.data.tables import pair_rows
 from sftcore.errors import UserInputError
+from sftcore.sources import Columns
 
 PAIR = {"a": "x", "b": "y", "label": "1"}
 NAMED = Columns()

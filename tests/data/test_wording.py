@@ -108,6 +108,14 @@ def test_an_unknown_name_gets_the_nearest():
         load_template("zzz", task="qa")
 
 
+@pytest.mark.parametrize(("task", "other"), [("qa", "matching-"), ("matching", "qa-")])
+def test_an_unknown_name_is_answered_with_those_of_the_task(task, other):
+    with pytest.raises(UserInputError) as caught:
+        load_template(f"{other}absent", task=task)
+    allowed = caught.value.problems[0].allowed.split(", ")
+    assert len(allowed) >= 4 and all(name.startswith(f"{task}-") for name in allowed)
+
+
 def test_a_template_of_the_other_task_is_refused():
     with pytest.raises(UserInputError, match="unknown placeholder {question} in the prompt of task matching"):
         load_template("qa-lines", task="matching")

@@ -352,7 +352,7 @@ def test_pairs_longer_than_an_encoder_has_positions_are_listed_not_scored(recipe
     assert evaluate(loaded)["tuned"]["n"] == 4
     (row,) = (r for r in read_jsonl(Path("runs/tiny/ledger.test.jsonl")) if r["kind"] == "rejected")
     assert (row["reason"], row["detail"]) == ("overlength", "43 tokens, 32 fit")
-    assert "1 of 5 held-out pairs are longer" in caplog.text
+    assert "1 of 5 held-out items are longer" in caplog.text
     folder = Path("runs/tiny/model")
     assert match_pairs(folder, Path("held.jsonl"), Path("to.jsonl")) == 4
     assert len(read_jsonl(Path("to.jsonl"))) == 4

@@ -1,0 +1,28 @@
+"""`sftcore inspect --ids`: every token of a sample with its id, trained ones marked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from launcher_commands import save
+
+from launcher.inspection import inspect_recipe
+from launcher.stages import prepare
+from sftcore.recipe import load_recipe
+
+
+def test_each_token_has_a_line_with_its_id(tiny_recipe):
+    recipe = load_recipe(Path(save(tiny_recipe)))
+    lines = list(inspect_recipe(recipe, num_samples=1, colour=False, with_ids=True))
+    tokenizer, store = prepare(recipe)
+    name = next(line for line in lines if line.startswith("sample ")).split()[1].rstrip(":")
+    sample = store[store.ids.index(name)]
+    found = [re.fullmatch(r" +(\d+) +(\d+)  (\[?)(.*?)(\]?)", line) for line in lines]
+    tokens = [match for match in found if match]
+    assert [int(match[2]) for match in tokens] == sample.input_ids.tolist()
+    assert [int(match[1]) for match in tokens] == list(range(len(tokens)))
+    trained = [int(match[2]) for match in tokens if match[3] and match[5]]
+    assert trained == [label for label in sample.labels.tolist() if label != -100]
+    assert 0 < len(trained) < len(tokens) and tokens[-1][4] == "'<eos>'"
+    assert len(list(inspect_recipe(recipe, num_samples=1, colour=False))) == len(lines) - len(tokens)
