@@ -1,7 +1,8 @@
-"""What liger and TRL change in other modules for the whole process, put back after use.
+"""What liger, TRL and ZeRO-3 change in other modules for the whole process, put back after use.
 
 liger's instance patch also sets functions and classes of the model's module (`apply_rotary_pos_emb`, say), so
 that everything built later in the same process would run with its kernels, the baseline and our own too.
+DeepSpeed's stage 3 sets `torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
