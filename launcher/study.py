@@ -22,8 +22,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launcher.run_folder import FINISHED
 from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
-from launcher.whole_run import FINISHED, is_finished
+from launcher.whole_run import is_finished
 from sftcore.errors import (
     EXIT_DONE,
     EXIT_FAILED,
