@@ -1,7 +1,7 @@
 """The `sftcore` command.
 
 In: arguments. Out: what the stage prints, and an exit code: 0 done, 2 your input, 3 your environment, 75
-stopped on request, 1 anything else.
+stopped on request, 130 a second Ctrl-C, 1 anything else.
 Invariant: a foreseeable failure prints one message on stderr and no traceback.
 Trade-off: each command imports its stage when it runs, so `sftcore --help` needs 0.3 s instead of 5 s of
 torch.
@@ -42,7 +42,7 @@ from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import atomic_file
 from sftcore.log import setup_logging
-from sftcore.train.stopping import end_on_stop
+from sftcore.train.stopping import WITH_INTERRUPT, end_on_stop
 
 GOES_ON = {"prepare", "probe", "train", "evaluate", "run", "study", "report"}  # may be stopped anywhere
 
@@ -387,7 +387,7 @@ def main() -> None:
     """Console entry point: run a command, translate errors to a message and an exit code."""
     setup_logging(rank=int(os.environ.get("RANK", "0")))
     if GOES_ON & set(sys.argv[1:2]):
-        end_on_stop("stopped on request; start it again to go on")
+        end_on_stop("stopped on request; start it again to go on", numbers=WITH_INTERRUPT)
     try:
         app()
     except SftError as error:

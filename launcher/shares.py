@@ -12,12 +12,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -27,6 +25,7 @@ from launcher.ways_in import Machines, scripts_of
 from sftcore.config import Recipe
 from sftcore.dist import Share
 from sftcore.errors import EXIT_STOPPED, Problem, TrainingFailed, UserInputError
+from sftcore.train.stopping import WITH_INTERRUPT, handling
 
 log = logging.getLogger("sftcore.shares")
 POLL_SECONDS = 0.2
@@ -87,7 +86,7 @@ def _run_processes(command: str, lines: Sequence[Sequence[str]], logs: Path, *, 
     logs.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // len(lines)))
     processes, files = [], [logs / f"{command}-{number}.log" for number in range(len(lines))]
-    with _stop_raises():
+    with handling(WITH_INTERRUPT, _stop_raises):
         try:
             for number, line in enumerate(lines):
                 environment = {"OMP_NUM_THREADS": threads, **os.environ}
@@ -121,16 +120,6 @@ def _gpu(number: int) -> str:
     return visible.split(",")[number] if visible else str(number)
 
 
-@contextmanager
-def _stop_raises() -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGUSR1 end it by SystemExit(75), through its `finally`."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_STOPPED)
-
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+def _stop_raises(number: int, frame: FrameType | None) -> None:
+    """Handle a stop signal by SystemExit(75), which runs through every `finally`."""
+    raise SystemExit(EXIT_STOPPED)

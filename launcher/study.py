@@ -40,6 +40,7 @@ from sftcore.recipe import dump_recipe
 from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 from sftcore.study.study_report import write_study_report
+from sftcore.train.stopping import WITH_INTERRUPT, handling
 
 log = logging.getLogger("sftcore.study")
 FAILED = "failed.json"
@@ -299,13 +300,8 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         forwarded.append(number)
         process.send_signal(signal.SIGTERM)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    earlier = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    with handling(WITH_INTERRUPT, forward):
         yield forwarded
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def _tail(path: Path) -> str:
