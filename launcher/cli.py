@@ -205,18 +205,17 @@ def train(
     run: RunFolder = None,
 ) -> None:
     """Train in this process, on this machine's GPUs (--on node), or on a cluster (--on slurm)."""
-    from launcher.ways_in import Machines, check_way_in, train_elsewhere
+    from launcher.ways_in import machines_of, train_elsewhere
 
     loaded = load(recipe, set_, run)
-    machines = Machines(
-        on=on,
+    machines = machines_of(
+        on,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         hostfile=hostfile,
         options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
-    check_way_in(machines)
     if on != "debug":
         _refuse(
             on,
@@ -333,10 +332,9 @@ def run(
     run: RunFolder = None,
 ) -> None:
     """All stages here: probe (if levels are asked for), train (perhaps by ranks), evaluate, report."""
-    from launcher.ways_in import Machines, check_way_in
+    from launcher.ways_in import machines_of
 
-    machines = Machines(on="node", gpus_per_node=gpus_per_node, ranks_per_node=ranks_per_node)
-    check_way_in(machines)
+    machines = machines_of("node", gpus_per_node=gpus_per_node, ranks_per_node=ranks_per_node)
     loaded = load(recipe, set_, run)
     begin_stage(loaded.run_folder, "run", shared=shared)
     from launcher.whole_run import run_whole

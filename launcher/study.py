@@ -35,7 +35,7 @@ from sftcore.errors import (
     TrainingFailed,
     UserInputError,
 )
-from sftcore.fsio import atomic_file, is_locked, read_json, write_json
+from sftcore.fsio import atomic_file, is_locked, read_json, tail_of, write_json
 from sftcore.recipe import dump_recipe
 from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
@@ -47,7 +47,6 @@ FAILED = "failed.json"
 FINISHED_STATE, FAILED_STATE = "finished", "failed"
 ENDED_STATES = (FINISHED_STATE, NOT_RUN_STATE)
 RUNNING, STARTED, WAITING = "running", "started", "waiting"
-TAIL_LINES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +206,7 @@ def run_one(study: Study, run: StudyRun) -> int:
     if code in (0, EXIT_STOPPED):
         note.unlink(missing_ok=True)
     else:
-        write_json(note, {"exit_code": code, "said": _tail(log_file)})
+        write_json(note, {"exit_code": code, "said": tail_of(log_file)})
     if code == 0:
         _drop_weights(study, run)
     return code
@@ -302,10 +301,6 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     with handling(WITH_INTERRUPT, forward):
         yield forwarded
-
-
-def _tail(path: Path) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
 
 
 def _drop_weights(study: Study, run: StudyRun) -> None:

@@ -28,14 +28,7 @@ from sftcore.data.digests import KnownDigests
 from sftcore.data.ledger import Ledger
 from sftcore.data.rationales import MIN_REASONED_PAIRS
 from sftcore.data.splits import load_records
-from sftcore.errors import (
-    MissingEnvironmentError,
-    Problem,
-    RankLost,
-    StoppedOnRequest,
-    TrainingFailed,
-    UserInputError,
-)
+from sftcore.errors import Problem, UserInputError, error_of_code
 from sftcore.evaluate import score
 from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_json, write_json
 from sftcore.knowledge import levels
@@ -116,9 +109,8 @@ def _train(recipe: Recipe, machines: Machines | None) -> None:
     torch.cuda.empty_cache()  # what the probe's model took; does nothing on CPUs
     code = train_elsewhere(recipe, machines, [], dry_run=False)
     if code:
-        kinds = (UserInputError, MissingEnvironmentError, RankLost, StoppedOnRequest)
-        kind = {kind.exit_code: kind for kind in kinds}.get(code, TrainingFailed)
-        raise kind(f"{machines.require_ranks()} ranks ended with {code}; see {recipe.run_folder / 'logs'}")
+        what = f"{machines.require_ranks()} ranks ended with {code}; see {recipe.run_folder / 'logs'}"
+        raise error_of_code(code, what)
 
 
 def too_few_reasons(recipe: Recipe) -> str:

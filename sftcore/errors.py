@@ -83,3 +83,9 @@ class RankLost(SftError):
 
 class TrainingFailed(SftError):
     """The run itself failed, e.g. a loss that is not finite."""
+
+
+def error_of_code(code: int, what: str) -> SftError:
+    """The error for what another process of ours ended with, so that its exit code is handed on."""
+    kinds = (UserInputError, MissingEnvironmentError, StoppedOnRequest, RankLost)
+    return {kind.exit_code: kind for kind in kinds}.get(code, TrainingFailed)(what)
