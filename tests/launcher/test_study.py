@@ -21,7 +21,7 @@ from launcher.study import conclude, load_study, state_of, status_table, submit_
 from launcher.ways_in import Machines
 from launcher.whole_run import run_whole, too_few_reasons
 from sftcore.errors import RankLost, SftError, StoppedOnRequest, UserInputError
-from sftcore.fsio import folder_lock
+from sftcore.fsio import folder_lock, read_jsonl
 
 ALL_LEVELS = [0, 1, 2, 3, 4]
 
@@ -64,6 +64,36 @@ def test_an_arm_with_too_few_reasons_is_not_run_in_a_study_but_by_hand(tiny_reci
     assert why in caplog.text and state_of(few) == "finished"
     write_lines(Path("pairs.jsonl"), rows[60:])
     assert too_few_reasons(enough.recipe) == "60 pairs with reasons, 100 are needed"
+
+
+def test_a_sweep_on_ones_own_data_ends_with_losses_and_a_page(tiny_recipe):
+    """No facts and no selection: it used to have neither page nor numbers."""
+    rows = [{"prompt": f"Q {i}: ", "completion": f"answer {i % 3}"} for i in range(16)]
+    write_lines(Path("own.jsonl"), rows[:12])
+    write_lines(Path("held.jsonl"), rows[12:])
+    source = {"format": "jsonl"}
+    data = {"train": [source | {"path": "own.jsonl"}], "valid": [source | {"path": "held.jsonl"}]}
+    base = tiny_recipe | {"data": data, "train": {"epochs": 3}}
+    read = load_study(Path(write_study(base, grid={"train.lr": [1e-2, 1e-4]})))
+    for one in read.runs:
+        run_whole(one.recipe)
+    conclude(read)
+    found = json.loads(Path("runs/sizes/study.json").read_text())["runs"]
+    report = json.loads(Path("runs/sizes/report.json").read_text())
+    for row, one in zip(found, read.runs, strict=True):
+        valid = [x["valid_loss"] for x in read_jsonl(one.recipe.run_folder / "valid.jsonl")]
+        assert len(valid) == 3 and row["lowest_valid_loss"] == min(valid)
+        assert row["last_loss"] == read_jsonl(one.recipe.run_folder / "metrics.jsonl")[-1]["loss"]
+        assert f"{row['last_loss']:.4f}{row['lowest_valid_loss']:>9.4f}" in status_table(read)
+    best = min(found, key=lambda row: row["lowest_valid_loss"])
+    assert report["best"] == best["name"] and report["axes"] == ["train.lr"]
+    assert {row["settings"]["train.lr"] for row in report["runs"]} == {1e-2, 1e-4}
+    page = Path("runs/sizes/report.html").read_text()
+    assert page.count('<svg id="valid"') == 1 and page.count(">lowest</span>") == 1 and "http" not in page
+    for one in read.runs:
+        (one.recipe.run_folder / "valid.jsonl").unlink()
+    conclude(read)
+    assert "nothing here says which one is better" in Path("runs/sizes/report.html").read_text()
 
 
 @pytest.mark.slow
