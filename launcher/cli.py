@@ -1,7 +1,7 @@
 """The `sftcore` command.
 
 In: arguments. Out: what the stage prints, and an exit code: 0 done, 2 your input, 3 your environment, 75
-stopped on request, 1 anything else.
+stopped on request, 130 a second Ctrl-C, 1 anything else.
 Invariant: a foreseeable failure prints one message on stderr and no traceback.
 Trade-off: each command imports its stage when it runs, so `sftcore --help` needs 0.3 s instead of 5 s of
 torch.
@@ -41,7 +41,7 @@ from launcher.job_commands import (
 from launcher.show_commands import generate, inspect, schema
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, SftError, StoppedOnRequest, UserInputError
 from sftcore.log import setup_logging
-from sftcore.train.stopping import end_on_stop
+from sftcore.train.stopping import WITH_INTERRUPT, end_on_stop
 
 GOES_ON = {"prepare", "probe", "train", "evaluate", "run", "study", "report"}  # may be stopped anywhere
 
@@ -204,18 +204,17 @@ def train(
     run: RunFolder = None,
 ) -> None:
     """Train in this process, on this machine's GPUs (--on node), or on a cluster (--on slurm)."""
-    from launcher.ways_in import Machines, check_way_in, train_elsewhere
+    from launcher.ways_in import machines_of, train_elsewhere
 
     loaded = load(recipe, set_, run)
-    machines = Machines(
-        on=on,
+    machines = machines_of(
+        on,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         hostfile=hostfile,
         options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
-    check_way_in(machines)
     if on != "debug":
         _refuse(
             on,
@@ -332,10 +331,9 @@ def run(
     run: RunFolder = None,
 ) -> None:
     """All stages here: probe (if levels are asked for), train (perhaps by ranks), evaluate, report."""
-    from launcher.ways_in import Machines, check_way_in
+    from launcher.ways_in import machines_of
 
-    machines = Machines(on="node", gpus_per_node=gpus_per_node, ranks_per_node=ranks_per_node)
-    check_way_in(machines)
+    machines = machines_of("node", gpus_per_node=gpus_per_node, ranks_per_node=ranks_per_node)
     loaded = load(recipe, set_, run)
     begin_stage(loaded.run_folder, "run", shared=shared)
     from launcher.whole_run import run_whole
@@ -358,7 +356,7 @@ def main() -> None:
     """Console entry point: run a command, translate errors to a message and an exit code."""
     setup_logging(rank=int(os.environ.get("RANK", "0")))
     if GOES_ON & set(sys.argv[1:2]):
-        end_on_stop("stopped on request; start it again to go on")
+        end_on_stop("stopped on request; start it again to go on", numbers=WITH_INTERRUPT)
     try:
         app()
     except SftError as error:

@@ -1,7 +1,8 @@
 """Commands that make jobs, and the options that several commands share.
 
 In: arguments. Out: `probe`, `evaluate`, `submit` and `study`; the option types of cli.py.
-Invariant: an option has one name, one meaning and one help text in all commands.
+Invariant: an option has one name and one meaning in all commands, and the values that its command takes: a
+study's `--on` and `--run` are its own.
 Trade-off: apart from cli.py only so that each file can be read at a sitting; cli.py lists all commands.
 """
 
@@ -9,18 +10,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from launcher.attempts import begin_stage
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
-from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import load_recipe
-
-if TYPE_CHECKING:
-    from launcher.ways_in import Machines
 
 RecipePath = Annotated[Path, typer.Argument(help="recipe (YAML); see recipes/", metavar="RECIPE")]
 Overrides = Annotated[
@@ -68,12 +65,14 @@ def probe(
 ) -> None:
     """Facts -> recall -> memory levels of the base model; over several processes with --on."""
     loaded = load(recipe, set_, run)
+    from launcher.ways_in import machines_of
+
     machines = machines_of(
         on,
-        nodes,
-        gpus_per_node,
-        ranks_per_node,
-        sbatch_options(sbatch, cpus_per_rank, partition, time, account),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     from launcher.shares import run_shares, share_of
     from launcher.stages import describe_levels, probe_share
@@ -106,12 +105,14 @@ def evaluate(
 ) -> None:
     """Answers of the base and the trained model to the held-out items, scored; --on: by several processes."""
     loaded = load(recipe, set_, run)
+    from launcher.ways_in import machines_of
+
     machines = machines_of(
         on,
-        nodes,
-        gpus_per_node,
-        ranks_per_node,
-        sbatch_options(sbatch, cpus_per_rank, partition, time, account),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
     from launcher.evaluating import evaluate as evaluate_stage
     from launcher.evaluating import evaluate_share
@@ -143,16 +144,15 @@ def submit(
     run: RunFolder = None,
 ) -> None:
     """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each behind the one before."""
-    from launcher.ways_in import Machines, check_way_in, submit_whole
+    from launcher.ways_in import machines_of, submit_whole
 
-    machines = Machines(
-        on="slurm",
+    machines = machines_of(
+        "slurm",
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
-    check_way_in(machines)
     print(submit_whole(load(recipe, set_, run), machines, num_shards=shards, dry_run=dry_run))
 
 
@@ -168,7 +168,6 @@ def study(
     ] = False,
     throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4,
     gpu: Annotated[bool, typer.Option("--gpu", help="as --gpus-per-node 1")] = False,
-    nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,
     ranks_per_node: RanksPerNode = None,
     cpus_per_rank: CpusPerRank = None,
@@ -179,20 +178,18 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check and name the runs, and stop")] = False,
     run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="if not runs/NAME")] = None,
 ) -> None:
-    """Run a grid of recipes; finished runs are skipped, failed ones don't stop it."""
+    """Run a grid of recipes, each on one machine; finished runs are skipped, failed ones don't stop it."""
     from launcher.study import conclude as conclude_study
     from launcher.study import load_study, run_here, run_number, status_table, submit_study
-    from launcher.ways_in import Machines, check_way_in
+    from launcher.ways_in import STUDY_WAYS, machines_of
 
-    if nodes > 1:
-        raise UserInputError(_one_machine())
-    machines = Machines(
-        on=on,
+    machines = machines_of(
+        on,
+        ways=STUDY_WAYS,
         gpus_per_node=gpus_per_node or (None if ranks_per_node else int(gpu)),
         ranks_per_node=ranks_per_node,
         options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
-    check_way_in(machines)
     given = {"--gpus-per-node": gpus_per_node, "--ranks-per-node": ranks_per_node}
     ranks = [word for name, count in given.items() if count for word in (name, str(count))]
     loaded = load_study(study, run, rank_options=ranks)
@@ -213,15 +210,6 @@ def study(
     print(status_table(loaded))
 
 
-def _one_machine() -> Problem:
-    return Problem(
-        what="each run of a study trains on one machine",
-        where="--nodes",
-        remedy="--gpus-per-node N; for more machines `sftcore submit` the recipes in the study's folder "
-        "(recipes/*.yaml), then start the study, which finds them trained",
-    )
-
-
 def sbatch_options(
     options: list[str] | None,
     cpus_per_rank: int | None,
@@ -234,27 +222,6 @@ def sbatch_options(
     named = {"cpus-per-task": cpus, "partition": partition, "time": time, "account": account}
     pairs = [option.removeprefix("--").partition("=")[::2] for option in options or []]
     return {key: value for key, value in named.items() if value} | dict(pairs)
-
-
-def machines_of(
-    on: str, nodes: int, gpus_per_node: int | None, ranks_per_node: int | None, options: dict[str, str]
-) -> Machines:
-    """Where a command's shares go.
-
-    Raises:
-        UserInputError: options that the way in can't honour, by name.
-    """
-    from launcher.ways_in import Machines, check_way_in
-
-    machines = Machines(
-        on=on,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        options=options,
-    )
-    check_way_in(machines)
-    return machines
 
 
 def load(path: Path, overrides: list[str] | None, run: str | None) -> Recipe:

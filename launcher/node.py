@@ -21,10 +21,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
@@ -32,6 +30,7 @@ from launcher.hosts import signal_workers
 from launcher.ranks import LOGS, agreed_code, forget_codes, listed_pids, living_workers, read_codes
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, EXIT_STOPPED, MissingEnvironmentError, Problem, UserInputError
+from sftcore.train.stopping import WITH_INTERRUPT, handling
 
 log = logging.getLogger("sftcore.node")
 WORKER = Path(__file__).parent / "worker.py"
@@ -108,8 +107,9 @@ def train_on_node(
     print(shlex.join(command), flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-    with _stop_signals() as received:
-        told: set[Told] = set()
+    received: list[int] = []  # stop signals, of which this process does not die
+    told: set[Told] = set()
+    with handling(WITH_INTERRUPT, lambda number, _: received.append(number)):
         while launcher.poll() is None or _session_lives(launcher.pid):
             if launcher.poll() is not None and not received:
                 received.append(signal.SIGTERM)  # the launcher was killed, its ranks were not
@@ -147,23 +147,6 @@ def _session_lives(leader: int) -> bool:
             if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == leader:
                 return True
     return False
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect stop signals instead of dying of them; yields the list that grows."""
-    received: list[int] = []
-
-    def collect(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    earlier = {number: signal.signal(number, collect) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def _free_port() -> int:

@@ -1,18 +1,20 @@
 """The run folder: who owns it, which recipe it belongs to, what is done, on what machine.
 
 In: a resolved recipe. Out: RUN/recipe.yaml, RUN/environment.json, a lock while a stage writes.
-Invariant: a run folder belongs to one recipe; another recipe on it is refused with the keys that differ.
-Trade-off: any differing key is refused but the few of `FREE_KEYS`; editing a recipe means a new run name,
-which costs a word and keeps every number in a folder explained by the recipe beside it.
+Invariant: recipe.yaml explains what the folder holds: a key that its weights or memory levels depend on is
+refused with another value, by name; every other one is written anew.
+Trade-off: what a result depends on is told by recipe key, not by tracing values, so `data.template` counts
+for weights even where no sample would change; a new run name costs a word.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -27,30 +29,22 @@ from sftcore.fsio import atomic_file, folder_lock, read_json, write_json
 from sftcore.log import log_to_file
 from sftcore.recipe import dump_recipe
 
-FREE_KEYS = (
-    "run",
-    "tracking.tensorboard",
-    "checkpoint.keep",
-)  # change nothing that a run's numbers depend on
-NO_RESULTS = {
-    "recipe.yaml",
-    "environment.json",
-    "run.log",
-    ".lock",
-    "check.txt",
-    "check.json",
-    "check.png",
-    "attempts.jsonl",
-    "failed.json",
-    "not_run.json",
-    "lease.json",
-    "logs",
-    "run.pids",
-    "slurm",
-    "ledger.train.jsonl",
-    "ledger.test.jsonl",
-    "ledger.ood.jsonl",
-}  # left by an attempt that failed at once
+log = logging.getLogger("sftcore.run_folder")
+FINISHED = "finished.json"  # of `sftcore run`: all stages are done
+NUMBERLESS = ("run", "tracking", "checkpoint", "train.hang_seconds")  # change no number of a run
+HELD_OUT = ("data.test", "data.ood")
+SCORED = ("evaluate", *HELD_OUT)  # change scores, which are made anew, but not the weights that are there
+MEASURED = (
+    "data.train",
+    "data.trivial_facts",
+    "data.relations",
+    "probe",
+    "seed",
+    "model",
+)  # ... change levels
+TRAINING = ("metrics.jsonl", "checkpoints/*", "best", "model", "adapter")  # files that tell of a first step
+LEVELS = ("levels.*", "shards/*")
+EVALUATION = ("eval/*",)
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "peft", "datasets")
 
 
@@ -72,38 +66,84 @@ def open_run(recipe: Recipe, *, purpose: str, shared: bool = False) -> Iterator[
 
 
 def claim(run: Path, recipe: Recipe) -> None:
-    """Write RUN/recipe.yaml, or check that it is this recipe; a folder without results changes hands.
+    """Write RUN/recipe.yaml; refuse a recipe that weights or levels in the folder do not come from.
+
+    An attempt that ended before its first step, or a selection (drawn anew by each prepare), claims nothing.
 
     Raises:
-        UserInputError: it is another one; every differing key is named with both values.
+        UserInputError: naming every key that differs and counts, with both values.
     """
-    path = run / "recipe.yaml"
-    if path.is_file() and any(file.name not in NO_RESULTS for file in run.iterdir()):
-        owner = _as_read_today(yaml.safe_load(path.read_text(encoding="utf-8")))
-        differing = [d for d in differences(owner, recipe.model_dump(mode="json")) if d[0] not in FREE_KEYS]
-        if differing:
-            raise UserInputError(*(_differs(run, key, old, new) for key, old, new in differing))
-        return
-    with atomic_file(path) as handle:
+    owner = owner_of(run)
+    is_begun = owner is not None and _holds(run, *TRAINING, *LEVELS, *EVALUATION)
+    if is_begun:
+        differing = differences(owner, recipe.model_dump(mode="json"))
+        if refused := [item for item in differing if _counts(item[0], run, recipe)]:
+            raise UserInputError(*(_differs(run, recipe, *item) for item in refused))
+        if not differing:
+            return
+        if recipe.result_folder.is_dir() and any(is_within(key, HELD_OUT) for key, _, _ in differing):
+            log.warning(
+                "other held-out data than these weights were trained without: see that no item leaked"
+            )
+    with atomic_file(run / "recipe.yaml") as handle:
         handle.write(dump_recipe(recipe))
-    write_json(run / "environment.json", describe_environment() | describe_origin(recipe))
+    if not is_begun or not (run / "environment.json").is_file():
+        write_json(run / "environment.json", describe_environment() | describe_origin(recipe))
 
 
-def _as_read_today(owner: Any) -> Any:
-    """A recipe of another version with the defaults of keys that it did not have then, if it can be read."""
+def _holds(run: Path, *patterns: str) -> bool:
+    return any(True for pattern in patterns for _ in run.glob(pattern))
+
+
+def is_within(key: str, sections: Sequence[str]) -> bool:
+    """Whether a dotted key is one of these or below one.
+
+    >>> is_within("data.test", HELD_OUT), is_within("data.tests", HELD_OUT)
+    (True, False)
+    """
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _counts(key: str, run: Path, recipe: Recipe) -> bool:
+    """Whether something in the folder depends on a key.
+
+    Held-out data count until the weights are there: training leaves out what they ask, so that another test
+    set is another plan, which a checkpoint doesn't resume. A study that drops weights can't score them anew.
+    """
+    if is_within(key, NUMBERLESS):
+        return False
+    if not _holds(run, *TRAINING):
+        return _holds(run, *LEVELS) and is_within(key, MEASURED)
+    if is_within(key, SCORED):
+        return not recipe.result_folder.is_dir() and (key in HELD_OUT or (run / FINISHED).is_file())
+    return True
+
+
+def owner_of(run: Path) -> dict[str, Any] | None:
+    """RUN/recipe.yaml, with the defaults of keys that its version did not have; None if absent."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        return None
+    owner: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         return Recipe.model_validate(owner).model_dump(mode="json")
     except ValidationError:
         return owner
 
 
-def _differs(run: Path, key: str, old: Any, new: Any) -> Problem:
+def _differs(run: Path, recipe: Recipe, key: str, old: Any, new: Any) -> Problem:
+    ways = ["choose another name or --run DIR"]
+    if recipe.result_folder.is_dir():
+        model = f"--model {recipe.result_folder}"
+        ways.append(f"score these weights there: sftcore evaluate RECIPE --run DIR {model}")
+    elif is_within(key, SCORED):
+        ways.append("evaluate under it once the weights are there")
     return Problem(
-        what=f"this run folder belongs to a recipe with another {key}",
+        what=f"this run folder holds results of a recipe with another {key}",
         where=str(run),
         got=json.dumps(new, ensure_ascii=False)[:200],
         allowed=json.dumps(old, ensure_ascii=False)[:200],
-        remedy="choose another name or --run DIR, or delete the folder",
+        remedy="; or ".join(ways),
     )
 
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -26,11 +24,19 @@ from launcher.slurm import shared_stage, submit_recipe
 from launcher.ways_in import Machines, scripts_of
 from sftcore.config import Recipe
 from sftcore.dist import Share
-from sftcore.errors import EXIT_STOPPED, Problem, TrainingFailed, UserInputError
+from sftcore.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_STOPPED,
+    EXIT_USER_INPUT,
+    Problem,
+    UserInputError,
+    error_of_code,
+)
+from sftcore.fsio import tail_of
+from sftcore.train.stopping import WITH_INTERRUPT, handling
 
 log = logging.getLogger("sftcore.shares")
 POLL_SECONDS = 0.2
-TAIL_LINES = 6
 
 
 def share_of(shard: str, *, is_alone: bool = True) -> Share:
@@ -72,7 +78,7 @@ def run_shares(
         dry_run: only print the lines or scripts.
 
     Raises:
-        TrainingFailed: a process failed; the others were stopped.
+        SftError: a process failed, with its exit code; the others were stopped.
     """
     recipe = recipe.model_copy(update={"run": str(recipe.run_folder.resolve())})
     run = recipe.run_folder
@@ -97,8 +103,9 @@ def _run_processes(command: str, lines: Sequence[Sequence[str]], logs: Path, *, 
     """Run all lines at once and wait; process i sees GPU i, or a share of the cores."""
     logs.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // len(lines)))
+    ended: list[int | None] = []
     processes, files = [], [logs / f"{command}-{number}.log" for number in range(len(lines))]
-    with _stop_raises():
+    with handling(WITH_INTERRUPT, _stop_raises):
         try:
             for number, line in enumerate(lines):
                 environment = {"OMP_NUM_THREADS": threads, **os.environ}
@@ -109,21 +116,19 @@ def _run_processes(command: str, lines: Sequence[Sequence[str]], logs: Path, *, 
                     processes.append(subprocess.Popen(start, stdout=output, stderr=output, env=environment))
             log.info("%s in %d processes; their output: %s", command, len(lines), logs)
             while any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes):
+                if any(ended := [process.poll() for process in processes]):
                     break
                 time.sleep(POLL_SECONDS)
         finally:
             for process in processes:
                 process.terminate()
             codes = [process.wait() for process in processes]
-    failed = [number for number, code in enumerate(codes) if code > 0]
-    if failed or any(codes):
-        number = failed[0] if failed else next(i for i, code in enumerate(codes) if code)
-        said = files[number].read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
-        raise TrainingFailed(
-            f"process {number} of {len(lines)} ended with exit code {codes[number]}; start again to go on\n"
-            + "\n".join(said)
-        )
+    ended = ended if any(ended) else [*codes]  # not the code of one that was stopped because another failed
+    if any(ended):
+        number, code = next((i, code) for i, code in enumerate(ended) if code)
+        again = "" if code in (EXIT_USER_INPUT, EXIT_ENVIRONMENT) else "; start again to go on"
+        what = f"process {number} of {len(lines)} ended with exit code {code}{again}"
+        raise error_of_code(code, f"{what}\n{tail_of(files[number])}")
 
 
 def _gpu(number: int) -> str:
@@ -132,16 +137,6 @@ def _gpu(number: int) -> str:
     return visible.split(",")[number] if visible else str(number)
 
 
-@contextmanager
-def _stop_raises() -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGUSR1 end it by SystemExit(75), through its `finally`."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_STOPPED)
-
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+def _stop_raises(number: int, frame: FrameType | None) -> None:
+    """Handle a stop signal by SystemExit(75), which runs through every `finally`."""
+    raise SystemExit(EXIT_STOPPED)

@@ -22,8 +22,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launcher.run_folder import FINISHED
 from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
-from launcher.whole_run import FINISHED, is_finished
+from launcher.whole_run import is_finished
 from sftcore.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -34,18 +35,19 @@ from sftcore.errors import (
     TrainingFailed,
     UserInputError,
 )
-from sftcore.fsio import atomic_file, is_locked, read_json, write_json
+from sftcore.fsio import atomic_file, is_locked, read_json, tail_of, write_json
 from sftcore.recipe import dump_recipe
 from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
+from sftcore.study.loss_study import format_loss, losses_of
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 from sftcore.study.study_report import write_study_report
+from sftcore.train.stopping import WITH_INTERRUPT, handling
 
 log = logging.getLogger("sftcore.study")
 FAILED = "failed.json"
 FINISHED_STATE, FAILED_STATE = "finished", "failed"
 ENDED_STATES = (FINISHED_STATE, NOT_RUN_STATE)
 RUNNING, STARTED, WAITING = "running", "started", "waiting"
-TAIL_LINES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +207,7 @@ def run_one(study: Study, run: StudyRun) -> int:
     if code in (0, EXIT_STOPPED):
         note.unlink(missing_ok=True)
     else:
-        write_json(note, {"exit_code": code, "said": _tail(log_file)})
+        write_json(note, {"exit_code": code, "said": tail_of(log_file)})
     if code == 0:
         _drop_weights(study, run)
     return code
@@ -246,6 +248,7 @@ def _row(run: StudyRun) -> dict[str, Any]:
     path = run.recipe.run_folder / "report.json"
     report = read_json(path) if path.is_file() else {}
     kept = {key: report.get(key) for key in ("n", "acc_base", "acc_tuned", "by_level", "ood")}
+    kept |= losses_of(run.recipe.run_folder)
     state = state_of(run)
     kept = read_json(run.recipe.run_folder / NOT_RUN) if state == NOT_RUN_STATE else kept
     return {"name": run.name, "cell": run.cell, "state": state} | (kept if state in ENDED_STATES else {})
@@ -266,10 +269,10 @@ def state_of(run: StudyRun) -> str:
 
 
 def status_table(study: Study) -> str:
-    """A line a run: state, accuracy before and after, seconds; then a count of states."""
+    """A line a run: state, accuracy before and after, losses, seconds; then a count of states."""
     width = max(len(run.name) for run in study.runs)
     rows = [(run, _row(run)) for run in study.runs]
-    lines = [f"{'run':<{width}}  {'state':<9}{'base':>8}{'tuned':>8}{'seconds':>9}"]
+    lines = [f"{'run':<{width}}  {'state':<9}{'base':>8}{'tuned':>8}{'loss':>9}{'valid':>9}{'seconds':>9}"]
     lines += [f"{run.name:<{width}}  {_status(run, row)}".rstrip() for run, row in rows]
     counts = Counter(row["state"] for _, row in rows)
     return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
@@ -286,7 +289,9 @@ def _status(run: StudyRun, row: dict[str, Any]) -> str:
     if state != FINISHED_STATE:
         return state
     shares = [f"{row[key]:.1%}" if row[key] is not None else "-" for key in ("acc_base", "acc_tuned")]
-    return f"{state:<9}{shares[0]:>8}{shares[1]:>8}{read_json(folder / FINISHED)['seconds']:>9}"
+    losses = [format_loss(row[key]) for key in ("last_loss", "lowest_valid_loss")]
+    numbers = f"{shares[0]:>8}{shares[1]:>8}{losses[0]:>9}{losses[1]:>9}"
+    return f"{state:<9}{numbers}{read_json(folder / FINISHED)['seconds']:>9}"
 
 
 @contextmanager
@@ -298,17 +303,8 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         forwarded.append(number)
         process.send_signal(signal.SIGTERM)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    earlier = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    with handling(WITH_INTERRUPT, forward):
         yield forwarded
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def _tail(path: Path) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
 
 
 def _drop_weights(study: Study, run: StudyRun) -> None:

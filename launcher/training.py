@@ -11,10 +11,9 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -57,7 +56,7 @@ from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_sta
 from sftcore.train.engine import Engine, check_engine, init_process_group
 from sftcore.train.export import export_weights
 from sftcore.train.loop import make_schedule, plan_settings, run_steps
-from sftcore.train.stopping import SIGNALS, StopRequest
+from sftcore.train.stopping import SIGNALS, WITH_INTERRUPT, StopRequest, handling
 from sftcore.train.tracking import check_tracker
 from sftcore.train.validate import Validation
 from sftcore.train.watchdog import Watchdog
@@ -67,11 +66,16 @@ log = logging.getLogger("sftcore.training")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRequest:
-    """How to train; see `train_recipe`."""
+    """How to train; see `train_recipe`.
+
+    Args:
+        signals: that ask for a stop.
+    """
 
     resume: str
     restart: bool
     debug: DebugOptions
+    signals: Sequence[signal.Signals]
 
 
 def run_rank(recipe: Recipe, *, resume: str, restart_schedule: bool) -> int:
@@ -81,7 +85,7 @@ def run_rank(recipe: Recipe, *, resume: str, restart_schedule: bool) -> int:
     is_listed = dist.rank() == dist.local_rank()  # on rank 0's machine
     try:
         with listed_pid(recipe.run_folder) if is_listed else nullcontext():
-            train_recipe(recipe, resume=resume, restart_schedule=restart_schedule)
+            train_recipe(recipe, resume=resume, restart_schedule=restart_schedule, is_launched=True)
             return EXIT_DONE
     except SftError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -102,26 +106,13 @@ def _stop_at_once(number: int, frame: FrameType | None) -> None:
     raise StoppedOnRequest("stopped on request before the first step; start again to go on")
 
 
-@contextmanager
-def _stoppable_at_once() -> Iterator[None]:
-    """Until ranks have met there is nothing to agree on: a stop signal ends this one where it is."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = {number: signal.signal(number, _stop_at_once) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
 def train_recipe(
     recipe: Recipe,
     *,
     resume: str = "auto",
     restart_schedule: bool = False,
     debug: DebugOptions | None = None,
+    is_launched: bool = False,
 ) -> Path:
     """Train, or say that the run is finished; all ranks call it.
 
@@ -130,6 +121,7 @@ def train_recipe(
             checkpoint folder.
         restart_schedule: take weights and optimizer from that folder, but begin this recipe's plan at step 1.
         debug: what to look at on the way.
+        is_launched: as a rank by a launcher, which sees Ctrl-C too and hands it on in its own way.
 
     Returns:
         RUN/model, or RUN/adapter.
@@ -154,8 +146,13 @@ def train_recipe(
         if dist.rank() == 0:
             write_lease(run, lease)
         watch.holder = lease.holder
-        with StopRequest() as stop:
-            request = TrainRequest(resume=resume, restart=restart_schedule, debug=debug or DebugOptions())
+        request = TrainRequest(
+            resume=resume,
+            restart=restart_schedule,
+            debug=debug or DebugOptions(),
+            signals=SIGNALS if is_launched else WITH_INTERRUPT,
+        )
+        with StopRequest(request.signals) as stop:
             _train(recipe, run, request, stop, watch)
         if dist.rank() == 0:
             record_seconds(run, "train", time.perf_counter() - started)
@@ -167,7 +164,7 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
     check_engine(ds_config, recipe.train.optimizer)
     check_tracker(recipe)
     check_demands(recipe, load_config(recipe.model))
-    with _stoppable_at_once():
+    with handling(request.signals, _stop_at_once):  # ranks have not met: there is nothing to agree on
         start = _checkpoint_to_resume(run, request.resume)
         tokenizer, store = prepare(recipe)
         valid_store = prepare_valid(recipe, tokenizer) if recipe.data.valid else None

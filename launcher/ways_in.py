@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launcher.hosts import check_hosts, read_hostfile
 from launcher.node import node_command, train_on_node
@@ -22,7 +23,8 @@ from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, Problem, UserInputError
 
 log = logging.getLogger("sftcore.ways")
-WAYS = ("debug", "node", "slurm", "here")
+RANKS_WAYS = ("debug", "node", "slurm")  # of a command that ranks or shares can do
+STUDY_WAYS = ("here", "slurm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,7 @@ class Machines:
     """Where a run goes.
 
     Args:
-        on: debug | node | slurm (a study: here | slurm).
+        on: debug | node | slurm (a study: here | slurm); see `machines_of`.
         gpus_per_node: ranks per machine, each with a GPU; None: not said.
         ranks_per_node: ranks per machine, on CPUs; None: not said.
         options: of sbatch.
@@ -77,15 +79,19 @@ def num_gpus() -> int:
     return int(torch.cuda.device_count())
 
 
-def check_way_in(machines: Machines) -> None:
-    """Refuse options that the way in can't honour.
+def machines_of(on: str, *, ways: Sequence[str] = RANKS_WAYS, **said: Any) -> Machines:
+    """Where a command goes; the one builder of `Machines`.
+
+    Args:
+        ways: those that the command has.
+        said: the other fields of `Machines`.
 
     Raises:
-        UserInputError: all of them, by name.
+        UserInputError: another way, or options that it can't honour: all of them, by name.
     """
-    on = machines.on
-    if on not in WAYS:
-        raise UserInputError(Problem(what="no such way in", where="--on", got=on, allowed=", ".join(WAYS)))
+    if on not in ways:
+        raise UserInputError(Problem(what="no such way in", where="--on", got=on, allowed=", ".join(ways)))
+    machines = Machines(on=on, **said)
     refused = {
         "--nodes": machines.nodes > 1 and on != "slurm",
         "--hostfile": machines.hostfile is not None and on != "node",
@@ -101,6 +107,7 @@ def check_way_in(machines: Machines) -> None:
         problems.append(Problem(what="how many ranks per machine?", where="--on slurm", remedy=remedy))
     if problems:
         raise UserInputError(*problems)
+    return machines
 
 
 def train_elsewhere(recipe: Recipe, machines: Machines, more: Sequence[str], *, dry_run: bool) -> int:

@@ -15,27 +15,20 @@ import gc
 import logging
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from launcher.run_folder import FREE_KEYS, open_run
+from launcher.run_folder import FINISHED, NUMBERLESS, SCORED, differences, is_within, open_run, owner_of
 from sftcore.config import Recipe
 from sftcore.data.contents import Pair
 from sftcore.data.digests import KnownDigests
 from sftcore.data.ledger import Ledger
 from sftcore.data.rationales import MIN_REASONED_PAIRS
 from sftcore.data.splits import load_records
-from sftcore.errors import (
-    MissingEnvironmentError,
-    Problem,
-    RankLost,
-    StoppedOnRequest,
-    TrainingFailed,
-    UserInputError,
-)
+from sftcore.errors import Problem, UserInputError, error_of_code
 from sftcore.evaluate import score
 from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_json, write_json
 from sftcore.knowledge import levels
@@ -49,7 +42,6 @@ if TYPE_CHECKING:
     from launcher.ways_in import Machines
 
 log = logging.getLogger("sftcore.whole_run")
-FINISHED = "finished.json"
 DIGESTS = Path(".cache/digests.json")
 PROBED = ("data", "probe", "seed", "model")  # sections that memory levels depend on
 EVALUATED = (*PROBED, "task", "matching", "evaluate", "batch")  # ... and the base model's scores
@@ -77,7 +69,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
 
     run, started = recipe.run_folder, time.perf_counter()
     if not is_finished(recipe):
-        _check_not_stale(run)
+        _check_not_stale(recipe)
         if why := too_few_reasons(recipe):
             log.warning("%s: %s", recipe.name, why)
         if why and shared is not None:
@@ -120,9 +112,8 @@ def _train(recipe: Recipe, machines: Machines | None) -> None:
     torch.cuda.empty_cache()  # what the probe's model took; does nothing on CPUs
     code = train_elsewhere(recipe, machines, [], dry_run=False)
     if code:
-        kinds = (UserInputError, MissingEnvironmentError, RankLost, StoppedOnRequest)
-        kind = {kind.exit_code: kind for kind in kinds}.get(code, TrainingFailed)
-        raise kind(f"{machines.require_ranks()} ranks ended with {code}; see {recipe.run_folder / 'logs'}")
+        what = f"{machines.require_ranks()} ranks ended with {code}; see {recipe.run_folder / 'logs'}"
+        raise error_of_code(code, what)
 
 
 def too_few_reasons(recipe: Recipe) -> str:
@@ -145,44 +136,50 @@ def _leave_out(recipe: Recipe, why: str) -> str:
 
 def is_finished(recipe: Recipe) -> bool:
     """Whether the run folder holds this very run, with all stages done."""
-    path = recipe.run_folder / FINISHED
-    if not path.is_file():
+    run = recipe.run_folder
+    kept = _finished(run)
+    if kept is None:
         return False
-    kept = read_json(path)
+    then, now = kept["recipe"], recipe.model_dump(mode="json")
+    evaluated = owner_of(run) or then  # `sftcore evaluate` may have made the scores anew with other settings
+    return not (_numbers_differ(then, now) or _numbers_differ(evaluated, now)) and _has_same_files(
+        kept, recipe
+    )
+
+
+def _finished(run: Path) -> dict[str, Any] | None:
+    """finished.json with its recipe as today's code reads it; None without one, or of an earlier version."""
+    path = run / FINISHED
+    kept = read_json(path) if path.is_file() else {}
     try:
-        then = Recipe.model_validate(kept["recipe"])
-    except (KeyError, ValidationError):  # of a version whose recipes had other keys
-        return False
+        return {**kept, "recipe": Recipe.model_validate(kept["recipe"]).model_dump(mode="json")}
+    except (KeyError, ValidationError):
+        return None
+
+
+def _numbers_differ(then: Any, now: Any, but: Sequence[str] = ()) -> bool:
+    """Whether two recipes differ in a key, other than `but`, that changes a number."""
+    return any(not is_within(key, (*NUMBERLESS, *but)) for key, _, _ in differences(then, now))
+
+
+def _has_same_files(kept: dict[str, Any], recipe: Recipe) -> bool:
     now = _files_identity(recipe)
-    same_files = kept["files"] == now["files"] and kept.get("model", now["model"]) == now["model"]
-    return same_files and _numbers_of(then) == _numbers_of(recipe)
+    return bool(kept["files"] == now["files"] and kept.get("model", now["model"]) == now["model"])
 
 
-def _numbers_of(recipe: Recipe) -> dict[str, Any]:
-    """A recipe without the keys that change no number."""
-    values = recipe.model_dump(mode="json")
-    for key in FREE_KEYS:
-        _remove(values, key.split("."))
-    return values
-
-
-def _check_not_stale(run: Path) -> None:
-    if (run / FINISHED).is_file():
-        is_readable = "recipe" in read_json(run / FINISHED)
-        other = "other data, another base model or another recipe" if is_readable else "an earlier version"
-        raise UserInputError(
-            Problem(
-                what=f"this run was finished with {other}",
-                where=str(run),
-                remedy="delete the folder to run it anew, or choose another (--run DIR)",
-            )
-        )
-
-
-def _remove(values: dict[str, Any], parts: list[str]) -> None:
-    for part in parts[:-1]:
-        values = values[part]
-    del values[parts[-1]]
+def _check_not_stale(recipe: Recipe) -> None:
+    """Refuse a finished run that is not this one, unless all that is left to do is to score it anew."""
+    run = recipe.run_folder
+    if not (run / FINISHED).is_file():
+        return
+    kept = _finished(run)
+    if kept is not None and recipe.result_folder.is_dir():
+        is_trained = not _numbers_differ(kept["recipe"], recipe.model_dump(mode="json"), but=SCORED)
+        if is_trained and _has_same_files(kept, Recipe.model_validate(kept["recipe"])):
+            return
+    other = "other data, another base model or another recipe" if kept else "an earlier version"
+    remedy = "choose another folder (--run DIR) or name, or delete the folder to run it anew"
+    raise UserInputError(Problem(what=f"this run was finished with {other}", where=str(run), remedy=remedy))
 
 
 def shared_name(kind: str, recipe: Recipe, sections: Iterable[str]) -> str:

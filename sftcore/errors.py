@@ -17,6 +17,7 @@ EXIT_USER_INPUT = 2
 EXIT_ENVIRONMENT = 3
 EXIT_RANK_LOST = 69  # EX_UNAVAILABLE of sysexits.h: another rank is gone; requeue me
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: requeue me
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it: a second Ctrl-C
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,3 +83,9 @@ class RankLost(SftError):
 
 class TrainingFailed(SftError):
     """The run itself failed, e.g. a loss that is not finite."""
+
+
+def error_of_code(code: int, what: str) -> SftError:
+    """The error for what another process of ours ended with, so that its exit code is handed on."""
+    kinds = (UserInputError, MissingEnvironmentError, StoppedOnRequest, RankLost)
+    return {kind.exit_code: kind for kind in kinds}.get(code, TrainingFailed)(what)

@@ -27,6 +27,7 @@ from typing import IO, Any
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them
+TAIL_LINES = 6  # of a log, in a message
 LOOK_SECONDS = 0.5  # a look holds a lock for microseconds, on network storage for milliseconds
 
 
@@ -168,6 +169,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(json.JSONDecodeError):
         rows += [json.loads(lines[-1])] if lines[-1] else []
     return rows
+
+
+def tail_of(path: Path) -> str:
+    """The last `TAIL_LINES` lines of a log, whatever bytes are in it."""
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
 
 
 def open_binary(path: Path) -> IO[bytes]:

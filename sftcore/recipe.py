@@ -28,6 +28,51 @@ ASSETS = Path(__file__).parent / "assets"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 ASSET_PREFIX = "assets:"
 HUB_PREFIX = "hub:"
+WHOLE_STEP = "batch.samples_per_step (of the whole step, over all ranks)"
+ELSEWHERE = {  # keys of transformers, TRL, peft, LLaMA-Factory and Axolotl -> ours, perhaps with a remark
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "batch_size": f"{WHOLE_STEP}, or evaluate.batch_size",
+    "train_batch_size": WHOLE_STEP,
+    "micro_batch_size": WHOLE_STEP,
+    "per_device_train_batch_size": WHOLE_STEP,
+    "gradient_accumulation_steps": WHOLE_STEP,
+    "per_device_eval_batch_size": "evaluate.batch_size",
+    "gradient_checkpointing": "train.activation_checkpointing: full",
+    "packing": "batch.capacity (samples are always packed)",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "finetuning_type": "adapter.kind",
+    "load_in_4bit": "adapter.kind: qlora",
+    "lr_scheduler_type": "train.scheduler",
+    "lr_scheduler": "train.scheduler",
+    "warmup_steps": "train.warmup_ratio (a share of the steps)",
+    "max_steps": "train.epochs (or sftcore train --max-steps N)",
+    "optim": "train.optimizer",
+    "bf16": "model.dtype: bfloat16 (the default)",
+    "fp16": "model.dtype: bfloat16",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "report_to": "tracking.to",
+    "output_dir": "run",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "save_steps": "checkpoint.save_every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "train.evaluate_every_steps",
+    "early_stopping_patience": "train.patience",
+    "load_best_model_at_end": "train.keep: best",
+}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # "org/name" or "name"
 
 
@@ -50,7 +95,9 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserInputError(*problems, *[_explain(item, path) for item in error.errors()]) from error
+        said = [override.partition("=")[0].strip() for override in overrides or []]
+        found = [_explain(item, _origin(item["loc"], path, said)) for item in error.errors()]
+        raise UserInputError(*problems, *found) from error
     if problems:
         raise UserInputError(*problems)
     return recipe
@@ -127,18 +174,38 @@ def _apply_override(raw: dict[str, Any], override: str) -> Problem | None:
     return None
 
 
-def _explain(item: Any, path: Path) -> Problem:
-    """One pydantic error as a `Problem`, with the nearest valid name for an unknown key."""
-    where = f"{path}: {'.'.join(str(part) for part in item['loc']) or 'recipe'}"
+def _origin(location: tuple[str | int, ...], path: Path, overrides: list[str]) -> str:
+    """Where a wrong value was given: in the file, or on the command line."""
+    key = ".".join(map(str, location))
+    if any(f"{key}.".startswith(f"{override}.") for override in overrides):
+        return f"--set {key}"
+    return f"{path}: {key or 'recipe'}"
+
+
+def _explain(item: Any, where: str) -> Problem:
+    """One pydantic error as a `Problem`, with the most likely name for an unknown key."""
     if item["type"] == "extra_forbidden":
         allowed = _keys_at(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else ""
+        remedy = _hint(str(item["loc"][-1]), allowed)
         return Problem(what="unknown key", where=where, allowed=", ".join(allowed), remedy=remedy)
     if item["type"] == "missing":
         return Problem(what="required key is missing", where=where)
     got = "" if isinstance(item.get("input"), dict | BaseModel) else repr(item.get("input"))[:80]
     return Problem(what=item["msg"].removeprefix("Value error, "), where=where, got=got)
+
+
+def _hint(key: str, allowed: list[str]) -> str:
+    """The key that was meant: another tool's, another section's, or a misspelt one.
+
+    >>> [_hint("learning_rate", []), _hint("lr", []), _hint("lrr", ["lr", "epochs"])]
+    ['here it is train.lr', "did you mean 'train.lr'?", "did you mean 'lr'?"]
+    """
+    if key in ELSEWHERE:
+        return f"here it is {ELSEWHERE[key]}"
+    sections = {name: _section_of(field.annotation) for name, field in Recipe.model_fields.items()}
+    found = [f"{name}.{key}" for name, section in sections.items() if section and key in section.model_fields]
+    found = found or difflib.get_close_matches(key, allowed, n=1)
+    return f"did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def _keys_at(location: tuple[str | int, ...]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from sftcore.config import Recipe
 from sftcore.errors import UserInputError
-from sftcore.recipe import DS_CONFIGS, deepspeed_file, dump_recipe, load_recipe, source_files
+from sftcore.recipe import DS_CONFIGS, ELSEWHERE, deepspeed_file, dump_recipe, load_recipe, source_files
 from sftcore.study.grid import expand, read_study
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,45 @@ def write(tmp_path, monkeypatch):
         return path
 
     return write_
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 1e-5}, "learning_rate: unknown key"),
+        ({"learning_rate": 1e-5}, "here it is train.lr\n"),
+        ({"lr": 1e-5}, "did you mean 'train.lr'?"),
+        (
+            {"train": {"per_device_train_batch_size": 4}},
+            "here it is batch.samples_per_step (of the whole step",
+        ),
+        ({"train": {"capacity": 4}}, "did you mean 'batch.capacity'?"),
+        ({"max_new_tokens": 4}, "did you mean 'probe.max_new_tokens' or 'evaluate.max_new_tokens'?"),
+        ({"adapter": {"lora_alpha": 4}}, "here it is adapter.alpha"),
+    ],
+)
+def test_keys_of_other_tools_and_other_sections_are_told(write, change, message):
+    with pytest.raises(UserInputError) as refused:
+        load_recipe(write(MINIMAL | change))
+    assert message in f"{refused.value}\n" and "recipe.yaml: " in str(refused.value)
+
+
+def test_hints_name_keys_that_exist():
+    schema = Recipe.model_json_schema()
+    for hint in ELSEWHERE.values():
+        section, _, key = hint.split(" ")[0].rstrip(":").partition(".")
+        assert section in schema["properties"], hint
+        if key:
+            name = re.search(r"defs/(\w+)", str(schema["properties"][section]))[1]
+            assert key in schema["$defs"][name]["properties"], hint
+
+
+def test_a_wrong_value_of_the_command_line_is_not_looked_for_in_the_file(write):
+    with pytest.raises(UserInputError) as refused:
+        load_recipe(write(MINIMAL | {"trian": 1}), ["lora_r=8", "train.epochs=none"])
+    said = str(refused.value)
+    assert "--set lora_r: unknown key" in said and "--set train.epochs: " in said
+    assert "recipe.yaml: trian: unknown key" in said
 
 
 def test_defaults_are_those_of_the_design(write):

@@ -1,8 +1,8 @@
 """What a study found, on one page: a folder of runs -> report.html, report.json, lines for the terminal.
 
 In: the run folders in it. Out: report.html (self-contained, no script), report.json (the same numbers).
-Invariant: each number follows from predictions.jsonl, selection.jsonl, metrics.jsonl, levels.jsonl and
-drift.json of the runs; the same folder gives the same bytes.
+Invariant: each number follows from predictions.jsonl, selection.jsonl, metrics.jsonl, valid.jsonl,
+levels.jsonl and drift.json of the runs; the same folder gives the same bytes.
 Trade-off: every predictions.jsonl is read and counted anew instead of trusting scores.json; of 252 runs of
 1,200 items that is 60 MB of JSON at about 200 bytes a row.
 """
@@ -18,6 +18,14 @@ from markupsafe import Markup
 
 from sftcore.fsio import atomic_file, write_json
 from sftcore.study.figures import FEW_ITEMS, levels_figure
+from sftcore.study.loss_study import (
+    MAX_NAMED,
+    format_loss,
+    is_loss_study,
+    loss_table,
+    summarise_losses,
+    valid_figure,
+)
 from sftcore.study.matching_study import NOT_RUN_STATE, is_matching_study, summarise_matching
 from sftcore.study.qa_study import SPLITS, describe_set, summarise_study
 from sftcore.study.report import ReportResult
@@ -38,6 +46,9 @@ def write_study_report(folder: Path) -> ReportResult:
     if is_matching_study(folder):
         report = summarise_matching(folder)
         page, table = render_matching(report), matching_table(report)
+    elif is_loss_study(folder):
+        report = summarise_losses(folder)
+        page, table = render_losses(report), loss_table(report)
     else:
         report = summarise_study(read_study_runs(folder))
         page, table = render_study(report), study_table(report)
@@ -54,6 +65,13 @@ def render_matching(report: Mapping[str, Any]) -> str:
     references = [(part["name"], part["accuracy"]) for part in report["references"]]
     curves = arm_curves(cells, references=references[:MAX_LINES], name="arms") if cells else ""
     return _environment().get_template("matching.html").render(report=report, curves=Markup(curves))
+
+
+def render_losses(report: Mapping[str, Any]) -> str:
+    """The HTML page of a study without selection."""
+    curves = valid_figure(report["runs"], best=report["best"]) if report["best"] else ""
+    template = _environment().get_template("losses.html")
+    return template.render(report=report, curves=Markup(curves), max_named=MAX_NAMED)
 
 
 def matching_table(report: Mapping[str, Any]) -> str:
@@ -86,6 +104,7 @@ def _environment() -> jinja2.Environment:
         "setting": format_setting,
         "flat": flatten,
         "set": describe_set,
+        "loss": format_loss,
     }
     return environment
 

@@ -141,12 +141,14 @@ def test_wrong_input_is_told_once_with_its_exit_code(tiny_recipe):
     path = str(write_recipe(tiny_recipe, "wrong", data={"max_length": 8}))
     done = run(str(BIN / "sftcore"), "train", path, *ON_NODE)
     assert done.returncode == 2 and (done.stdout + done.stderr).count("error:") == 1
-    refused = run(str(BIN / "sftcore"), "train", path, "--nodes", "2", "--hostfile", "h", "--on", "here")
+    refused = run(str(BIN / "sftcore"), "train", path, "--nodes", "2", "--hostfile", "h", "--on", "debug")
     assert refused.returncode == 2
-    for words in ("--nodes: not with --on here", "--hostfile: not with --on here"):
+    for words in ("--nodes: not with --on debug", "--hostfile: not with --on debug"):
         assert words in refused.stderr
-    unknown = run(str(BIN / "sftcore"), "train", path, "--on", "cloud")
-    assert unknown.returncode == 2 and "no such way in" in unknown.stderr
+    for command in ("train", "probe", "evaluate"):  # "here" is a study's, and used to train in one process
+        unknown = run(str(BIN / "sftcore"), command, path, "--on", "here")
+        assert unknown.returncode == 2 and "no such way in" in unknown.stderr
+        assert "allowed: debug, node, slurm" in unknown.stderr
     bare = run(str(BIN / "sftcore"), "train", path, "--on", "node")
     assert bare.returncode == 2 and "this machine has no GPU" in bare.stderr
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launcher_commands import save, sftcore
@@ -11,10 +14,10 @@ from tiny import SUBJECTS, write_lines
 from tiny_bert import write_bert
 
 from launcher.evaluating import evaluate, evaluate_share
-from launcher.shares import share_of
+from launcher.shares import _run_processes, share_of
 from sftcore.config import Recipe
 from sftcore.dist import Share
-from sftcore.errors import UserInputError
+from sftcore.errors import SftError, UserInputError
 from sftcore.fsio import read_json
 from sftcore.recipe import load_recipe
 
@@ -87,9 +90,28 @@ def test_processes_on_this_machine_share_probe_and_evaluation(tiny_recipe):
     for file in ("levels.jsonl", "levels.manifest.json", *(f"eval/base/{name}" for name in PREDICTED)):
         assert Path("runs/tiny", file).read_bytes() == Path("runs/whole", file).read_bytes(), file
     assert "shard 1/2" in Path("runs/tiny/logs/evaluate-1.log").read_text()
+    absent = save(tiny_recipe, name="absent", data={"train": [{"format": "facts", "path": "bad.jsonl"}]})
+    Path("bad.jsonl").write_text('{"relation": "P19", "subject": "Ann", "answers": []}\n')
+    wrong = sftcore("probe", absent, "--on", "node", "--ranks-per-node", "2")
+    assert wrong.returncode == 2 and "ended with exit code 2\n" in wrong.stderr, wrong.stderr[-2000:]
+    assert "bad.jsonl" in wrong.stderr and "start again" not in wrong.stderr, "again would not help"
     broken = save(tiny_recipe, name="broken", model={"path": "nowhere-at-all", "dtype": "float32"})
     failed = sftcore("probe", broken, "--on", "node", "--ranks-per-node", "2")
     assert failed.returncode not in (0, 75) and "Traceback" not in failed.stderr, failed.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("code", "again"), [(2, False), (3, False), (75, True), (1, True)])
+def test_the_exit_code_of_a_share_is_handed_on(tmp_path, code, again):
+    """Not that of another one, which was stopped for it."""
+    ends = f"import sys, time; print('what it said'); sys.argv[1] == '0' and time.sleep(60); sys.exit({code})"
+    with pytest.MonkeyPatch.context() as patch:
+        start = [sys.executable, "-c", ends]
+        own = SimpleNamespace(Popen=lambda line, **how: subprocess.Popen([*start, line[-1]], **how))
+        patch.setattr("launcher.shares.subprocess", own)
+        with pytest.raises(SftError, match="what it said") as caught:
+            _run_processes("probe", [["0"], ["1"]], tmp_path, has_gpus=False)
+    assert caught.value.exit_code == code and "process 1 of 2" in str(caught.value)
+    assert ("start again" in str(caught.value)) == again
 
 
 def test_a_cluster_gets_an_array_and_a_job_that_merges(tiny_recipe):

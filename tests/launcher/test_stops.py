@@ -1,4 +1,4 @@
-"""A stage that is told to stop ends with 75 and goes on later; one that never gets on is given up."""
+"""What is told to stop ends with 75 and goes on later; a stage that never gets on is given up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from warm import BIN, Process
 from launcher.attempts import begin_stage, work_done
 from sftcore.errors import TrainingFailed
 from sftcore.fsio import read_jsonl
+from sftcore.train.stopping import handling
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = ".cache/stores/*.parts/part-*/part.json"
@@ -58,6 +60,56 @@ def test_a_probe_stops_behind_a_batch_and_goes_on(tiny_recipe, shard):
         assert sftcore("probe", path).returncode == 0
     assert len(read_jsonl(Path("runs/tiny/levels.jsonl"))) == 24
     assert work_done(Path("runs/tiny"))["finished"] == 1
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_ctrl_c_stops_behind_a_checkpoint_and_the_run_goes_on(tiny_recipe, command):
+    """Of a single process; the ranks of a launcher have it hand Ctrl-C on."""
+    path = save(tiny_recipe, train={"epochs": 60, "lr": 1e-2}, checkpoint={"save_every_steps": 1000})
+    process = Process([str(BIN / "sftcore"), command, path], dict(os.environ))
+    deadline = time.monotonic() + 120
+    while not holds_lines("runs/tiny/metrics.jsonl", 3)():
+        assert process.poll() is None and time.monotonic() < deadline, process.output()[1][-3000:]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in said, (process.returncode, said[-3000:])
+    assert said.count("stopping after this step; Ctrl-C again to quit at once") == 1
+    done = len(read_jsonl(Path("runs/tiny/metrics.jsonl")))
+    assert 3 <= done < 240 and Path(f"runs/tiny/checkpoints/step-{done:06d}/COMMITTED").is_file()
+    again = sftcore(command, path)
+    assert again.returncode == 0 and f"resuming after step {done}" in again.stderr, again.stderr[-3000:]
+    assert len(read_jsonl(Path("runs/tiny/metrics.jsonl"))) == 240
+
+
+def test_a_second_ctrl_c_ends_a_process_at_once():
+    code = "from sftcore.train.stopping import WITH_INTERRUPT, StopRequest\nimport time\n"
+    code += "with StopRequest(WITH_INTERRUPT) as stop:\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    assert b"Ctrl-C again" in process.stderr.readline() and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+
+
+def test_who_took_a_signal_before_takes_it_again():
+    def one(number, frame):
+        seen.append("one")
+
+    def two(number, frame):
+        seen.append("two")
+
+    seen: list[str] = []
+    with handling([signal.SIGUSR1], one):
+        with handling([signal.SIGUSR1], two):
+            signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        thread = threading.Thread(target=lambda: handling([signal.SIGUSR1], two).__enter__())
+        thread.start()
+        thread.join()
+        signal.raise_signal(signal.SIGUSR1)
+    assert seen == ["two", "one", "one"], "outside of the main thread nothing is installed"
 
 
 @pytest.mark.slow

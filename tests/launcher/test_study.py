@@ -21,7 +21,7 @@ from launcher.study import conclude, load_study, state_of, status_table, submit_
 from launcher.ways_in import Machines
 from launcher.whole_run import run_whole, too_few_reasons
 from sftcore.errors import RankLost, SftError, StoppedOnRequest, UserInputError
-from sftcore.fsio import folder_lock
+from sftcore.fsio import folder_lock, read_jsonl
 
 ALL_LEVELS = [0, 1, 2, 3, 4]
 
@@ -64,6 +64,36 @@ def test_an_arm_with_too_few_reasons_is_not_run_in_a_study_but_by_hand(tiny_reci
     assert why in caplog.text and state_of(few) == "finished"
     write_lines(Path("pairs.jsonl"), rows[60:])
     assert too_few_reasons(enough.recipe) == "60 pairs with reasons, 100 are needed"
+
+
+def test_a_sweep_on_ones_own_data_ends_with_losses_and_a_page(tiny_recipe):
+    """No facts and no selection: it used to have neither page nor numbers."""
+    rows = [{"prompt": f"Q {i}: ", "completion": f"answer {i % 3}"} for i in range(16)]
+    write_lines(Path("own.jsonl"), rows[:12])
+    write_lines(Path("held.jsonl"), rows[12:])
+    source = {"format": "jsonl"}
+    data = {"train": [source | {"path": "own.jsonl"}], "valid": [source | {"path": "held.jsonl"}]}
+    base = tiny_recipe | {"data": data, "train": {"epochs": 3}}
+    read = load_study(Path(write_study(base, grid={"train.lr": [1e-2, 1e-4]})))
+    for one in read.runs:
+        run_whole(one.recipe)
+    conclude(read)
+    found = json.loads(Path("runs/sizes/study.json").read_text())["runs"]
+    report = json.loads(Path("runs/sizes/report.json").read_text())
+    for row, one in zip(found, read.runs, strict=True):
+        valid = [x["valid_loss"] for x in read_jsonl(one.recipe.run_folder / "valid.jsonl")]
+        assert len(valid) == 3 and row["lowest_valid_loss"] == min(valid)
+        assert row["last_loss"] == read_jsonl(one.recipe.run_folder / "metrics.jsonl")[-1]["loss"]
+        assert f"{row['last_loss']:.4f}{row['lowest_valid_loss']:>9.4f}" in status_table(read)
+    best = min(found, key=lambda row: row["lowest_valid_loss"])
+    assert report["best"] == best["name"] and report["axes"] == ["train.lr"]
+    assert {row["settings"]["train.lr"] for row in report["runs"]} == {1e-2, 1e-4}
+    page = Path("runs/sizes/report.html").read_text()
+    assert page.count('<svg id="valid"') == 1 and page.count(">lowest</span>") == 1 and "http" not in page
+    for one in read.runs:
+        (one.recipe.run_folder / "valid.jsonl").unlink()
+    conclude(read)
+    assert "nothing here says which one is better" in Path("runs/sizes/report.html").read_text()
 
 
 @pytest.mark.slow
@@ -181,8 +211,7 @@ def test_a_study_on_a_cluster_is_concluded_behind_its_runs_however_they_end(tiny
 def test_a_studys_runs_may_be_trained_by_several_ranks(tiny_recipe):
     """Two ranks train, one process does the rest; the run equals that of one process."""
     path = write_study(tiny_recipe, grid={"train.epochs": [1]})
-    refused = study(path, "--nodes", "2")
-    assert refused.returncode == 2 and "each run of a study trains on one machine" in refused.stderr
+    assert "No such option" in study(path, "--nodes", "2").stderr, "each run trains on one machine"
     done = study(path, "--ranks-per-node", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     run = Path("runs/sizes/epochs-1")
@@ -195,6 +224,13 @@ def test_a_studys_runs_may_be_trained_by_several_ranks(tiny_recipe):
     assert ours["runs"] == theirs["runs"] and ours["runs"][0]["state"] == "finished"
     broken = write_study(tiny_recipe | {"deepspeed": "absent"}, grid={"train.epochs": [2]})
     assert study(broken, "--ranks-per-node", "2", "--run", "runs/broken").returncode != 0
+
+
+@pytest.mark.parametrize("way", ["node", "debug"])
+def test_a_study_has_ways_of_its_own(tiny_recipe, way):
+    """It used to run here, silently."""
+    refused = study(write_study(tiny_recipe, grid={"train.epochs": [1]}), "--on", way, "--status")
+    assert refused.returncode == 2 and "allowed: here, slurm" in refused.stderr
 
 
 @pytest.mark.parametrize(("code", "kind"), [(75, StoppedOnRequest), (69, RankLost), (3, None), (134, None)])
