@@ -82,9 +82,8 @@ def attention_cases(target: Target) -> Iterator[Case]:
 def measure_attention(target: Target, case: dict) -> dict:
     """Errors, TFLOP/s and peak bytes of one backend."""
     attention, lacks = BACKENDS[case["backend"]]
-    needs = AttentionNeeds(
-        head_size=case["head_size"], dtype="bfloat16", device=target.device.type, softcap=None, sinks=False
-    )
+    size = case["head_size"]
+    needs = AttentionNeeds(head_size=size, value_size=size, dtype="bfloat16", device=target.device.type)
     if lacks(needs):
         return {"state": "refused", "reason": "; ".join(lacks(needs))}
     is_one = case["packed"] == ONE

@@ -8,6 +8,7 @@ be marked by itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from sftcore.model.cost import measure_recipe
 from sftcore.train.loop import learning_rate, make_schedule
 
 GREEN, DIM, RESET = "\033[32;1m", "\033[2m", "\033[0m"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 DRAWN_COLUMNS = 60
 REPLACEMENT = "\ufffd"  # what a part of a character decodes to
 
@@ -67,7 +69,7 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
         is_last = position + 1 == len(trained) or trained[position + 1] != trained[position]
         if piece.endswith(REPLACEMENT) and not is_last:
             continue
-        piece = piece.replace("\n", "\\n")
+        piece = CONTROL.sub(lambda found: repr(found[0])[1:-1], piece)  # else a sample could colour itself
         text += f"{mark[0]}{piece}{mark[1]}" if trained[position] else piece
         pending = []
     if sample.labels[-1] != UNTRAINED:

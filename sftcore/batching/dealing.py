@@ -80,8 +80,8 @@ def cut_evenly(
         costs: (num_samples,) predicted.
 
     Returns:
-        indices into `lengths`, pack by pack: the first way that lets ranks wait little, or else of all ways
-        the most even one.
+        indices into `lengths`, pack by pack: the first way that lets ranks wait little, or else one that
+        no later way is much more even than.
     """
     fewest = min(-(-len(packs) // world) * world, len(lengths))
     more = min(fewest + world, len(lengths))
@@ -90,13 +90,13 @@ def cut_evenly(
         lambda: _spread(lengths, costs, fewest, capacity=capacity, world=world),
         lambda: _spread(lengths, costs, more, capacity=capacity, world=world),
     ]
-    found = []
+    best, least = packs, np.inf
     for way in ways:
-        if parts := way():
-            found.append((_waiting([float(costs[part].sum()) for part in parts], world), parts))
-            if found[-1][0] <= WAITING_ALLOWED:
-                break
-    return min(found, key=lambda pair: pair[0])[1]
+        if least > WAITING_ALLOWED and (parts := way()):
+            waiting = _waiting([float(costs[part].sum()) for part in parts], world)
+            if waiting < least - WAITING_ALLOWED:
+                best, least = parts, waiting
+    return best
 
 
 def _spread(lengths: IntArray, costs: Costs, num_packs: int, *, capacity: int, world: int) -> list[IntArray]:

@@ -33,7 +33,11 @@ def is_dataset(file: Path) -> bool:
 
 def is_arrow(file: Path) -> bool:
     """Whether rows come through Arrow: Parquet files and data sets."""
-    return file.suffix == PARQUET or is_dataset(file)
+    return _is_parquet(file) or is_dataset(file)
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == PARQUET
 
 
 def arrow_rows(source: Source, file: Path, span: Span) -> Iterator[RawRow]:
@@ -43,7 +47,7 @@ def arrow_rows(source: Source, file: Path, span: Span) -> Iterator[RawRow]:
         UserInputError: the file is damaged, or no data set.
         MissingEnvironmentError: a name that is neither cached nor reachable.
     """
-    batches = _parquet_batches(file, span) if file.suffix == PARQUET else _dataset_batches(source, file, span)
+    batches = _parquet_batches(file, span) if _is_parquet(file) else _dataset_batches(source, file, span)
     number = span.first_row
     for batch in batches:
         for value in batch:
@@ -59,9 +63,25 @@ def _parquet_batches(file: Path, span: Span) -> Iterator[list[dict[str, Any]]]:
     with read_errors_explained(file), parquet:
         try:
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(groups), use_threads=False):
-                yield batch.to_pylist()
+                yield _objects(batch)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(file, f"damaged Parquet file: {error}", remedy="fetch it again") from error
+
+
+def _objects(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch; bytes that are not UTF-8 become lone surrogates, which checks of texts find."""
+    import pyarrow as pa
+
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+        fields = [(field.name, plain.get(field.type, field.type)) for field in batch.schema]
+        rows = batch.cast(pa.schema(fields)).to_pylist()
+        texts = [field.name for field in batch.schema if field.type in plain]
+        for row in rows:
+            row |= {n: row[n].decode(errors="surrogateescape") for n in texts if row[n] is not None}
+    return rows
 
 
 def _open_parquet(file: Path) -> Any:

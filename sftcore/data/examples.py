@@ -10,8 +10,9 @@ without `messages`); every other name has to stand in `columns`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-NOT_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "weight")  # each changes what is trained
+NOT_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "weight", "train")  # alter training
 NOT_BESIDE = ("system", "history", "tools")  # parts of a prompt that some corpora keep in fields of their own
+NOT_BESIDE_MESSAGES = ("tools", "functions", "chat_template_kwargs")  # reach the template at inference
 SHAREGPT = "conversations"
 MAX_KEYS_SHOWN = 5
 Table = Iterator[RawRow | Rejection]
@@ -117,9 +119,9 @@ def _parse_completion(fields: Fields, columns: Columns) -> Completion:
     return Completion(prompt="".join(f"{part}\n\n" for part in parts), completion=completion)
 
 
-def _refuse_beside(fields: Fields, name: str) -> None:
+def _refuse_beside(fields: Fields, name: str, others: Sequence[str] = NOT_BESIDE) -> None:
     """A row whose prompt is spread over more fields than are read."""
-    for other in NOT_BESIDE:
+    for other in others:
         if fields.has(other) and fields.get(other):
             raise OddRow(Reason.WRONG_TYPE, f"{other!r} beside {name!r}, which is not supported")
 
@@ -128,8 +130,7 @@ def _parse_chat(fields: Fields, name: str) -> Chat:
     turns = fields.get(name)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise OddRow(Reason.WRONG_TYPE, f"{name!r} must be a list of {{role, content}}")
-    if name == SHAREGPT:
-        _refuse_beside(fields, name)
+    _refuse_beside(fields, name, NOT_BESIDE if name == SHAREGPT else NOT_BESIDE_MESSAGES)
     messages = tuple(parse_message(fields, turn) for turn in turns)
     answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
@@ -138,6 +139,9 @@ def _parse_chat(fields: Fields, name: str) -> Chat:
         raise OddRow(Reason.EMPTY_ANSWER, "an assistant turn is empty")
     if messages[0].role == "assistant":
         raise OddRow(Reason.EMPTY_PROMPT, "the first turn is the assistant's")
+    before = takewhile(lambda message: message.role != "assistant", messages)
+    if not any(message.content.strip() for message in before):
+        raise OddRow(Reason.EMPTY_PROMPT, "nothing is said before the first answer")
     return Chat(messages=messages)
 
 

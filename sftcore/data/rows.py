@@ -30,10 +30,15 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import open_binary
 
 BOM = "\ufeff"
-FOREIGN_STARTS = {
+FOREIGN_STARTS = {  # the longer of two that begin alike first
+    b"\xff\xfe\0\0": ("UTF-32 text", "convert it: iconv -f UTF-32 -t UTF-8"),
     b"\xff\xfe": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
     b"\xfe\xff": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
     b"\x1f\x8b": ("gzip data under a name without .gz", "rename it to end in .gz"),
+    b"\x28\xb5\x2f\xfd": ("zstd data", "unpack it: zstd -d"),
+    b"\xfd7zXZ\0": ("xz data", "unpack it: xz -d"),
+    b"BZh": ("bzip2 data", "unpack it: bzip2 -d"),
+    b"PAR1": ("a Parquet file", "let its name end in .parquet"),
     b"PK\x03\x04": ("a zip archive", "unpack it"),  # "PK" alone may begin a text
 }
 LONGEST_START = max(map(len, FOREIGN_STARTS))
