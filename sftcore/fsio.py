@@ -178,7 +178,7 @@ def tail_of(path: Path) -> str:
 
 def open_binary(path: Path) -> IO[bytes]:
     """Open a file for reading bytes, through gzip where its name ends in .gz."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
 
 
 def sha256_of_file(path: Path) -> str:

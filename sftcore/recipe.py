@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import re
 import types
 import typing
@@ -277,12 +278,13 @@ def _resolve_source(text: str, base: Path, where: str) -> tuple[str, Problem | N
     if text.startswith(HUB_PREFIX):
         return text, None
     if text.startswith(ASSET_PREFIX):
-        candidates = [str(ASSETS / text.removeprefix(ASSET_PREFIX))]
+        if _matches(str(ASSETS / text.removeprefix(ASSET_PREFIX))):
+            return text, None
     else:
-        candidates = [str(base / text), str(Path(text).resolve())]
-    for candidate in candidates:
-        if glob.glob(candidate):
-            return (text if text.startswith(ASSET_PREFIX) else candidate), None
+        for folder in (base, Path.cwd()):
+            for candidate in (str(folder / text), os.path.join(glob.escape(str(folder)), text)):
+                if _matches(candidate):
+                    return candidate, None
     remedy = (
         "paths are relative to the recipe, then to the current folder; see README, 'Your own model and data'"
     )
@@ -295,7 +297,12 @@ def source_files(source: Source) -> list[Path]:
     if text.startswith(HUB_PREFIX):
         return [Path(text)]
     pattern = str(ASSETS / text.removeprefix(ASSET_PREFIX)) if text.startswith(ASSET_PREFIX) else text
-    return [Path(name) for name in sorted(glob.glob(pattern))]
+    return [Path(name) for name in _matches(pattern)]
+
+
+def _matches(pattern: str) -> list[str]:
+    """The path of this very name, or else the sorted matches of a glob; `**` goes through folders."""
+    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
 
 
 def _resolve_file(text: str, base: Path, where: str) -> tuple[str, Problem | None]:

@@ -185,6 +185,18 @@ def test_paths_are_relative_to_the_recipe_then_to_here(tmp_path, monkeypatch):
     assert deepspeed_file(recipe) == DS_CONFIGS / "zero1.json"
 
 
+def test_globs_go_through_folders_and_names_with_brackets_are_names(tmp_path):
+    folder = tmp_path / "[1]" / "deep"
+    folder.mkdir(parents=True)
+    for file in (folder / "a.jsonl", folder / "b[2].jsonl"):
+        file.write_text("{}\n")
+    sources = [{"format": "jsonl", "path": p} for p in ("**/*.jsonl", "deep/b[2].jsonl")]
+    recipe_path = tmp_path / "[1]" / "r.yaml"
+    recipe_path.write_text(yaml.safe_dump(MINIMAL | {"data": {"train": sources}}))
+    both, one = (source_files(s) for s in load_recipe(recipe_path).data.train)
+    assert [file.name for file in both] == ["a.jsonl", "b[2].jsonl"] and one == [folder / "b[2].jsonl"]
+
+
 def test_an_adapter_to_go_on_from_has_to_be_there(write):
     with pytest.raises(UserInputError, match=r"train.init_adapter: no adapter there\n.*runs/nothing"):
         load_recipe(write(MINIMAL), ["adapter.kind=lora", "train.init_adapter=runs/nothing"])

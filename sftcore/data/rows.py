@@ -130,10 +130,10 @@ def text_lines(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[
 def suffix_of(path: Path) -> str:
     """What a file's name ends with, without .gz.
 
-    >>> suffix_of(Path("rows.JSON.gz"))
+    >>> suffix_of(Path("rows.JSON.GZ"))
     '.json'
     """
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def is_json_list(path: Path) -> bool:

@@ -13,6 +13,7 @@ import sftcore.data.arrow as arrow_module
 from sftcore.config import Recipe, Source
 from sftcore.data.arrow import identity_of, open_dataset
 from sftcore.data.contents import Completion, Pair
+from sftcore.data.ledger import Reason
 from sftcore.data.prepare import prepare_store, store_fingerprint
 from sftcore.data.records import span_records
 from sftcore.data.units import cut_sources
@@ -75,6 +76,15 @@ def test_odd_values_are_rejections(tmp_path, read):
         UserInputError, match="r.parquet: no usable row(.|\n)*'completion' must be text, not bytes"
     ):
         read("jsonl", tmp_path / "r.parquet")
+
+
+def test_bytes_that_are_no_text_cost_only_their_row(tmp_path, read):
+    texts = pa.array([b"a", b"\xff\xfe", b"c"])
+    broken = pa.StringArray.from_buffers(3, texts.buffers()[1], texts.buffers()[2])
+    pq.write_table(pa.table({"prompt": broken, "completion": ["x", "y", "z"]}), tmp_path / "r.PARQUET")
+    records, rejections, _ = read("jsonl", tmp_path / "r.PARQUET")
+    assert [record.row for record in records] == [1, 3]
+    assert [(r.row, r.reason) for r in rejections] == [(2, Reason.UNDECODABLE_BYTES)]
 
 
 def test_unusable_files_and_folders_are_named(saved, read):

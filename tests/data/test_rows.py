@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 
 import pytest
 from hypothesis import given
@@ -104,7 +106,12 @@ def test_gzip_with_a_flipped_bit_or_of_plain_text_is_named(tmp_path):
         ('{"a": 1}'.encode("utf-16"), "this is UTF-16 text.*\n.*iconv"),
         ('{"a": 1}'.encode("utf-16-be").join([b"\xfe\xff", b""]), "this is UTF-16 text"),
         (gzip.compress(b"{}", mtime=0), "gzip data under a name without .gz"),
+        ('{"a": 1}'.encode("utf-32"), "this is UTF-32 text.*\n.*iconv"),
         (b"PK\x03\x04", "a zip archive"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+        (lzma.compress(b"{}"), "xz data"),
+        (bz2.compress(b"{}"), "bzip2 data"),
+        (bytes.fromhex("28b52ffd0400190000"), "zstd data"),
     ],
 )
 def test_foreign_files_are_named(write, data, message):

@@ -1,4 +1,4 @@
-"""`sftcore inspect --ids`: every token of a sample with its id, trained ones marked."""
+"""`sftcore inspect`: samples as text, token by token."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from launcher_commands import save
+from tiny import write_lines
 
 from launcher.inspection import inspect_recipe
 from launcher.stages import prepare
@@ -26,3 +27,10 @@ def test_each_token_has_a_line_with_its_id(tiny_recipe):
     assert trained == [label for label in sample.labels.tolist() if label != -100]
     assert 0 < len(trained) < len(tokens) and tokens[-1][4] == "'<eos>'"
     assert len(list(inspect_recipe(recipe, num_samples=1, colour=False))) == len(lines) - len(tokens)
+
+
+def test_a_sample_cannot_colour_the_terminal(tiny_recipe):
+    write_lines(Path("c.jsonl"), [{"prompt": "\x1b[31mred\x07", "completion": "x\x9by"}])
+    tiny_recipe["data"] = {"train": [{"format": "jsonl", "path": "c.jsonl"}]}
+    shown = "".join(inspect_recipe(load_recipe(Path(save(tiny_recipe))), num_samples=1, colour=False))
+    assert "\\x1b[31mred\\x07" in shown and not re.search(r"[\x00-\x1f\x7f-\x9f]", shown.replace("\n", ""))
