@@ -179,7 +179,7 @@ def test_jsonl_is_verbatim(write, read):
             "an assistant turn is empty",
         ),
         ({"messages": TURNS, "tools": [{"name": "f"}]}, Reason.WRONG_TYPE, "'tools' beside 'messages'"),
-        ({"messages": [TURNS[0] | {"content": " "}, TURNS[1]]}, Reason.EMPTY_PROMPT, "nothing is said before"),
+        ({"messages": [TURNS[0] | {"content": " "}, TURNS[1]]}, Reason.EMPTY_PROMPT, "nothing is said"),
         ({"messages": [{"content": "Hi"}]}, Reason.WRONG_TYPE, "role None is none of system"),
         ({"messages": [TURNS[0], TURNS[1] | {"weight": 0}]}, Reason.WRONG_TYPE, "a turn with 'weight'"),
         ({"messages": [{"role": "user", "content": None}]}, Reason.WRONG_TYPE, "'content' must be text"),
