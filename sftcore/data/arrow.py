@@ -177,9 +177,7 @@ def identity_of(source: Source, file: Path, digest: Callable[[Path], str] = sha2
 
 def arrow_spans(source: Source, file: Path, part_bytes: int) -> list[tuple[Span, int]]:
     """Spans of about `part_bytes`, with their bytes: groups of Parquet row groups, or runs of rows."""
-    return (
-        _parquet_spans(file, part_bytes) if _is_parquet(file) else _row_spans(source, file, part_bytes)
-    )
+    return _parquet_spans(file, part_bytes) if _is_parquet(file) else _row_spans(source, file, part_bytes)
 
 
 def _parquet_spans(file: Path, part_bytes: int) -> list[tuple[Span, int]]:
