@@ -110,14 +110,8 @@ def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]
     token straddles a border ("A: " + "Paris": " Paris" is one token), each piece is encoded by itself.
     """
     stretches = [_stretches(codec, draft.pieces) for draft in drafts]
-    news, rests = codec.encode_with_rests(
-        [text for group in stretches for text in (*(new for new, _ in group), group[-1][1])],
-        [rest for group in stretches for _, rest in group[:-1]],
-    )
-    new, rest = iter(news), iter(rests)
-    whole = [
-        _join([*((next(new), next(rest)) for _ in group[:-1]), (next(new), next(new))]) for group in stretches
-    ]
+    encoded = iter(codec.encode([text for group in stretches for pair in group for text in pair]))
+    whole = [_join([(next(encoded), next(encoded)) for _ in group]) for group in stretches]
     torn = [i for i, found in enumerate(whole) if found is None]
     apart = iter(codec.encode([piece for i in torn for piece in drafts[i].pieces]))
     return [

@@ -18,25 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import orjson
 from tokenizers.models import BPE
 
+from sftcore.data.words import SPLITS, Words, state_of, word_pattern
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerFast; its import takes 2 s, so it is named nowhere here
 LETTERS = frozenset(string.ascii_letters)
-MOST_REMEMBERED = 2**14  # short texts whose ids are kept
 CUT_CHARACTERS = 200  # how far before a border a cut is looked for
-LOCAL_SPLITS = frozenset(  # patterns that always split before a space between two letters, read for that
-    {
-        # Llama 3: meta-llama/Llama-3.1-8B tokenizer.json
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-        # Qwen 2 and 3: Qwen/Qwen3-8B tokenizer.json
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    }
-)
 PROBES = ("a", "1", ".", "的")  # a text that yields at least one id in any vocabulary we have met
 
 
@@ -64,27 +53,10 @@ class Codec:
         return max(map(len, self.tokenizer.get_vocab())) if self.is_local else None
 
     @cached_property
-    def _remembered(self) -> dict[str, list[int]]:
-        """Ids of short texts met before."""
-        return {}
-
-    def encode_with_rests(
-        self, new: Sequence[str], rests: Sequence[str]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """`encode` of both, in one batch.
-
-        `rests` (what lies between a prompt's last cut and its end) are remembered: prompts of one template
-        end in few ways, and of 1,024 rows' texts a third need not be encoded.
-        """
-        texts = dict.fromkeys(rests)
-        known = {text: ids for text in texts if (ids := self._remembered.get(text)) is not None}
-        unknown = [text for text in texts if text not in known]
-        encoded = self.encode([*new, *unknown])
-        learnt = dict(zip(unknown, encoded[len(new) :], strict=True))
-        if len(self._remembered) < MOST_REMEMBERED:
-            self._remembered.update((t, ids) for t, ids in learnt.items() if len(t) <= CUT_CHARACTERS)
-        ids_of = known | learnt
-        return encoded[: len(new)], [ids_of[text] for text in rests]
+    def _words(self) -> Words | None:
+        backend = self.tokenizer.backend_tokenizer
+        pattern = word_pattern(backend)
+        return Words(backend, pattern) if pattern else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without prefix and stop."""
@@ -92,8 +64,10 @@ class Codec:
             return []
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation is not None or backend.padding is not None:  # from an earlier call elsewhere
-            backend.no_truncation()  # not each time: it would wait for other threads
+            backend.no_truncation()
             backend.no_padding()
+        if self._words:
+            return self._words.encode(texts)
         full = [text for text in texts if text]
         encodings = iter(backend.encode_batch_fast(full, add_special_tokens=False))
         return [next(encodings).ids if text else [] for text in texts]
@@ -165,22 +139,17 @@ def _is_local(tokenizer: Tokenizer) -> bool:
     starts or ends with a letter, could reach across.
     """
     backend = tokenizer.backend_tokenizer
-    steps = _state(backend.pre_tokenizer)
+    steps = state_of(backend.pre_tokenizer)
     steps = steps.get("pretokenizers", [steps])
     tokens = [token.content for token in backend.get_added_tokens_decoder().values()]
     return (
         isinstance(backend.model, BPE)
         and not backend.model.dropout
-        and _state(backend.normalizer).get("type", "NFC") == "NFC"
+        and state_of(backend.normalizer).get("type", "NFC") == "NFC"
         and all(_splits_words(step) for step in steps)
         and any(step.get("use_regex") or step.get("type") == "Split" for step in steps)
         and not any(re.search(r"\s|^[^\W\d_]|[^\W\d_]$", token) for token in tokens)
     )
-
-
-def _state(component: Any) -> dict[str, Any]:
-    """What tokenizer.json would say of a normalizer or pre-tokenizer; nothing of one that is not there."""
-    return {} if component is None else dict(orjson.loads(component.__getstate__()))
 
 
 def _splits_words(step: dict[str, Any]) -> bool:
@@ -189,7 +158,7 @@ def _splits_words(step: dict[str, Any]) -> bool:
         case {"type": "ByteLevel", "add_prefix_space": False} | {"type": "Digits"}:
             return True
         case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": str(pattern)}}:
-            return pattern in LOCAL_SPLITS
+            return pattern in SPLITS
     return False
 
 

@@ -3,10 +3,9 @@
 In: units, and what every worker needs. Out: one part folder a unit; the problems of files that can't be read.
 Invariant: which process writes a part, and when, changes nothing in it; a killed parent takes its workers
 along, so that no orphan holds the lock.
-Trade-off: up to four workers are threads, which share the tokenizer's cache of words and wait for each
-other only while they read and check rows (a fifth of the work; encoding lets go of Python's lock): 17 % less
-CPU time than two processes. More workers are forked processes, which start with the tokenizer loaded (a
-fresh interpreter imports transformers for 2 s) and encode with one thread each.
+Trade-off: workers are forked, so they start with the tokenizer loaded (a fresh interpreter imports
+transformers for 2 s); each encodes with one thread, so that reading and checking rows use all cores too.
+Threads were tried: they took 17 % less CPU time, and waited for Python's lock as long.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from sftcore.config import Recipe
@@ -36,8 +34,7 @@ from sftcore.data.units import Unit
 from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.log import progress
 
-POOL_BYTES = 2**20  # less text than this is done by one thread
-MOST_THREADS = 4
+POOL_BYTES = 2**20  # less text than this is done before a pool has started
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -83,7 +80,8 @@ class Workshop:
         )
         about = {"source": unit.source, "file": os.fsencode(unit.file).decode("utf-8", "backslashreplace")}
         part = self.folder / part_name(unit.number)
-        write_part(part, rows, self.encode, ledger=ledger, about=about)
+        with _collector_off():
+            write_part(part, rows, self.encode, ledger=ledger, about=about)
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | Refusal | None]:
         """Samples of the wanted records, None for the others."""
@@ -113,35 +111,22 @@ def write_parts(workshop: Workshop, units: Sequence[Unit], *, num_workers: int) 
     """
     todo = [unit for unit in units if not workshop.is_done(unit)]
     num_bytes = sum(unit.num_bytes for unit in todo)
-    num_workers = 1 if num_bytes < POOL_BYTES else max(1, min(num_workers, len(todo)))
+    num_workers = min(num_workers, len(todo))
     problems: list[Problem] = []
-    with (
-        progress("preparing, in kB", max(1, num_bytes >> 10)) as advance,
-        _collector_off(),
-        _pool(workshop, num_workers) as (pool, write),
-    ):
-        largest_first = sorted(todo, key=lambda unit: -unit.num_bytes)
-        futures = {pool.submit(write, unit): unit for unit in largest_first}
-        try:
+    with progress("preparing, in kB", max(1, num_bytes >> 10)) as advance:
+        if num_workers < 2 or num_bytes < POOL_BYTES:
+            for unit in todo:
+                problems += _problems_of(workshop, unit)
+                advance(max(1, unit.num_bytes >> 10))
+            return problems
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(num_workers, context, _start_worker, (workshop, os.getpid())) as pool:
+            largest_first = sorted(todo, key=lambda unit: -unit.num_bytes)
+            futures = {pool.submit(_write_in_worker, unit): unit for unit in largest_first}
             for done in as_completed(futures):
-                problems += _result(done)
+                problems += _result(done, pool)
                 advance(max(1, futures[done].num_bytes >> 10))
-        except BaseException:  # an interrupt, too: what is being written ends, what waits does not begin
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
     return problems
-
-
-@contextmanager
-def _pool(workshop: Workshop, num_workers: int) -> Iterator[tuple[Executor, Callable[[Unit], list[Problem]]]]:
-    """Workers, and what they do with a unit."""
-    if num_workers <= MOST_THREADS:
-        with ThreadPoolExecutor(num_workers) as threads:
-            yield threads, partial(_problems_of, workshop)
-        return
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_workers, fork, _start_worker, (workshop, os.getpid())) as processes:
-        yield processes, _write_in_worker
 
 
 def _problems_of(workshop: Workshop, unit: Unit) -> list[Problem]:
@@ -152,7 +137,7 @@ def _problems_of(workshop: Workshop, unit: Unit) -> list[Problem]:
     return []
 
 
-def _result(done: Future[list[Problem]]) -> list[Problem]:
+def _result(done: Future[list[Problem]], pool: ProcessPoolExecutor) -> list[Problem]:
     try:
         return done.result()
     except BrokenProcessPool as error:
@@ -160,6 +145,9 @@ def _result(done: Future[list[Problem]]) -> list[Problem]:
         raise SftError(
             Problem(what="a worker process was killed (out of memory?)", where="prepare", remedy=remedy)
         ) from error
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 @contextmanager

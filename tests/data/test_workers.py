@@ -77,9 +77,7 @@ def counts(store: TokenStore) -> dict:
     return {key: store.manifest[key] for key in keys}
 
 
-@pytest.mark.parametrize("most_threads", [0, 4], ids=["processes", "threads"])
-def test_many_workers_write_what_one_writes(recipe, bpe, tmp_path, monkeypatch, most_threads):
-    monkeypatch.setattr(workers_module, "MOST_THREADS", most_threads)
+def test_many_workers_write_what_one_writes(recipe, bpe, tmp_path, monkeypatch):
     one = prepare_store(recipe, bpe, cache_root=tmp_path / "one", num_workers=1)
     many = prepare_store(recipe, bpe, cache_root=tmp_path / "many", num_workers=3)
     monkeypatch.setattr(cut_sources, "__defaults__", (2**30,))
@@ -190,7 +188,6 @@ def test_shares_of_jobs_are_complete_and_even(sizes, num_jobs):
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(recipe, bpe, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers_module, "MOST_THREADS", 0)
     monkeypatch.setattr(workers_module.Workshop, "write", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(SftError, match="worker process was killed(.|\n)*--workers"):
         prepare_store(recipe, bpe, cache_root=tmp_path / "s", num_workers=2)
