@@ -15,7 +15,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sftcore.settings import Fraction, MatchingSettings, NonNegative, Positive, Settings, TrackingSettings
+from sftcore.settings import (
+    Decay,
+    Fraction,
+    MatchingSettings,
+    NonNegative,
+    Positive,
+    Settings,
+    TrackingSettings,
+)
 from sftcore.sources import InlineTemplate as InlineTemplate
 from sftcore.sources import Source as Source
 
@@ -169,17 +177,20 @@ class TrainSettings(Settings):
     epochs: Positive = Field(1, description="passes over the training samples")
     lr: Annotated[float, Field(gt=0)] = Field(1e-5, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        "cosine", description="decay to 0 after warm-up; wsd: stable, then a linear decay over the last steps"
+        "cosine", description="decay after warm-up; wsd: stable, then a linear decay over the last steps"
     )
     warmup_ratio: Fraction = Field(0.0, description="share of the steps with a rising rate")
     decay_ratio: Fraction = Field(0.2, description="wsd only: share of the steps with a falling rate")
+    min_lr_ratio: Fraction = Field(0.0, description="share of lr that the decay goes down to")
     weight_decay: NonNegative = Field(0.0, description="not applied to norms and biases")
     max_grad_norm: NonNegative = Field(1.0, description="gradient norm is clipped to this; 0 does not clip")
     optimizer: Literal["adamw", "adamw-8bit", "muon"] = Field(
         "adamw",
-        description="betas 0.9, 0.999; eps 1e-8; 8-bit: moments in 2 bytes a parameter instead of 8; muon:"
-        " for the layers' matrices, AdamW for the rest; deepspeed: zero0 only",
+        description="8-bit: moments in 2 bytes a parameter instead of 8; muon: for the layers' matrices,"
+        " AdamW for the rest; deepspeed: zero0 only",
     )
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of AdamW's two moments")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's, beside the root of the second")
     normalise: Literal["token", "sample"] = Field(
         "token", description="mean over trained tokens, or over samples"
     )

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, per step
 NUM_CLASSES = 2  # of a pair: different, same
 MATCHING_FILE = "matching.json"  # beside the weights: which prompts and label words they were trained with
 BARE_LABELS = ("0", "1")  # what files write for them, whatever the label words are

@@ -232,8 +232,9 @@ def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:
     """Rate of step `step` (0-based): linear warm-up over the first steps, then the scheduler's decay.
 
     Warm-up takes ceil(warmup_ratio * num_steps) steps, the first of which has 1/n of the peak; cosine and
-    linear would reach 0 at step `num_steps`, one after the last. wsd (warm-up, stable, decay; arXiv
-    2404.06395) keeps the peak and falls linearly over the last ceil(decay_ratio * num_steps) steps.
+    linear would reach the lowest rate (0, or min_lr_ratio of the peak) at step `num_steps`, one after the
+    last. wsd (warm-up, stable, decay; arXiv 2404.06395) keeps the peak and falls linearly over the last
+    ceil(decay_ratio * num_steps) steps.
     """
     warmup = math.ceil(settings.warmup_ratio * num_steps)
     if step < warmup:
@@ -246,4 +247,4 @@ def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "wsd": min(1.0, (num_steps - step) / decay),
     }[settings.scheduler]
-    return settings.lr * factor
+    return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * factor)

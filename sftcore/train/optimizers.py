@@ -20,7 +20,6 @@ from sftcore.config import TrainSettings
 from sftcore.errors import Problem, UserInputError
 from sftcore.model.quantise import require_bitsandbytes
 
-ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 MUON_MOMENTUM = 0.95
 # bitsandbytes counts a tensor's elements in 32 bits with a sign; DeepSpeed makes a group one tensor and pads
 # it to a multiple of a few elements a rank
@@ -39,7 +38,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     if settings.optimizer == "muon":
         return _make_muon(model, settings)
     groups = _decay_groups((p for p in model.parameters() if p.requires_grad), settings)
-    options: Group = {"lr": settings.lr, "betas": ADAM_BETAS, "eps": ADAM_EPS}
+    options: Group = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.optimizer == "adamw-8bit":
         bitsandbytes = require_bitsandbytes("train.optimizer: adamw-8bit")
         _refuse_larger(model, MAX_EIGHT_BIT_ELEMENTS)
@@ -132,7 +131,7 @@ def _make_muon(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
         )
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     for group in _decay_groups(others, settings):
-        adam = {"lr": settings.lr, "betas": ADAM_BETAS, "eps": ADAM_EPS, "use_muon": False}
+        adam = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "use_muon": False}
         groups += [group | adam] if group["params"] else []
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
     return optimizer

@@ -137,6 +137,24 @@ def test_wsd_warms_up_stays_and_falls_to_the_end():
         TrainSettings(scheduler="wsd", warmup_ratio=0.5, decay_ratio=0.6)
 
 
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "wsd"])
+def test_a_decay_ends_at_its_lowest_rate(scheduler):
+    settings = TrainSettings(lr=2.0, scheduler=scheduler, min_lr_ratio=0.1, warmup_ratio=0.1, decay_ratio=0.5)
+    rates = [learning_rate(step, 1000, settings) for step in range(1000)]
+    assert rates[0] == 0.02 and max(rates) == 2.0 and rates[-1] == pytest.approx(0.2, rel=0.02)
+    assert min(rates[100:]) >= 0.2
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_betas_and_eps_reach_the_optimizer(tiny_model_folder, kind):
+    model = SimpleModel(AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32))
+    settings = TrainSettings(optimizer=kind, betas=[0.8, 0.95], eps=1e-6)
+    groups = [g for g in make_optimizer(model, settings).param_groups if not g.get("use_muon")]
+    assert groups and all((g["betas"], g["eps"]) == ((0.8, 0.95), 1e-6) for g in groups)
+    with pytest.raises(ValueError, match="betas.1"):
+        TrainSettings(betas=[0.9, 1.0])
+
+
 def test_a_tracker_that_is_not_installed_is_refused_before_training(tiny_recipe):
     if importlib.util.find_spec("trackio"):
         pytest.skip("trackio is installed here")
