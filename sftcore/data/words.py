@@ -45,8 +45,7 @@ class Words:
     def __init__(self, backend: Backend, pattern: re.Pattern[str]) -> None:
         self._backend = backend
         self._split = pattern.findall
-        added = sorted(token.content for token in backend.get_added_tokens_decoder().values())
-        self._finds_added = re.compile("|".join(map(re.escape, added)) or "(?!)").search
+        self._finds_added = re.compile("|".join(map(re.escape, _added_texts(backend))) or "(?!)").search
         self._ids: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -75,6 +74,14 @@ class Words:
         for word in new:
             if is_full or len(word) > MOST_CHARACTERS:
                 del self._ids[word]
+
+
+def _added_texts(backend: Backend) -> list[str]:
+    """How added tokens may be spelt: as they are, and normalised (NFKC makes "1" of a circled one)."""
+    texts = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if backend.normalizer is not None:
+        texts |= {backend.normalizer.normalize_str(text) for text in texts}
+    return sorted(texts - {""})
 
 
 def word_pattern(backend: Backend) -> re.Pattern[str] | None:

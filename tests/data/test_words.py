@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaged import packaged_model
 from tiny_tokenizers import build_bpe
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
 import sftcore.data.words as words_module
 from sftcore.data.tokens import codec_of, load_tokenizer
@@ -89,8 +89,8 @@ def test_known_words_are_not_encoded_again(backend, monkeypatch):
             self.asked += texts
             return backend.encode_batch_fast(texts, **options)
 
-        def get_added_tokens_decoder(self):
-            return backend.get_added_tokens_decoder()
+        def __getattr__(self, name):
+            return getattr(backend, name)
 
     words = Words(recording := Recording(), word_pattern(backend))
     words.encode(["Where is Paris?", "Where is Rome?", "où?", "<|im_end|>"])
@@ -98,6 +98,14 @@ def test_known_words_are_not_encoded_again(backend, monkeypatch):
     recording.asked.clear()
     assert words.encode(["Paris is where? Rome"]) == ids_of(backend, ["Paris is where? Rome"])
     assert sorted(recording.asked) == ["Paris", " where"][::-1]
+
+
+def test_an_added_token_is_found_in_its_normalised_form():
+    backend = backend_with(STEPS["gpt2"], normalizers.NFKC())
+    backend.add_tokens([AddedToken("①", normalized=True)])
+    words, texts = Words(backend, word_pattern(backend)), ["a1b", "a2b", "①"]
+    assert words.encode(texts) == ids_of(backend, texts)
+    assert backend.token_to_id("①") in words.encode(["a1b"])[0], "else it shows nothing"
 
 
 def test_memory_is_bounded(backend, monkeypatch):
