@@ -31,7 +31,13 @@ from sftcore.recipe import dump_recipe
 
 log = logging.getLogger("sftcore.run_folder")
 FINISHED = "finished.json"  # of `sftcore run`: all stages are done
-NUMBERLESS = ("run", "tracking", "checkpoint", "train.hang_seconds")  # change no number of a run
+NUMBERLESS = (  # change no number of a run; what a teacher wrote is data of its own
+    "run",
+    "tracking",
+    "checkpoint",
+    "train.hang_seconds",
+    "matching.teacher",
+)
 HELD_OUT = ("data.test", "data.ood")
 SCORED = ("evaluate", *HELD_OUT)  # change scores, which are made anew, but not the weights that are there
 MEASURED = (

@@ -115,6 +115,13 @@ def test_levels_depend_on_the_probe_not_on_training(path, change, is_bound):
         claim(RUN, load_recipe(path, [change]))
 
 
+def test_another_teacher_is_no_other_run(path):
+    claim(RUN, load_recipe(path, ["matching.teacher.model=small"]))
+    touch("metrics.jsonl", "checkpoints/step-000001")
+    claim(RUN, load_recipe(path, ["matching.teacher.model=large", "matching.teacher.concurrency=2"]))
+    assert kept_recipe()["matching"]["teacher"]["concurrency"] == 2
+
+
 def test_an_attempt_that_ended_before_its_first_step_claims_nothing(path):
     """As an out-of-memory rehearsal leaves it: its hint says which key to change."""
     recipe = load_recipe(path)
