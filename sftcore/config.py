@@ -39,7 +39,7 @@ class ModelSettings(Settings):
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the trained weights")
     head: Literal["auto", "liger", "chunked"] = Field(
         "auto",
-        description="loss over the vocabulary; auto: ours in chunks (liger's is not yet measured beside it)",
+        description="loss over the vocabulary; auto: ours in blocks (liger's is not yet measured beside it)",
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "flex", "sdpa_docs"] = Field(
         "auto", description="attention backend for training; auto: the first that can"

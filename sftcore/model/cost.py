@@ -29,7 +29,7 @@ from sftcore.config import AdapterSettings, Recipe
 from sftcore.model.adapters import add_adapter
 from sftcore.model.attention.needs import head_sizes
 from sftcore.model.load import load_config
-from sftcore.model.loss import rows_per_chunk
+from sftcore.model.loss import columns_per_block
 from sftcore.model.proof import BROKEN, refusing
 from sftcore.settings import NUM_CLASSES
 
@@ -149,16 +149,15 @@ class ModelCost:
         return num_tokens * (saved.inputs + saved.dearest_layer if is_recomputed else saved.all_layers)
 
     def head_bytes(self, num_tokens: int) -> int:
-        """A chunk of float32 logits and its gradient; the float32 sum of a trained projection's gradients.
+        """A block of float32 logits and its gradient; the projection's gradient, where it is trained.
 
         A projection tied to the embedding has two gradients in the training dtype, the first of which waits
         through all of backward for the second.
         """
-        rows = rows_per_chunk(self.vocabulary, self.hidden_size, is_trained=self.trains_all)
-        chunk = 2 * 4 * min(rows, num_tokens) * self.vocabulary
-        has_sum = self.trains_all and num_tokens > rows
+        columns = min(self.vocabulary, columns_per_block(num_tokens, self.hidden_size))
+        block = 2 * 4 * num_tokens * columns
         tied = 2 * TRAINING_BYTES if self.trains_all and self.is_tied else 0
-        return chunk + (tied + (4 if has_sum else 0)) * self.vocabulary * self.hidden_size
+        return block + tied * self.vocabulary * self.hidden_size
 
 
 def measure_model(

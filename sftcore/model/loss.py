@@ -3,8 +3,9 @@
 In: (K, D) hidden states of positions that have a target, the vocabulary projection, K targets and weights.
 Out: the weighted sum of cross-entropies, float32.
 Invariant: value and gradients equal those of the full float32 softmax; only the summing order differs.
-Trade-off: logits are made in chunks (`rows_per_chunk`) and made again in backward: one more product of
-three with the vocabulary matrix, against K * V * 6 bytes (4.3 GB for 4,096 trained tokens and 262k entries).
+Trade-off: logits are made in blocks of the vocabulary (`columns_per_block`) and made again in backward: one
+more product of three with the vocabulary matrix, against K * V * 6 bytes (4.3 GB for 4,096 trained tokens and
+262k entries).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from sftcore.errors import MissingEnvironmentError, Problem
 
 log = logging.getLogger(__name__)
-CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MB in float32; more where the projection is trained
+CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MB in float32
 LIGER_REMEDY = "install the extra (pip install 'sftcore[gpu]'), or set model.head: auto"
 LIGER_VERSION = (0, 8, 2)  # before, gradients of reduction="none" were wrong
 
@@ -185,7 +186,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Chunked over positions; backward recomputes each chunk's logits from the saved hidden states."""
+    """In blocks of the vocabulary; backward makes each block's logits again from the saved hidden states."""
 
     @staticmethod
     def forward(
@@ -198,65 +199,65 @@ class _LinearCrossEntropy(torch.autograd.Function):
         settings: tuple[float | None, float, float],
     ) -> torch.Tensor:
         softcap, z_loss, smoothing = settings
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        lse = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for rows in _chunks(len(targets), weight):
-            logits = _logits(hidden[rows], weight, bias, softcap)
-            lse[rows] = torch.logsumexp(logits, -1)
-            picked = logits.gather(-1, targets[rows, None]).squeeze(-1)
-            losses = lse[rows] - (1 - smoothing) * picked + z_loss * lse[rows] ** 2
+        lse = torch.full(targets.shape, -torch.inf, device=hidden.device)
+        picked, sums = torch.zeros_like(lse), torch.zeros_like(lse)
+        for block in _blocks(hidden, weight):
+            logits = _logits(hidden, *_of(block, weight, bias), softcap)
+            lse = torch.logaddexp(lse, torch.logsumexp(logits, -1))
+            column, is_here = _columns(targets, block)
+            picked += logits.gather(-1, column).squeeze(-1) * is_here
             if smoothing:
-                losses -= smoothing * logits.mean(-1)
-            total += (losses * weights[rows]).sum()
+                sums += logits.sum(-1)
+        losses = lse - (1 - smoothing) * picked - smoothing * sums / len(weight) + z_loss * lse**2
         ctx.save_for_backward(hidden, weight, bias, targets, weights, lse)
         ctx.settings = settings
-        return total
+        return (losses * weights).sum()
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, weights, lse = ctx.saved_tensors
         need_weight, need_bias = ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight: torch.Tensor | None = None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        chunks = _chunks(len(targets), weight)
-        if need_weight and len(chunks) != 1:
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in chunks:
-            scale = (weights[rows] * grad_output)[:, None]
-            grad = _grad_logits(hidden[rows], weight, bias, targets[rows], lse[rows], ctx.settings) * scale
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_bias = torch.empty_like(bias) if need_bias else None
+        scale = (weights * grad_output)[:, None]
+        for block in _blocks(hidden, weight):
+            part = _of(block, weight, bias)
+            grad = _grad_logits(hidden, *part, _columns(targets, block), lse, ctx.settings, len(weight))
+            grad *= scale
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias[block] = grad.sum(0)
             grad = grad.to(weight.dtype)
-            grad_hidden[rows] = grad @ weight
-            if need_weight:
-                part = grad.T @ hidden[rows]
-                grad_weight = part if len(chunks) == 1 else grad_weight.add_(part)  # type: ignore[union-attr]
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return (
-            grad_hidden,
-            grad_weight,
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+            grad_hidden += grad @ part[0]
+            if grad_weight is not None:
+                torch.mm(grad.T, hidden, out=grad_weight[block])
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
 
 
-def rows_per_chunk(vocabulary: int, hidden_size: int, *, is_trained: bool) -> int:
-    """Positions whose logits are made at a time.
+def columns_per_block(num_rows: int, hidden_size: int) -> int:
+    """Entries of the vocabulary whose logits are made at a time for all positions.
 
-    Each chunk of a trained projection adds a (V, D) product to a float32 sum: with 64 rows of 262k logits
-    that was three quarters of the head's time. D / 2 rows take half as much memory as that sum, and where
-    they are all, there is no sum.
+    A block of the weight's gradient is whole at once, so that no float32 sum of (V, D) is kept: 670 MB with
+    262k entries of 640. The (K, D) sum of the hidden states' gradient takes twice a smallest block.
     """
-    return max(1, CHUNK_ELEMENTS // vocabulary, hidden_size // 2 if is_trained else 0)
+    return max(CHUNK_ELEMENTS // max(1, num_rows), hidden_size // 2, 1)
 
 
-def _chunks(num_rows: int, weight: torch.Tensor) -> list[slice]:
-    rows = rows_per_chunk(*weight.shape, is_trained=weight.requires_grad)
-    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+def _blocks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+    size, step = len(weight), columns_per_block(*hidden.shape)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _of(
+    block: slice, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return weight[block], None if bias is None else bias[block]
+
+
+def _columns(targets: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K, 1) column of each target in the block, any where it is in another; (K,) 1.0 where it is here."""
+    is_here = (targets >= block.start) & (targets < block.stop)
+    return torch.where(is_here, targets - block.start, 0)[:, None], is_here.float()
 
 
 def _logits(
@@ -271,11 +272,12 @@ def _grad_logits(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    targets: torch.Tensor,
+    columns: tuple[torch.Tensor, torch.Tensor],
     lse: torch.Tensor,
     settings: tuple[float | None, float, float],
+    vocabulary: int,
 ) -> torch.Tensor:
-    """(rows, V) float32, gradient of one position's loss by its projected (uncapped) hidden state."""
+    """(K, columns) float32, gradient of the positions' losses by a block's (uncapped) logits."""
     softcap, z_loss, smoothing = settings
     logits = _logits(hidden, weight, bias, softcap)
     cap_slope = None if softcap is None else 1 - (logits / softcap) ** 2
@@ -283,6 +285,7 @@ def _grad_logits(
     if z_loss:
         grad *= 1 + 2 * z_loss * lse[:, None]
     if smoothing:
-        grad -= smoothing / grad.shape[-1]
-    grad.scatter_add_(-1, targets[:, None], torch.full_like(grad[:, :1], smoothing - 1))
+        grad -= smoothing / vocabulary
+    column, is_here = columns
+    grad.scatter_add_(-1, column, (smoothing - 1) * is_here[:, None])
     return grad if cap_slope is None else grad * cap_slope
