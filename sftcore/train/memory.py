@@ -24,8 +24,8 @@ from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
 
 NUM_REMEDIES = 3
 # Of a rank on CPUs: 0.5 GB of libraries, kernels' scratch space, freed memory that nothing fits into, and the
-# tokenizer. Fitted on two cases of benchmarks/memory.py (full, 512 tokens; LoRA); eight others check it.
-PROCESS_BYTES, PROCESS_BYTES_PER_WORD = 1_100_000_000, 1_450
+# tokenizer. In the middle between the errors of benchmarks/memory.py's ten cases (-14 to +14 %).
+PROCESS_BYTES, PROCESS_BYTES_PER_WORD = 960_000_000, 1_450
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default
 LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at stage 3; likewise
 BUCKET_BYTES = 6  # of a gradient on its way: float32 until it is reduced, and a copy in the bucket's type

@@ -171,7 +171,7 @@ def test_offload_leaves_less_on_a_gpu_and_changes_nothing_on_cpus(tiny_recipe, w
 
 
 def test_the_recorded_peaks_are_within_15_percent_of_what_was_predicted():
-    """Ten CPU cases, two of which the constant was fitted on (benchmarks/LOG.md)."""
+    """Ten CPU cases; a rank's constant lies in the middle of their errors (benchmarks/LOG.md)."""
     rows = read_json(ROOT / "benchmarks" / "results" / "memory.json")["rows"]
     assert len(rows) >= 8
     for row in rows:
