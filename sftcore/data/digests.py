@@ -4,13 +4,15 @@ In: paths. Out: their SHA-256, read from the file's bytes or remembered.
 Invariant: a remembered checksum is used only while size, inode and modification time are those of then, and
 only if the file was at least 2 s old when it was read (a change within one tick of the clock can't hide).
 Trade-off: bits that rot on the disk without a write are not seen again after the first look; in return a
-ready store of 10 GB opens in milliseconds instead of 10 s.
+ready store of 10 GB opens in milliseconds instead of 10 s. What this process wrote itself is not read again.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +40,31 @@ class KnownDigests:
 
     def sha256(self, file: Path) -> str:
         """The checksum of a file's bytes, as hex."""
-        stat = file.stat()
-        key = str(file.resolve()).encode("utf-8", "backslashreplace").decode()
-        state = [stat.st_size, stat.st_ino, stat.st_mtime_ns]
+        key, stat = _key(file), file.stat()
         match self._known.get(key):
-            case {"state": known, "sha256": str(digest)} if known == state:
+            case {"state": known, "sha256": str(digest)} if known == _state(stat):
                 return digest
         looked = time.time_ns()
         digest = sha256_of_file(file)
         if stat.st_mtime_ns + SETTLED_NANOSECONDS < looked:
-            self._known[key] = {"state": state, "sha256": digest}
-            self._is_changed = True
+            self._remember(key, stat, digest)
         return digest
+
+    def learn(self, digests: Mapping[Path, str], *, since: int) -> None:
+        """Checksums of files that this process wrote, unless they are too young or older than that.
+
+        Args:
+            since: nanoseconds since 1970 when the writing began.
+        """
+        now = time.time_ns()
+        for file, digest in digests.items():
+            stat = file.stat()
+            if since <= stat.st_mtime_ns < now - SETTLED_NANOSECONDS:
+                self._remember(_key(file), stat, digest)
+
+    def _remember(self, key: str, stat: os.stat_result, digest: str) -> None:
+        self._known[key] = {"state": _state(stat), "sha256": digest}
+        self._is_changed = True
 
     def save(self) -> None:
         """Write what was learned, if anything; entries of files that are gone are dropped."""
@@ -57,3 +72,11 @@ class KnownDigests:
             return
         write_json(self.path, {key: entry for key, entry in self._known.items() if Path(key).is_file()})
         self._is_changed = False
+
+
+def _key(file: Path) -> str:
+    return str(file.resolve()).encode("utf-8", "backslashreplace").decode()
+
+
+def _state(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns]

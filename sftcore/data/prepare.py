@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -129,19 +130,23 @@ def prepare_store(
         UserInputError: data, template or tokenizer can't be used; the ledger is then beside the stores.
         MissingEnvironmentError: disk full, read-only or not permitted.
     """
-    with _remembered(cache_root) as digest:
-        order = _order(recipe, tokenizer, only_ids, cache_root, digest)
-        if store := _reusable(order, digest):
+    with _remembered(cache_root) as known:
+        order = _order(recipe, tokenizer, only_ids, cache_root, known.sha256)
+        if store := _reusable(order, known.sha256):
             return _allowed(recipe, store)
         lock = cache_root / ".locks" / order.fingerprint
         with folder_lock(lock, purpose="preparing data", wait=True) as is_alone:
-            if store := _reusable(order, digest):
+            if store := _reusable(order, known.sha256):
                 return _allowed(recipe, store)
+            began = time.time_ns()
             if order.folder.exists():
                 log.warning("%s is damaged: writing it again", order.folder)
                 shutil.rmtree(order.folder)
             _build(order, num_workers or default_num_workers(), is_alone=is_alone, merge_only=merge_only)
-    store = _allowed(recipe, TokenStore.open(order.folder, order.fingerprint))
+        store = TokenStore.open(order.folder, order.fingerprint)
+        files = store.described_files()
+        known.learn({file: about["sha256"] for file, about in files.items()}, since=began)
+    store = _allowed(recipe, store)
     _report(store)
     return store
 
@@ -167,11 +172,11 @@ def prepare_shard(
         UserInputError: data, template or tokenizer can't be used.
         MissingEnvironmentError: disk full, read-only or not permitted.
     """
-    with _remembered(cache_root) as digest:
-        order = _order(recipe, tokenizer, only_ids, cache_root, digest)
+    with _remembered(cache_root) as known:
+        order = _order(recipe, tokenizer, only_ids, cache_root, known.sha256)
         units = order.units()
         mine = share_of_job(units, job, num_jobs)
-        if _reusable(order, digest):
+        if _reusable(order, known.sha256):
             return len(mine), len(units)
     locks = cache_root / ".locks"
     with (
@@ -190,10 +195,10 @@ def prepare_shard(
 
 
 @contextmanager
-def _remembered(cache_root: Path) -> Iterator[Digest]:
-    """A digest function that remembers what it read."""
+def _remembered(cache_root: Path) -> Iterator[KnownDigests]:
+    """Checksums beside the stores; what was learned is kept."""
     known = KnownDigests(cache_root / ".digests.json")
-    yield known.sha256
+    yield known
     known.save()
 
 

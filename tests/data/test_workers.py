@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import sftcore.data.prepare as prepare_module
 import sftcore.data.workers as workers_module
 from sftcore.config import Recipe, Source
+from sftcore.data.digests import KnownDigests
 from sftcore.data.parts import part_name
 from sftcore.data.prepare import prepare_shard, prepare_store
 from sftcore.data.records import read_source, span_records
@@ -229,3 +230,19 @@ def test_ready_stores_are_not_read_again(recipe, bpe, tmp_path, monkeypatch):
     with pytest.raises(UserInputError):
         prepare_store(recipe, bpe, cache_root=tmp_path / "s")
     assert set(hashed) == {victim}
+
+
+def test_what_was_written_here_is_not_read_again_and_what_others_wrote_is(recipe, bpe, tmp_path, monkeypatch):
+    monkeypatch.setattr("sftcore.data.digests.SETTLED_NANOSECONDS", -(10**9))  # nothing is too young
+    store = prepare_store(recipe, bpe, cache_root=tmp_path / "s", num_workers=1)
+    files = store.described_files()
+    hashed = []
+    monkeypatch.setattr("sftcore.data.digests.sha256_of_file", lambda path: hashed.append(path))
+    known = KnownDigests(tmp_path / "s" / ".digests.json")
+    assert [known.sha256(file) for file in files] == [about["sha256"] for about in files.values()]
+    assert hashed == []
+    others = tmp_path / "others"
+    others.write_text("")
+    known.learn({others: "0"}, since=others.stat().st_mtime_ns + 1)
+    known.sha256(others)
+    assert hashed == [others]

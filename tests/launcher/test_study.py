@@ -223,7 +223,7 @@ def test_a_studys_runs_may_be_trained_by_several_ranks(tiny_recipe):
     )
     assert ours["runs"][0]["state"] == "finished"
     losses = [page["runs"][0].pop("last_loss") for page in (ours, theirs)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # packs are cut for the ranks: sums round otherwise
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # packs are cut for the ranks
     assert ours["runs"] == theirs["runs"]
     broken = write_study(tiny_recipe | {"deepspeed": "absent"}, grid={"train.epochs": [2]})
     assert study(broken, "--ranks-per-node", "2", "--run", "runs/broken").returncode != 0
