@@ -45,7 +45,7 @@ def watched_load(*args, **options):
     load(load_recipe(Path(tiny)), **options)  # imports
     before = anonymous_bytes()
     seen['load_peak'], model = growth(load, *args, **options)
-    engine.give_back_freed_memory()  # as the engine begins
+    engine.keep_freed_memory()  # as the engine begins
     seen['load'] = anonymous_bytes() - before
     return model
 def watched_write(*args, **options):
