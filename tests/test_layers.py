@@ -18,6 +18,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.reference",
     "sftcore.recipe",
     "sftcore.dist",
+    "sftcore.heap",
     "sftcore.data",
     "sftcore.knowledge",
     "sftcore.batching",

@@ -28,6 +28,7 @@ from sftcore import dist
 from sftcore.batching.collate import Batch
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.heap import keep_freed_memory
 from sftcore.model.adapters import (
     add_adapter,
     attach_adapter,
@@ -162,6 +163,7 @@ def load_for_decoding(
         attach_adapter(model, adapter)
     ready = model.eval().to(device)
     keep_trainable_layout(ready.modules())
+    keep_freed_memory()
     return ready
 
 

@@ -19,12 +19,10 @@ DeepSpeed averages gradients over `world` ranks: it would step along (1 / world)
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import logging
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,6 +43,7 @@ from sftcore import dist
 from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
 from sftcore.errors import TrainingFailed
+from sftcore.heap import keep_freed_memory
 from sftcore.model.load import LossModel
 from sftcore.model.quantise import keep_trainable_layout
 from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
@@ -52,8 +51,6 @@ from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
 from sftcore.train.optimizers import make_optimizer, set_learning_rate
 
 log = logging.getLogger(__name__)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
-KEPT_BYTES = 2**28  # of one tensor; up to twice as many stay at the heap's end
 STALE_BUILD_SECONDS = 900  # DeepSpeed's operations build in one or two minutes
 
 
@@ -110,22 +107,6 @@ def check_engine(ds_config: dict[str, Any], optimizer: str, *, has_cuda: bool | 
 def has_async_io() -> bool:
     """Whether DeepSpeed's async_io operation can be built here."""
     return bool(AsyncIOBuilder().is_compatible(verbose=False))
-
-
-def keep_freed_memory() -> None:
-    """On CPUs, give back what loading freed; from then on keep what a step frees for the next one.
-
-    By default glibc maps large tensors afresh, and the kernel zeroes their pages again in every step: with 8
-    samples of SmolLM2-135M a step took 1.59 instead of 1.26 s (2026-11). Those of `KEPT_BYTES` and more, such
-    as gradients of 262,144 words, do go back: kept, they left holes in the heap that grew (Gemma-3-270M, 64
-    samples: 9.3 GB; with the limit 8.3, with nothing kept 8.0 and 13 % slower).
-    """
-    if torch.cuda.is_available() or platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)  # a ZeRO-3 rank of two held nearly a whole model's bytes in freed pieces
-    libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 def init_process_group() -> None:
