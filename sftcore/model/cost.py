@@ -97,11 +97,6 @@ class ModelCost:
         )
 
     @property
-    def is_tied(self) -> bool:
-        """Whether the output layer is the input embedding."""
-        return self.num_parameters - self.num_body_parameters == self.vocabulary * self.hidden_size
-
-    @property
     def trains_all(self) -> bool:
         """Whether no weight is frozen."""
         return self.num_trained_parameters == self.num_parameters
@@ -151,13 +146,13 @@ class ModelCost:
     def head_bytes(self, num_tokens: int) -> int:
         """A block of float32 logits and its gradient; the projection's gradient, where it is trained.
 
-        A projection tied to the embedding has two gradients in the training dtype, the first of which waits
-        through all of backward for the second.
+        It is made in the training dtype while all activations are still there; where it is the embedding's,
+        too, it waits through all of backward (`tied`).
         """
         columns = min(self.vocabulary, columns_per_block(num_tokens, self.hidden_size))
         block = 2 * 4 * num_tokens * columns
-        tied = 2 * TRAINING_BYTES if self.trains_all and self.is_tied else 0
-        return block + tied * self.vocabulary * self.hidden_size
+        each = TRAINING_BYTES if self.trains_all else 0
+        return block + each * self.vocabulary * self.hidden_size
 
 
 def measure_model(

@@ -43,6 +43,7 @@ from sftcore.model.identity import base_of
 from sftcore.model.loss import TrainedTokenHead, choose_head
 from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing, unfit
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
+from sftcore.model.tied import share_gradient
 from sftcore.model.vocabulary import grow_vocabulary
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,8 @@ def load_trainable(
     if sharded_by is None:
         with placed_on(model, dist.device()):
             prove_head_and_packs(model)
+        if recipe.adapter.kind == "none":
+            share_gradient(model)
     if recipe.adapter.kind != "none":
         add_adapter(model, recipe.adapter, seed=recipe.training_seed)
         train_whole_layers(model, vocabulary=bool(settings.add_tokens))

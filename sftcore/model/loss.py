@@ -38,6 +38,7 @@ class TrainedTokenHead(nn.Linear):
     z_loss: float
     label_smoothing: float
     cross_entropy: Callable[..., torch.Tensor]
+    weight_behind_lookup: torch.Tensor | None  # the same values, from a tied embedding's forward: see `tied`
 
     @classmethod
     def from_linear(
@@ -57,6 +58,7 @@ class TrainedTokenHead(nn.Linear):
         head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         head.weight = linear.weight
         head.bias = linear.bias
+        head.weight_behind_lookup = None
         head.softcap, head.z_loss, head.label_smoothing = softcap, z_loss, label_smoothing
         head.cross_entropy = liger_cross_entropy if kind == "liger" else linear_cross_entropy
         return head
@@ -77,9 +79,10 @@ class TrainedTokenHead(nn.Linear):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
+        weight, self.weight_behind_lookup = self.weight_behind_lookup, None
         return self.cross_entropy(
             hidden.to(dtype),
-            self.weight.to(dtype),
+            (self.weight if weight is None else weight).to(dtype),
             None if self.bias is None else self.bias.to(dtype),
             targets=targets,
             weights=weights,

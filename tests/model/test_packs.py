@@ -17,6 +17,7 @@ from sftcore.model.attention.sdpa_docs import group_documents
 from sftcore.model.forward import decode_states
 from sftcore.model.load import LossModel, install_head
 from sftcore.model.proof import prove_head_and_packs
+from sftcore.model.tied import share_gradient
 
 LENGTHS = (6, 9, 6, 1, 13)
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2}  # on values of order 1
@@ -31,6 +32,7 @@ def build(kind: str, dtype: torch.dtype) -> LossModel:
     model = model.to(dtype)
     install_head(model, z_loss=0.0, label_smoothing=0.0, kind="chunked")
     prove_head_and_packs(model)
+    assert share_gradient(model) == model.config.tie_word_embeddings
     return LossModel(model)
 
 

@@ -154,7 +154,7 @@ def test_capacities_divide_what_a_step_holds(seven_b):
     """A step of 8,192 tokens in packs of 8,192: halves divide it, the longest sample's 1,500 does not."""
     recipe = seven_b(batch={"samples_per_step": None, "tokens_per_step": 8192})
     here = Place(
-        device=Device(name="d", is_gpu=True, memory_bytes=int(7.8e9)), world=1, num_tokens=8192, longest=1500
+        device=Device(name="d", is_gpu=True, memory_bytes=int(8.8e9)), world=1, num_tokens=8192, longest=1500
     )
     capacities = [int(t.split()[1]) for t in ways_out(recipe, here) if t.startswith("batch")]
     assert capacities == [2048]
