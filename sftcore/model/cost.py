@@ -30,6 +30,7 @@ from sftcore.model.adapters import add_adapter
 from sftcore.model.attention.needs import head_sizes
 from sftcore.model.load import load_config
 from sftcore.model.loss import columns_per_block
+from sftcore.model.norms import slim_norms
 from sftcore.model.proof import BROKEN, refusing
 from sftcore.settings import NUM_CLASSES
 
@@ -143,15 +144,18 @@ class ModelCost:
         saved = self.saved_bytes
         return num_tokens * (saved.inputs + saved.dearest_layer if is_recomputed else saved.all_layers)
 
-    def head_bytes(self, num_tokens: int) -> int:
+    def head_bytes(self, num_tokens: int, *, is_summed: bool = False) -> int:
         """A block of float32 logits and its gradient; the projection's gradient, where it is trained.
 
         It is made in the training dtype while all activations are still there; where it is the embedding's,
         too, it waits through all of backward (`tied`).
+
+        Args:
+            is_summed: it is added to a sum block by block instead (`train.gradient_sums`).
         """
         columns = min(self.vocabulary, columns_per_block(num_tokens, self.hidden_size))
         block = 2 * 4 * num_tokens * columns
-        each = TRAINING_BYTES if self.trains_all else 0
+        each = TRAINING_BYTES if self.trains_all and not is_summed else 0
         return block + each * self.vocabulary * self.hidden_size
 
 
@@ -240,6 +244,7 @@ def count_saved_bytes(model: Any) -> SavedBytes:
     """
     AttentionInterface.register(COUNTED, _counted_attention)  # without a mask of that name none is made
     model.to(torch.bfloat16).train().set_attn_implementation(COUNTED)
+    slim_norms(model)
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     kept: dict[int, torch.Tensor] = {}  # by storage; the tensors stay, so that no identity is used twice
     weights = {p.untyped_storage()._cdata for p in model.parameters()}

@@ -41,6 +41,7 @@ from sftcore.model.demands import check_demands, warn_of_ignored
 from sftcore.model.forward import decode_states, output_head, placed_on
 from sftcore.model.identity import base_of
 from sftcore.model.loss import TrainedTokenHead, choose_head
+from sftcore.model.norms import slim_norms
 from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing, unfit
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 from sftcore.model.tied import share_gradient
@@ -106,6 +107,7 @@ def load_trainable(
     del sharding
     grow_vocabulary(model, settings)
     model.config.use_cache = False
+    slim_norms(model)
     install_head(
         model,
         z_loss=recipe.train.z_loss,

@@ -23,6 +23,7 @@ from sftcore.errors import MissingEnvironmentError, Problem
 
 log = logging.getLogger(__name__)
 CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MB in float32
+SUMMED_COLUMNS = 2**13
 LIGER_REMEDY = "install the extra (pip install 'sftcore[gpu]'), or set model.head: auto"
 LIGER_VERSION = (0, 8, 2)  # before, gradients of reduction="none" were wrong
 
@@ -39,6 +40,7 @@ class TrainedTokenHead(nn.Linear):
     label_smoothing: float
     cross_entropy: Callable[..., torch.Tensor]
     weight_behind_lookup: torch.Tensor | None  # the same values, from a tied embedding's forward: see `tied`
+    gradient_sum: torch.Tensor | None  # (V, D) float32: takes the weight's gradient in autograd's place
 
     @classmethod
     def from_linear(
@@ -58,7 +60,7 @@ class TrainedTokenHead(nn.Linear):
         head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         head.weight = linear.weight
         head.bias = linear.bias
-        head.weight_behind_lookup = None
+        head.weight_behind_lookup = head.gradient_sum = None
         head.softcap, head.z_loss, head.label_smoothing = softcap, z_loss, label_smoothing
         head.cross_entropy = liger_cross_entropy if kind == "liger" else linear_cross_entropy
         return head
@@ -89,6 +91,7 @@ class TrainedTokenHead(nn.Linear):
             softcap=self.softcap,
             z_loss=self.z_loss if self.training else 0.0,
             label_smoothing=self.label_smoothing if self.training else 0.0,
+            gradient_sum=self.gradient_sum,
         )
 
 
@@ -138,12 +141,14 @@ def liger_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    gradient_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear_cross_entropy` by liger-kernel's Triton kernels; arguments and value are the same.
 
     Losses come per position, so that each has its own weight; like ours, liger then makes each chunk's logits
-    again in backward. The weight's gradient is summed in float32.
+    again in backward. The weight's gradient is summed in float32, and goes through autograd.
     """
+    del gradient_sum
     if not len(targets):
         return (hidden.sum() + weight.sum()).float() * 0.0  # its kernels take no empty batch
     liger = importlib.import_module("liger_kernel.transformers")
@@ -167,6 +172,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    gradient_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """sum_k weights[k] * (CE_k + z_loss * lse_k^2), with CE against the label-smoothed target.
 
@@ -180,12 +186,13 @@ def linear_cross_entropy(
         targets: (K,) int64.
         weights: (K,) float32.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+        gradient_sum: (V, D) float32; backward adds the weight's gradient to it and hands autograd none.
 
     Returns:
         scalar, float32.
     """
     settings = (softcap, z_loss, label_smoothing)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, weights, settings)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, weights, settings, gradient_sum)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -200,6 +207,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         weights: torch.Tensor,
         settings: tuple[float | None, float, float],
+        gradient_sum: torch.Tensor | None,
     ) -> torch.Tensor:
         softcap, z_loss, smoothing = settings
         lse = torch.full(targets.shape, -torch.inf, device=hidden.device)
@@ -213,7 +221,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 sums += logits.sum(-1)
         losses = lse - (1 - smoothing) * picked - smoothing * sums / len(weight) + z_loss * lse**2
         ctx.save_for_backward(hidden, weight, bias, targets, weights, lse)
-        ctx.settings = settings
+        ctx.settings, ctx.gradient_sum = settings, gradient_sum
         return (losses * weights).sum()
 
     @staticmethod
@@ -221,7 +229,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, targets, weights, lse = ctx.saved_tensors
         need_weight, need_bias = ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        grad_weight = torch.empty_like(weight) if need_weight else None
+        is_summed = need_weight and ctx.gradient_sum is not None
+        grad_weight = torch.empty_like(weight) if need_weight and not is_summed else None
         grad_bias = torch.empty_like(bias) if need_bias else None
         scale = (weights * grad_output)[:, None]
         for block in _blocks(hidden, weight):
@@ -234,7 +243,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden += grad @ part[0]
             if grad_weight is not None:
                 torch.mm(grad.T, hidden, out=grad_weight[block])
-        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+            if is_summed:
+                _add_products(ctx.gradient_sum[block], grad, hidden)
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
+
+
+def _add_products(total_CD: torch.Tensor, grad_KC: torch.Tensor, hidden_KD: torch.Tensor) -> None:
+    """total += grad.T @ hidden, in blocks of columns, so that their products are small beside the total."""
+    for start in range(0, len(total_CD), SUMMED_COLUMNS):
+        columns = slice(start, start + SUMMED_COLUMNS)
+        total_CD[columns] += grad_KC[:, columns].T @ hidden_KD
 
 
 def columns_per_block(num_rows: int, hidden_size: int) -> int:

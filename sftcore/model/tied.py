@@ -50,7 +50,8 @@ class _ContinueInHead:
         self.head.weight_behind_lookup = None
         if not (torch.is_grad_enabled() and embedding.weight.requires_grad):
             return embedded
-        lookup = (arguments[0], embedding.padding_idx, _scale(embedding).to(embedded.dtype))
+        factor = _scale(embedding).to(embedded.dtype)
+        lookup = (arguments[0], embedding.padding_idx, factor, self.head.gradient_sum)
         looked_up, weight = _Lookup.apply(embedded.detach(), embedding.weight, *lookup)
         self.head.weight_behind_lookup = weight
         return looked_up
@@ -78,10 +79,12 @@ class _Lookup(torch.autograd.Function):
         ids: torch.Tensor,
         padding_id: int | None,
         factor: torch.Tensor,
+        gradient_sum: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ids, factor)
         ctx.padding_id, ctx.shape, ctx.dtype = padding_id, weight.shape, weight.dtype
+        ctx.gradient_sum = gradient_sum
         return embedded.view_as(embedded), weight.view_as(weight)
 
     @staticmethod
@@ -90,13 +93,16 @@ class _Lookup(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         ids, factor = ctx.saved_tensors
         if grad_embedded is not None:
-            if grad_weight is None:
-                grad_weight = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ids.device)
+            total_VD = ctx.gradient_sum
+            if total_VD is None:
+                if grad_weight is None:
+                    grad_weight = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ids.device)
+                total_VD = grad_weight
             rows_TD = (grad_embedded * factor).flatten(0, -2)
             if ctx.padding_id is not None:  # an embedding leaves the padding's row as it is
                 rows_TD = rows_TD.masked_fill((ids.flatten() == ctx.padding_id)[:, None], 0)
-            add_rows_(grad_weight, ids.flatten(), rows_TD)
-        return None, grad_weight, None, None, None
+            add_rows_(total_VD, ids.flatten(), rows_TD)
+        return None, grad_weight, None, None, None, None
 
 
 def add_rows_(total_VD: torch.Tensor, ids_T: torch.Tensor, rows_TD: torch.Tensor) -> None:

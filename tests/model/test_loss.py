@@ -54,6 +54,19 @@ def test_value_and_gradients_equal_the_full_softmax(options, rows_per_chunk, mon
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [3, 100])
+def test_a_sum_takes_the_weights_gradient_in_autograds_place(columns, monkeypatch):
+    monkeypatch.setattr(loss_module, "SUMMED_COLUMNS", columns)
+    hidden, weight, bias, targets, weights = inputs(torch.float32)
+    expected = torch.autograd.grad(reference(hidden, weight, bias, targets, weights), (hidden, weight, bias))
+    total = torch.ones_like(weight)
+    found = linear_cross_entropy(hidden, weight, bias, targets=targets, weights=weights, gradient_sum=total)
+    found.backward()
+    assert weight.grad is None
+    for ours, theirs in zip((hidden.grad, total - 1, bias.grad), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("rows_per_chunk", [2, 100])
 def test_bfloat16_in_float32_loss_out(rows_per_chunk, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", rows_per_chunk * 64)

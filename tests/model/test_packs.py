@@ -16,6 +16,7 @@ from sftcore.model.attention import choose_attention
 from sftcore.model.attention.sdpa_docs import group_documents
 from sftcore.model.forward import decode_states
 from sftcore.model.load import LossModel, install_head
+from sftcore.model.norms import slim_norms
 from sftcore.model.proof import prove_head_and_packs
 from sftcore.model.tied import share_gradient
 
@@ -30,6 +31,7 @@ def build(kind: str, dtype: torch.dtype) -> LossModel:
         config, attn_implementation=choose_attention(config, "auto", dtype="float32", device="cpu")
     )
     model = model.to(dtype)
+    slim_norms(model)
     install_head(model, z_loss=0.0, label_smoothing=0.0, kind="chunked")
     prove_head_and_packs(model)
     assert share_gradient(model) == model.config.tie_word_embeddings

@@ -54,6 +54,19 @@ def test_one_gradient_equals_the_sum_of_two(kind, dtype, tolerance):
         assert (got[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_sum_takes_both(kind):
+    by_autograd, shared = model_of(kind, torch.float32), model_of(kind, torch.float32)
+    assert share_gradient(shared.causal_lm)
+    weight = shared.causal_lm.get_output_embeddings().weight
+    total = shared.causal_lm.get_output_embeddings().gradient_sum = torch.zeros(weight.shape)
+    batch = batch_of([5, 7, 7, 11])
+    shared(batch).backward()
+    assert weight.grad is None
+    expected = gradients(by_autograd, batch)["causal_lm.model.embed_tokens.weight"]
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_the_padding_row_is_trained_by_the_head_alone():
     head_only, with_pads = model_of("llama", torch.float32), model_of("llama", torch.float32)
     assert share_gradient(with_pads.causal_lm)

@@ -16,6 +16,7 @@ from sftcore import dist
 from sftcore.batching.collate import UNTRAINED, Batch, collate
 from sftcore.config import Recipe
 from sftcore.data.prompts import Sample
+from sftcore.model import load
 from sftcore.model.load import load_for_training
 from sftcore.recipe import deepspeed_file
 from sftcore.train import engine as engine_module
@@ -94,6 +95,39 @@ def test_a_closed_engine_keeps_no_weight_master_or_gradient_alive(tiny_recipe, n
     alive = {what: found for what, reference in kept.items() if (found := reference()) is not None}
     assert name == "zero3" or not alive  # there DeepSpeed caches modules, the weights of which are empty now
     assert [what for what, found in alive.items() if torch.is_tensor(found) and found.numel()] == []
+
+
+def sums_after_two_packs(recipe: Recipe) -> tuple[float, dict[str, torch.Tensor]]:
+    """The gradient's norm, and the float32 sums that the update saw."""
+    engine = Engine(load_for_training(recipe), recipe, read_ds_config(deepspeed_file(recipe)))
+    optimizer, seen = engine.deepspeed.optimizer, {}
+    names = {id(p): name for name, p in engine.loss_model.named_parameters()}
+
+    def keep(*_) -> None:
+        for group, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+            seen.update({names[id(p)]: total.clone() for p, total in zip(group, sums, strict=True)})
+
+    engine.deepspeed.basic_optimizer.register_step_pre_hook(keep)
+    result = engine.step([make_batch(), make_batch()], seeds=[0, 1], lr=1e-3)
+    engine.close()
+    return result.grad_norm, seen
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3])
+def test_what_is_added_in_place_is_what_deepspeed_would_add(tiny_recipe, monkeypatch, max_grad_norm):
+    """A tied embedding's sum gets the head's products and the lookup's rows; norm and clip count them."""
+    recipe = make_recipe(tiny_recipe, deepspeed="zero1", train={"max_grad_norm": max_grad_norm})
+    init_process_group()
+    norm, sums = sums_after_two_packs(recipe)
+    monkeypatch.setattr(engine_module, "add_without_copies", lambda optimizer: False)
+    monkeypatch.setattr(load, "share_gradient", lambda model: False)
+    monkeypatch.setattr(load, "slim_norms", lambda model: 0)
+    expected_norm, expected = sums_after_two_packs(recipe)
+    assert norm == pytest.approx(expected_norm, rel=1e-2)
+    assert sums.keys() == expected.keys()
+    for name, total in expected.items():
+        assert total.abs().max() > 0
+        assert (sums[name] - total).norm() <= 2e-2 * total.norm(), name
 
 
 def test_deepspeeds_clock_is_off_unless_asked_for(tiny_recipe):
