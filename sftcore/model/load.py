@@ -28,7 +28,7 @@ from sftcore import dist
 from sftcore.batching.collate import Batch
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
-from sftcore.heap import keep_freed_memory
+from sftcore.heap import forget_old_kernels, keep_freed_memory
 from sftcore.model.adapters import (
     add_adapter,
     attach_adapter,
@@ -90,6 +90,7 @@ def load_trainable(
         kind: the Auto class to load with.
         options: for its `from_pretrained`.
     """
+    forget_old_kernels()
     settings = recipe.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(settings)
@@ -155,6 +156,7 @@ def load_for_decoding(
         attention: name of a registered attention; None: what decodes fastest.
         kind: the Auto class to load with.
     """
+    forget_old_kernels()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     adapter = Path(settings.path) if is_adapter(Path(settings.path)) else None
     if adapter:
