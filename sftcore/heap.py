@@ -24,7 +24,7 @@ KEPT_KERNELS = 128  # a step of SmolLM2 uses some 50; with 32 kept it took a qua
 def forget_old_kernels() -> None:
     """Let oneDNN, and torch before it, keep so few compiled kernels; call it before a model's first forward.
 
-    Each pack's length brings kernels of its own, and both keep 1,024, with their scratch space: 8 MB a step of
+    Each pack's length brings kernels of its own, and both keep 1,024, with scratch space: 8 MB a step of
     8 samples of SmolLM2-135M; 1,600 shapes of products took 616 MB (torch 2.13). It costs no time.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
