@@ -18,6 +18,7 @@ from pathlib import Path
 
 PLAIN_LINE_SECONDS = 10.0
 log = logging.getLogger("sftcore")
+NOISY = "bitsandbytes.backends.cpu.ops"  # peft imports it; it asks for a package that LoRA does without
 
 
 def setup_logging(*, rank: int = 0, verbose: bool = False) -> None:
@@ -29,6 +30,7 @@ def setup_logging(*, rank: int = 0, verbose: bool = False) -> None:
     log.handlers[:] = [handler]
     log.setLevel(level)
     log.propagate = False
+    logging.getLogger(NOISY).setLevel(logging.ERROR)
 
 
 @contextmanager
