@@ -24,7 +24,7 @@ from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
 
 NUM_REMEDIES = 3
 # Of a rank on CPUs: 0.5 GB of libraries, kernels' scratch space, freed memory that nothing fits into, and the
-# tokenizer. In the middle between the errors of benchmarks/memory.py's ten cases (-14 to +14 %).
+# tokenizer. benchmarks/memory.py's ten cases come out at -14 to +9 % with it.
 PROCESS_BYTES, PROCESS_BYTES_PER_WORD = 960_000_000, 1_450
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default
 LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at stage 3; likewise
@@ -52,10 +52,13 @@ def predict_bytes(
     moved = offloaded(recipe, device)
     states = _states(recipe, world=world, cost=cost)
     states |= dict.fromkeys(moved, 0)
+    has_sums = stage == 1 and not autocasts(
+        ds_config, recipe
+    )  # float32 sums, which the update reads as they are
     is_recomputed = recipe.train.activation_checkpointing == "full"
     backward = {
         "activations": cost.activation_bytes(num_tokens, is_recomputed=is_recomputed),
-        "head": cost.head_bytes(num_tokens, is_summed=stage == 1 and not autocasts(ds_config, recipe)),
+        "head": cost.head_bytes(num_tokens, is_summed=has_sums),
     }
     largest = cost.num_words * cost.hidden_size if cost.trains_all else 0  # never cut
     bucket = int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
@@ -63,7 +66,7 @@ def predict_bytes(
     waiting = max(largest, bucket if is_allocated else min(cost.num_trained_parameters, bucket))
     process = PROCESS_BYTES + PROCESS_BYTES_PER_WORD * cost.num_words
     live = min(cost.num_parameters, int(zero.get("stage3_max_live_parameters", LIVE_ELEMENTS)))
-    has_flat_copy = stage > 0 and "optimizer" not in moved
+    has_flat_copy = stage > 0 and not has_sums and "optimizer" not in moved
     flat = 4 * cost.num_trained_parameters // world if has_flat_copy else 0
     return {
         **states,
