@@ -44,7 +44,6 @@ from sftcore.model.loss import TrainedTokenHead, choose_head
 from sftcore.model.norms import slim_norms
 from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing, unfit
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
-from sftcore.model.tied import share_gradient
 from sftcore.model.vocabulary import grow_vocabulary
 
 log = logging.getLogger(__name__)
@@ -118,8 +117,6 @@ def load_trainable(
     if sharded_by is None:
         with placed_on(model, dist.device()):
             prove_head_and_packs(model)
-        if recipe.adapter.kind == "none":
-            share_gradient(model)
     if recipe.adapter.kind != "none":
         add_adapter(model, recipe.adapter, seed=recipe.training_seed)
         train_whole_layers(model, vocabulary=bool(settings.add_tokens))

@@ -47,6 +47,7 @@ from sftcore.heap import keep_freed_memory
 from sftcore.model.forward import output_head
 from sftcore.model.load import LossModel
 from sftcore.model.quantise import keep_trainable_layout
+from sftcore.model.tied import share_gradient
 from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
 from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
 from sftcore.train.gradient_sums import add_without_copies, sum_head_in_place
@@ -178,6 +179,8 @@ class Engine:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        if self.stage < 3 and not self.trains_adapter:  # at stage 3 the lookup's weight is gone by the head
+            share_gradient(model.causal_lm)
         optimizer = make_optimizer(model, recipe.train)
         self._hooked_norm: float | None = None
         optimizer.register_step_pre_hook(lambda *_: self._before_update(model, recipe.train.max_grad_norm))
