@@ -55,7 +55,7 @@ def test_a_run_that_exhausts_its_memory_says_what_it_held_and_what_would_help(ti
         r"trained, in 16 documents; peak [\d.]+ GB",
         done.stderr,
     ), done.stderr[-2000:]
-    assert done.stderr.count("saves about") == 3
+    assert done.stderr.count("saves about") >= 2
 
 
 def test_only_failures_to_get_memory_count_as_such():
