@@ -4,6 +4,7 @@
 
 Each case trains about three steps of one full pack a rank through `sftcore train` (two ranks: `--on node`);
 measured is the highest resident memory of any rank in metrics.jsonl. Writes benchmarks/results/memory.json.
+With --predict-again nothing is trained: the plan's bytes are computed anew beside the peaks recorded there.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pathlib import Path
 import yaml
 
 from benchmarks.measure import versions
-from sftcore.fsio import read_jsonl
+from sftcore.fsio import read_json, read_jsonl
 from sftcore.recipe import load_recipe
 from sftcore.train.devices import device_here
 from sftcore.train.memory import predict_bytes
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "memory.json"
 STEPS = 3
 TOKENS_OF_ITEM = 66
 WORDS = "the small boat crossed a wide river while people on the bank waved and sang".split()
@@ -36,14 +38,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--other", type=Path, required=True, help="a second model, of another architecture")
+    parser.add_argument("--predict-again", action="store_true", help="keep the recorded peaks")
     options = parser.parse_args()
     rows = []
+    recorded = read_json(RESULTS) if options.predict_again else {}
+    peaks = {row["case"]: row for row in recorded.get("rows", [])}
     with tempfile.TemporaryDirectory() as scratch:
         for name, changes, world in cases(options.model.resolve(), options.other.resolve()):
-            rows.append({"case": name, "world": world} | run(Path(scratch), name, changes, world))
+            path = write_recipe(Path(scratch), name, changes, world)
+            peak = peaks[name] if recorded else train(path, name, world)
+            rows.append({"case": name, "world": world} | predicted_beside(peak, path, world))
             print(describe(rows[-1]), flush=True)
-    report = {"date": time.strftime("%Y-%m-%d"), "versions": versions("torch", "deepspeed"), "rows": rows}
-    (HERE / "results" / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
+    report = {"date": time.strftime("%Y-%m-%d"), "versions": versions("torch", "deepspeed")} | recorded
+    RESULTS.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
 
 
 def cases(model: Path, other: Path) -> list[tuple[str, dict, int]]:
@@ -80,8 +87,8 @@ def write_items(scratch: Path, count: int) -> Path:
     return path
 
 
-def run(scratch: Path, name: str, changes: dict, world: int) -> dict:
-    """Train; predicted and measured bytes."""
+def write_recipe(scratch: Path, name: str, changes: dict, world: int) -> Path:
+    """A case's recipe, beside its items."""
     capacity = changes["batch"]["capacity"]
     items = write_items(scratch, STEPS * world * capacity // TOKENS_OF_ITEM)
     changes = changes | {"batch": {"tokens_per_step": world * capacity, "capacity": capacity}}
@@ -93,8 +100,13 @@ def run(scratch: Path, name: str, changes: dict, world: int) -> dict:
         "tracking": {"tensorboard": False},
         **changes,
     }
-    path = scratch / "recipe.yaml"
+    path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def train(path: Path, name: str, world: int) -> dict:
+    """Train; the largest pack's tokens and the highest peak of a rank."""
     command = [str(Path(sys.executable).parent / "sftcore"), "train", str(path)]
     if world > 1:
         command += ["--on", "node", "--ranks-per-node", str(world)]
@@ -106,14 +118,22 @@ def run(scratch: Path, name: str, changes: dict, world: int) -> dict:
     )
     if done.returncode:
         sys.exit(f"{name} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
-    steps = read_jsonl(folder / "metrics.jsonl")
-    num_tokens = max(step["num_tokens"] for step in steps) // world
+    steps = read_jsonl(path.with_suffix("") / "metrics.jsonl")
+    return {
+        "num_tokens": max(step["num_tokens"] for step in steps) // world,
+        "measured_bytes": max(step["peak_memory_bytes"] for step in steps),
+    }
+
+
+def predicted_beside(peak: dict, path: Path, world: int) -> dict:
+    """Predicted and measured bytes of a pack."""
+    num_tokens = peak["num_tokens"]
     predicted = predict_bytes(load_recipe(path), world=world, num_tokens=num_tokens, device=device_here())
     return {
         "num_tokens": num_tokens,
         "predicted": predicted,
         "predicted_bytes": sum(predicted.values()),
-        "measured_bytes": max(step["peak_memory_bytes"] for step in steps),
+        "measured_bytes": peak["measured_bytes"],
     }
 
 

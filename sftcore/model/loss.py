@@ -23,7 +23,7 @@ from sftcore.errors import MissingEnvironmentError, Problem
 
 log = logging.getLogger(__name__)
 CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MB in float32
-SUMMED_COLUMNS = 2**13
+SUMMED_COLUMNS = 2**13  # of the gradient, whose product is made before it is added
 LIGER_REMEDY = "install the extra (pip install 'sftcore[gpu]'), or set model.head: auto"
 LIGER_VERSION = (0, 8, 2)  # before, gradients of reduction="none" were wrong
 

@@ -46,6 +46,7 @@ from sftcore.errors import TrainingFailed
 from sftcore.heap import keep_freed_memory
 from sftcore.model.forward import output_head
 from sftcore.model.load import LossModel
+from sftcore.model.loss import TrainedTokenHead
 from sftcore.model.quantise import keep_trainable_layout
 from sftcore.model.tied import share_gradient
 from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
@@ -303,6 +304,10 @@ class Engine:
         modules in a cache: weights, float32 masters and gradients would stay as long as the process.
         """
         self.deepspeed.destroy()
+        self._after_backward = lambda: None
+        for module in self.deepspeed.module.modules():
+            if isinstance(module, TrainedTokenHead):
+                module.gradient_sum = None
         for parameter in self.deepspeed.module.parameters():
             parameter.__dict__.clear()
             parameter.data = parameter.data.new_empty(0)

@@ -58,7 +58,7 @@ def predict_bytes(
     is_recomputed = recipe.train.activation_checkpointing == "full"
     backward = {
         "activations": cost.activation_bytes(num_tokens, is_recomputed=is_recomputed),
-        "head": cost.head_bytes(num_tokens, is_summed=has_sums),
+        "head": cost.head_bytes(num_tokens, is_summed=has_sums and recipe.model.head != "liger"),
     }
     largest = cost.num_words * cost.hidden_size if cost.trains_all else 0  # never cut
     bucket = int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
