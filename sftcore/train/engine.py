@@ -23,7 +23,6 @@ import io
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ if not torch.cuda.is_available():
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from torch.utils.cpp_extension import get_default_build_root
 
 from sftcore import dist
 from sftcore.batching.collate import Batch
@@ -49,13 +47,13 @@ from sftcore.model.load import LossModel
 from sftcore.model.loss import TrainedTokenHead
 from sftcore.model.quantise import keep_trainable_layout
 from sftcore.model.tied import share_gradient
+from sftcore.train.builds import await_other_builds, put_own_programs_first
 from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
 from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
 from sftcore.train.gradient_sums import add_without_copies, sum_head_in_place
 from sftcore.train.optimizers import make_optimizer, set_learning_rate
 
 log = logging.getLogger(__name__)
-STALE_BUILD_SECONDS = 900  # DeepSpeed's operations build in one or two minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,35 +115,12 @@ def init_process_group() -> None:
     """Join the other ranks; a process without a launcher becomes rank 0 of 1."""
     dist.fill_environment()
     dist.claim_device()
-    _put_own_programs_first()
-    _unlock_dead_builds()
+    put_own_programs_first()
+    await_other_builds()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=dist.RENDEZVOUS_TIMEOUT, verbose=False)
     dist.barrier()
     _unlink_reduce_buffer()
-
-
-def _put_own_programs_first() -> None:
-    """Let DeepSpeed build with this environment's ninja whether the environment is activated or not.
-
-    Another version of ninja throws the kept build away: up to a minute a start where two versions take turns.
-    """
-    own, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
-    is_virtual = sys.prefix != sys.base_prefix  # /usr/bin first could hide a cluster's modules
-    if is_virtual and (own / "ninja").exists() and path.split(os.pathsep)[0] != str(own):
-        os.environ["PATH"] = f"{own}{os.pathsep}{path}"
-
-
-def _unlock_dead_builds() -> None:
-    """Remove the locks of builds that were killed: torch would wait for each without an end or a word."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - lock.stat().st_mtime > STALE_BUILD_SECONDS:
-                log.warning("%s: a build was killed here long ago; building anew", lock.parent)
-                lock.unlink()
-            else:
-                log.info("another process builds %s; delete %s if none does", lock.parent.name, lock)
 
 
 def _unlink_reduce_buffer() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import time
 import weakref
 from datetime import timedelta
 
@@ -52,20 +50,6 @@ def test_a_rank_takes_its_gpu_before_it_meets_the_others(monkeypatch):
     init_process_group()
     assert events[0] == torch.device("cuda", 3)
     assert events[1]["dist_backend"] == "nccl" and isinstance(events[1]["timeout"], timedelta)
-
-
-def test_a_killed_builds_lock_is_removed_and_a_running_ones_named(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    dead, alive, other = (tmp_path / name / "lock" for name in ("deepspeed_a", "deepspeed_b", "theirs"))
-    for lock in (dead, alive, other):
-        lock.parent.mkdir()
-        lock.touch()
-    for lock in (dead, other):
-        os.utime(lock, (time.time() - 10_000,) * 2)
-    with caplog.at_level("INFO"):
-        engine_module._unlock_dead_builds()
-    assert not dead.exists() and alive.exists() and other.exists()
-    assert "deepspeed_a: a build was killed" in caplog.text and f"delete {alive} if none" in caplog.text
 
 
 def test_one_rank_adds_nothing_up_on_the_device(monkeypatch):

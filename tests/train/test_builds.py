@@ -1,0 +1,77 @@
+"""Locks of DeepSpeed's builds: a killed builder's goes, a living one's is waited for."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sftcore.train import builds
+
+BUILDER = """
+import os, sys, time
+from torch.utils.file_baton import FileBaton
+baton = FileBaton(sys.argv[1])
+assert baton.try_acquire()
+print("holds", flush=True)
+time.sleep(float(sys.argv[2]))
+baton.release()
+"""
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "deepspeed_a").mkdir()
+    return tmp_path
+
+
+def builder_of(lock, seconds):
+    process = subprocess.Popen([sys.executable, "-c", BUILDER, lock, str(seconds)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"holds\n"
+    return process
+
+
+def made_seconds_ago(lock, seconds):
+    made = time.time() - seconds
+    os.utime(lock, (made, made))
+
+
+def test_the_lock_of_a_build_killed_a_minute_ago_is_removed(root, caplog):
+    lock = root / "deepspeed_a" / "lock"
+    builder = builder_of(lock, 600)
+    builder.kill()
+    builder.wait()
+    made_seconds_ago(lock, builds.LOCAL_BUILD_SECONDS - 1)
+    builds.await_other_builds()
+    assert not lock.exists() and "deepspeed_a: a build was killed here" in caplog.text
+
+
+def test_a_running_build_is_waited_for_and_named(root, caplog):
+    lock = root / "deepspeed_a" / "lock"
+    builder = builder_of(lock, 2)
+    made_seconds_ago(lock, 10_000)
+    with caplog.at_level("INFO"):
+        builds.await_other_builds()
+    assert builder.wait() == 0  # whose own release found its lock
+    assert not lock.exists() and f"delete {lock} if none does" in caplog.text
+    assert "killed" not in caplog.text
+
+
+def test_on_a_shared_file_system_a_lock_may_be_another_machines(root, monkeypatch):
+    monkeypatch.setattr(builds, "_is_shared", lambda path: True)
+    lock = root / "deepspeed_a" / "lock"
+    lock.touch()
+    made_seconds_ago(lock, builds.FOREIGN_BUILD_SECONDS - 1)
+    started = lock.stat().st_mtime
+    builds.await_other_builds()
+    assert not lock.exists() and time.time() - started > builds.FOREIGN_BUILD_SECONDS
+
+
+def test_other_programs_locks_are_left_alone(root):
+    theirs = root / "theirs" / "lock"
+    theirs.parent.mkdir()
+    theirs.touch()
+    builds.await_other_builds()
+    assert theirs.exists()
