@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
 
@@ -35,7 +35,7 @@ UPDATE_BYTES_PER_WEIGHT, MEMORY_BYTES_PER_SECOND = 18, 10e9  # of Adam with floa
 PROCESS_SECONDS = 60  # imports, reading and writing the model
 PROBE_PROMPT_TOKENS = 15
 MAX_SOURCE_BYTES = 100e6
-PRODUCT, ROUNDS = 1024, 20  # of the measurement: rows and columns, repetitions
+PRODUCT, REPEATS, ROUNDS = 1024, 2, 15  # of the measurement: rows and columns, products a round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,29 +54,29 @@ class Sizes:
     head: int
 
 
-def estimate_seconds(recipes: Sequence[Recipe], shared: Path) -> float | None:
-    """Seconds that the runs will take, one after another, on CPUs.
+def estimate_seconds(recipes: Sequence[Recipe], shared: Path) -> list[float] | None:
+    """Seconds that each of the runs will take, one after another, on CPUs.
 
     Returns:
         None where reading the data would take long itself, or there is a GPU: the constants are not of one.
     """
     if torch.cuda.is_available() or any(_source_bytes(recipe) > MAX_SOURCE_BYTES for recipe in recipes):
         return None
-    seconds, done = 0.0, {folder.name for folder in shared.glob("*") if _is_whole(folder)}
+    found, done = [], {folder.name for folder in shared.glob("*") if _is_whole(folder)}
     rates = {recipe.model.dtype: matmul_rate(recipe.model.dtype) for recipe in recipes}
     for recipe in recipes:
         sizes = _sizes(recipe.model_dump_json(include={"data", "model", "task", "matching", "batch"}))
         rate = rates[recipe.model.dtype]
-        seconds += PROCESS_SECONDS + _training(recipe, sizes, rate) + _answers(recipe, sizes, rate) / 2
         once = {shared_name("base", recipe, EVALUATED): _answers(recipe, sizes, rate)}
         if recipe.evaluate.few_shot and not recipe.classifies:
             shots = 1 + recipe.evaluate.few_shot
             once[shared_name("fewshot", recipe, EVALUATED)] = _answers(recipe, sizes, rate, shots=shots)
         if recipe.selects_by_level:
             once[shared_name("levels", recipe, PROBED)] = _probing(recipe, sizes, rate)
-        seconds += sum(time_of for name, time_of in once.items() if name not in done)
+        own = PROCESS_SECONDS + _training(recipe, sizes, rate) + _answers(recipe, sizes, rate) / 2
+        found.append(own + sum(seconds for name, seconds in once.items() if name not in done))
         done |= once.keys()
-    return seconds
+    return found
 
 
 def _is_whole(folder: Path) -> bool:
@@ -135,10 +135,12 @@ def _probing(recipe: Recipe, sizes: Sizes, rate: float) -> float:
 
 
 def matmul_rate(dtype: str) -> float:
-    """FLOP a second of this machine in a product of (1024, 1024) by (1024, 1024)."""
+    """FLOP a second of this machine in a product of (1024, 1024) by (1024, 1024); the median of rounds."""
     a, b = (torch.randn(PRODUCT, PRODUCT, dtype=DTYPES[dtype]) for _ in range(2))
-    a @ b
-    started = time.perf_counter()
-    for _ in range(ROUNDS):
-        a @ b
-    return 2 * PRODUCT**3 * ROUNDS / (time.perf_counter() - started)
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        started = time.perf_counter()
+        for _ in range(REPEATS):
+            a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * PRODUCT**3 * REPEATS / median(seconds[1:])

@@ -19,7 +19,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from sftcore.config import ModelSettings, Recipe
-from sftcore.data.chat import TRIAL, ChatRefused, ChatRenderer
+from sftcore.data.chat import ChatRefused, ChatRenderer
 from sftcore.data.contents import Chat, Fact, Fields, Message, OddRow
 from sftcore.data.examples import parse_message
 from sftcore.data.ledger import Reason, Rejection
@@ -201,8 +201,8 @@ def _encode(
     if not any(isinstance(item, Chat) for item in asked):
         return codec.encode_prompts([_filled(str(text), template) for text in asked]), set()
     renderer = ChatRenderer(codec)
-    ends = {codec.encode([renderer.pieces(TRIAL)[-1]])[0][-1]}
-    return [_chat_ids(item, renderer, codec, template) for item in asked], ends
+    ids = [_chat_ids(item, renderer, codec, template) for item in asked]
+    return ids, {renderer.end_of_turn_id}
 
 
 def _chat_ids(item: str | Chat, renderer: ChatRenderer, codec: Codec, template: Template | None) -> list[int]:

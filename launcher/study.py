@@ -103,50 +103,52 @@ def run_here(study: Study) -> None:
     """
     write_recipes(study)
     pending = [run for run in study.runs if not is_finished(run.recipe)]
-    todo = f"{len(pending)} to do{_estimated(study, pending)}"
-    log.info("%s: %d runs, %s", study.settings.name, len(study.runs), todo)
-    seconds: list[float] = []
+    estimates = _estimates(study, pending)
+    how_long = f", roughly {max(1, round(sum(estimates) / 60))} minutes on this machine" if estimates else ""
+    log.info("%s: %d runs, %d to do%s", study.settings.name, len(study.runs), len(pending), how_long)
+    times: list[tuple[float, float]] = []
+    weights = estimates or [1.0] * len(pending)
     for number, run in enumerate(pending, start=1):
-        log.info("[%d/%d] %s%s", number, len(pending), run.name, _time_left(seconds, len(pending)))
+        time_left = _time_left(times, sum(weights[number - 1 :]))
+        log.info("[%d/%d] %s%s", number, len(pending), run.name, time_left)
         started = time.perf_counter()
         code = run_one(study, run)
-        seconds.append(time.perf_counter() - started)
         if code == EXIT_STOPPED:
             raise StoppedOnRequest(f"stopped on request in {run.name}; start the study again to go on")
         if code:
             log.warning("%s failed with exit code %d: %s", run.name, code, study.log_file(run))
+        else:
+            times.append((time.perf_counter() - started, weights[number - 1]))
     conclude(study)
 
 
-def _estimated(study: Study, pending: Sequence[StudyRun]) -> str:
-    """How long they will take, in words; nothing if that can't be told."""
+def _estimates(study: Study, pending: Sequence[StudyRun]) -> list[float]:
+    """Seconds that each will take; none if that can't be told."""
     if not pending:
-        return ""
+        return []
     from launcher.estimate import estimate_seconds
 
     try:
-        seconds = estimate_seconds([run.recipe for run in pending], study.folder / "shared")
-    except (
-        SftError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # the run will tell
+        return estimate_seconds([run.recipe for run in pending], study.folder / "shared") or []
+    except (SftError, OSError, RuntimeError, ValueError) as error:  # the run will tell
         log.debug("no estimate: %s", error)
-        return ""
-    return f", roughly {max(1, round(seconds / 60))} minutes on this machine" if seconds else ""
+        return []
 
 
-def _time_left(seconds: Sequence[float], num_runs: int) -> str:
+def _time_left(times: Sequence[tuple[float, float]], to_do: float) -> str:
     """By the later of the runs so far: the first one also measured memory levels and the base model.
 
-    >>> _time_left([], 6), _time_left([600.0], 6), _time_left([600.0, 60.0, 90.0], 6)
-    ('', '', ' (about 4 minutes left)')
+    Args:
+        times: seconds and estimate (in any unit) of each finished run.
+        to_do: the others' estimates, added up.
+
+    >>> _time_left([(600, 9)], 8), _time_left([(600, 9), (60, 1), (90, 1)], 5)
+    ('', ' (about 6 minutes left)')
     """
-    if len(seconds) < 2:
+    if len(times) < 2:
         return ""
-    mean = sum(seconds[1:]) / (len(seconds) - 1)
-    return f" (about {mean * (num_runs - len(seconds)) / 60:.0f} minutes left)"
+    spent, estimated = (sum(column) for column in zip(*times[1:], strict=True))
+    return f" (about {to_do * spent / estimated / 60:.0f} minutes left)"
 
 
 def run_number(study: Study, number: int) -> int:

@@ -41,7 +41,7 @@ class ChatRenderer:
     """
 
     def __init__(self, codec: Codec) -> None:
-        self.tokenizer = codec.tokenizer
+        self.codec, self.tokenizer = codec, codec.tokenizer
         name = str(self.tokenizer.name_or_path)
         if not self.tokenizer.chat_template:
             remedy = "use an instruct model, or give `prompt` and `completion` instead of `messages`"
@@ -66,6 +66,11 @@ class ChatRenderer:
                     remedy="mend the template ({% generation %} marks assistant turns), or use another model",
                 )
             ) from error
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The token that ends an assistant's turn, which need not be the tokenizer's end of text."""
+        return self.codec.encode([self.pieces(TRIAL)[-1]])[0][-1]
 
     def prompt(self, chat: Chat) -> str:
         """The text that inference feeds to get the last assistant turn."""

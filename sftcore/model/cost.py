@@ -28,6 +28,7 @@ from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings, Recipe
 from sftcore.model.adapters import add_adapter
 from sftcore.model.attention.needs import head_sizes
+from sftcore.model.gates import slim_gates
 from sftcore.model.load import load_config
 from sftcore.model.loss import columns_per_block
 from sftcore.model.norms import slim_norms
@@ -69,6 +70,7 @@ class ModelCost:
         num_trained_parameters: all of them, or an adapter's.
         saved_bytes: what autograd keeps for backward of one token, in the training dtype: of all layers, of
             the dearest layer, and of the layers' inputs alone.
+        saved_bytes_called: the same where products of gated MLPs do more than multiply (`gates`).
     """
 
     num_parameters: int
@@ -82,6 +84,7 @@ class ModelCost:
     window: int
     num_trained_parameters: int
     saved_bytes: SavedBytes
+    saved_bytes_called: SavedBytes
 
     @property
     def coefficients(self) -> CostCoefficients:
@@ -139,9 +142,13 @@ class ModelCost:
             "optimizer": state // (world if stage >= 1 else 1),
         }
 
-    def activation_bytes(self, num_tokens: int, *, is_recomputed: bool) -> int:
-        """Kept for backward of a pack: all layers' tensors, or the layers' inputs and one layer's tensors."""
-        saved = self.saved_bytes
+    def activation_bytes(self, num_tokens: int, *, is_recomputed: bool, calls_products: bool = False) -> int:
+        """Kept for backward of a pack: all layers' tensors, or the layers' inputs and one layer's tensors.
+
+        Args:
+            calls_products: products gather their weights, or cast them.
+        """
+        saved = self.saved_bytes_called if calls_products else self.saved_bytes
         return num_tokens * (saved.inputs + saved.dearest_layer if is_recomputed else saved.all_layers)
 
     def head_bytes(self, num_tokens: int, *, is_summed: bool = False) -> int:
@@ -204,6 +211,7 @@ def _measure(config: Any, adapter: AdapterSettings | None, num_classes: int | No
         window=window,
         num_trained_parameters=trained,
         saved_bytes=count_saved_bytes(model),
+        saved_bytes_called=count_saved_bytes(model, calls_products=True),
     )
 
 
@@ -236,15 +244,18 @@ def _counted_attention(
     return _CountedAttention.apply(query, key, value).transpose(1, 2), None
 
 
-def count_saved_bytes(model: Any) -> SavedBytes:
+def count_saved_bytes(model: Any, *, calls_products: bool = False) -> SavedBytes:
     """What autograd keeps per token of a forward, by running one on the meta device.
 
     Args:
         model: a causal LM on the meta device, with its adapter; it is converted to bfloat16.
+        calls_products: give every product a hook, as ZeRO-3 does.
     """
     AttentionInterface.register(COUNTED, _counted_attention)  # without a mask of that name none is made
     model.to(torch.bfloat16).train().set_attn_implementation(COUNTED)
     slim_norms(model)
+    slim_gates(model)
+    products = [m for m in model.modules() if calls_products and type(m) is torch.nn.Linear]
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     kept: dict[int, torch.Tensor] = {}  # by storage; the tensors stay, so that no identity is used twice
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -260,6 +271,7 @@ def count_saved_bytes(model: Any) -> SavedBytes:
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
     hooks = [layer.register_forward_pre_hook(lambda *_: marks.append(total())) for layer in layers]
+    hooks += [product.register_forward_hook(lambda *_: None) for product in products]
     ids = torch.ones(1, COUNTED_TOKENS, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         state = model.get_decoder()(

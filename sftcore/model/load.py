@@ -39,6 +39,7 @@ from sftcore.model.adapters import (
 from sftcore.model.attention import choose_attention
 from sftcore.model.demands import check_demands, warn_of_ignored
 from sftcore.model.forward import decode_states, output_head, placed_on
+from sftcore.model.gates import slim_gates
 from sftcore.model.identity import base_of
 from sftcore.model.loss import TrainedTokenHead, choose_head
 from sftcore.model.norms import slim_norms
@@ -108,6 +109,7 @@ def load_trainable(
     grow_vocabulary(model, settings)
     model.config.use_cache = False
     slim_norms(model)
+    slim_gates(model)
     install_head(
         model,
         z_loss=recipe.train.z_loss,

@@ -38,6 +38,7 @@ from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.quantise import round_trip
 
 INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
 COPIED_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -191,8 +192,9 @@ def _copy_the_rest(base: Path, adapter: Path, folder: Path, merge: Merge) -> Non
     if merge.classifies:
         config |= _classifier_keys(base, adapter)
     write_json(folder / "config.json", config)
-    if (base / "generation_config.json").is_file():
-        shutil.copy(base / "generation_config.json", folder)
+    for source in (base, adapter):  # the adapter's knows what ends a turn of its chats
+        if (source / GENERATION_CONFIG).is_file():
+            shutil.copy(source / GENERATION_CONFIG, folder)
     for pattern in COPIED_FILES:
         for file in adapter.glob(pattern):
             shutil.copy(file, folder)

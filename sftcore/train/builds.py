@@ -1,27 +1,31 @@
 """DeepSpeed's C++ operations are built at their first use: neither repeat that nor wait for the dead.
 
 In: this process's environment. Out: PATH with the environment's ninja first; no lock left that nobody holds.
-Invariant: a lock is never taken from a process that this one can see.
+Invariant: no lock is taken from a process that this one can see, and one process at a time takes one.
 Trade-off: a builder in another container or on another machine can't be seen, so a lock without a holder is
-waited for until it is 1 minute old, 5 on a file system that machines share.
+waited for until nothing was written beside it for 2 minutes, or 5 on a file system that machines share.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
+from sftcore.fsio import folder_lock
+
 log = logging.getLogger(__name__)
-LOCAL_BUILD_SECONDS, FOREIGN_BUILD_SECONDS = 60.0, 300.0  # DeepSpeed's operations build in 20 to 120 s
-POLL_SECONDS = 0.2
+LOCAL_SECONDS, SHARED_SECONDS = 120.0, 300.0  # a file of DeepSpeed's operations compiles in 20 to 60 s
+POLL_SECONDS = 0.5
+OWN_FILES = ".lock"  # how the names of what a look leaves begin
 SHARED_FILE_SYSTEMS = (
     "nfs",
     "lustre",
@@ -65,36 +69,38 @@ def _await(lock: Path) -> None:
     Raises:
         FileNotFoundError: it went away meanwhile.
     """
-    patience = FOREIGN_BUILD_SECONDS if _is_shared(lock) else LOCAL_BUILD_SECONDS
+    patience = SHARED_SECONDS if _is_shared(lock) else LOCAL_SECONDS
     is_told = False
     while True:
-        age = time.time() - lock.stat().st_mtime
-        is_held = _has_holder(lock)
-        if not is_held and age > patience:
-            log.warning("%s: a build was killed here; building anew", lock.parent)
-            return lock.unlink()
+        with folder_lock(lock.parent, purpose="a look at builds", wait=True):
+            is_held, rest = _has_holder(lock), _seconds_at_rest(lock.parent)
+            if not is_held and rest > patience:
+                log.warning("%s: a build was killed here; building anew", lock.parent)
+                return lock.unlink()
         if not is_told:
-            until = "" if is_held else f" up to {patience - age:.0f} s more"
-            log.info(
-                "another process builds %s: waiting%s; delete %s if none does", lock.parent.name, until, lock
-            )
+            until = "" if is_held else f" up to {patience - rest:.0f} s more"
+            name = lock.parent.name
+            log.info("another process builds %s: waiting%s; delete %s if none does", name, until, lock)
             is_told = True
         time.sleep(POLL_SECONDS)
 
 
+def _seconds_at_rest(folder: Path) -> float:
+    """Since a build wrote its last file there, by the clock of the file system."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=OWN_FILES) as now:
+        times = [file.stat().st_mtime for file in folder.iterdir() if not file.name.startswith(OWN_FILES)]
+        return os.stat(now.name).st_mtime - max(times)
+
+
 def _has_holder(lock: Path) -> bool:
-    """Whether a process of this machine keeps the lock open (torch's FileBaton does while it builds)."""
-    wanted = lock.stat()
-    return any(os.path.samestat(wanted, opened) for opened in _opened_files())
-
-
-def _opened_files() -> Iterator[os.stat_result]:
-    """What every process of this machine has open, as far as this user may see it."""
-    for entry in Path("/proc").glob("[0-9]*/fd"):
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
-            for name in os.listdir(entry):
-                with contextlib.suppress(OSError):
-                    yield os.stat(entry / name)
+    """Whether a process of this user keeps the lock open, as torch's FileBaton does while it builds."""
+    lock.stat()
+    wanted = str(lock.resolve())
+    for opened in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # the process ended meanwhile
+            if os.readlink(opened) == wanted:
+                return True
+    return False
 
 
 def _is_shared(path: Path) -> bool:

@@ -9,6 +9,7 @@ Trade-off: weights are gathered and written one shard at a time, so rank 0 holds
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from sftcore import dist
 from sftcore.config import Recipe
-from sftcore.fsio import atomic_folder, write_json
+from sftcore.data.chat import ChatRenderer
+from sftcore.data.tokens import codec_of
+from sftcore.errors import UserInputError
+from sftcore.fsio import atomic_folder, read_json, write_json
 from sftcore.model.adapters import write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
+from sftcore.model.merge import GENERATION_CONFIG
 from sftcore.settings import MATCHING_FILE
 from sftcore.train.engine import Engine
 from sftcore.train.model_card import write_card
@@ -37,15 +42,19 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
         MissingEnvironmentError: the disk is full; nothing is left there.
         TrainingFailed: an adapter's weights are empty or missing.
     """
-    weights = engine.gathered_weights()
+    weights, model = engine.gathered_weights(), engine.loss_model.causal_lm
     if dist.rank() == 0:
         with atomic_folder(folder) as temporary:
             if recipe.classifies:
                 _name_classes(engine, tokenizer, recipe)
             if engine.trains_adapter:
-                write_adapter(engine.loss_model.causal_lm, dict(weights), temporary)
+                write_adapter(model, dict(weights), temporary)
             else:
                 _write_model(engine, weights, temporary, recipe)
+            if model.can_generate():
+                model.generation_config.save_pretrained(temporary)
+                if recipe.task == "chat" and tokenizer.chat_template:
+                    _end_texts_with_turns(temporary / GENERATION_CONFIG, tokenizer)
             tokenizer.save_pretrained(temporary)
             write_card(recipe, temporary)
             if recipe.task == "matching":
@@ -76,6 +85,20 @@ def _what_inference_needs(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _end_texts_with_turns(file: Path, tokenizer: Any) -> None:
+    """Let `generate` end at the end of a turn, too: a base model's end of text may be another token.
+
+    In the file, for transformers refuses to save a changed configuration with any odd key of the base's.
+    """
+    with contextlib.suppress(UserInputError):  # rows of prompt and completion don't need a verified template
+        turn = ChatRenderer(codec_of(tokenizer)).end_of_turn_id
+        config = read_json(file)
+        known = config.get("eos_token_id")
+        ends = known if isinstance(known, list) else [] if known is None else [known]
+        if turn not in ends:
+            write_json(file, config | {"eos_token_id": [*ends, turn]})
+
+
 def _name_classes(engine: Engine, tokenizer: Any, recipe: Recipe) -> None:
     """Note the classes' names, and a pad token: transformers finds the last real token of a row by it."""
     config = engine.loss_model.causal_lm.config
@@ -96,8 +119,6 @@ def _write_model(engine: Engine, weights: Iterable[Named], folder: Path, recipe:
     model.config._name_or_path = recipe.name
     model.config.architectures = [type(model if is_whole else model.get_decoder()).__name__]
     model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
     shards = shards_of(weights if is_whole else take_classifier(weights, classifier), SHARD_BYTES)
     write_shards((revert_weight_conversion(model, shard) for shard in shards), folder)
     if classifier:

@@ -55,9 +55,12 @@ def predict_bytes(
     has_sums = stage == 1 and not autocasts(
         ds_config, recipe
     )  # float32 sums, which the update reads as they are
+    calls_products = stage == 3 or autocasts(ds_config, recipe) or recipe.adapter.kind == "qlora"
     is_recomputed = recipe.train.activation_checkpointing == "full"
     backward = {
-        "activations": cost.activation_bytes(num_tokens, is_recomputed=is_recomputed),
+        "activations": cost.activation_bytes(
+            num_tokens, is_recomputed=is_recomputed, calls_products=calls_products
+        ),
         "head": cost.head_bytes(num_tokens, is_summed=has_sums and recipe.model.head != "liger"),
     }
     largest = cost.num_words * cost.hidden_size if cost.trains_all else 0  # never cut

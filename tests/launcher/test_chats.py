@@ -9,8 +9,10 @@ import pytest
 from launcher_commands import save, sftcore
 from tiny import TINY, write_lines
 from tiny_tokenizers import CHATML, build_bpe
+from transformers import AutoTokenizer, GenerationConfig
 
 from launcher.evaluating import evaluate
+from launcher.exporting import export_run
 from launcher.generating import Settings, generate_rows, generate_text
 from launcher.held_out import check_scorable
 from launcher.stages import recipe_tokenizer
@@ -168,3 +170,15 @@ def test_a_chat_models_turn_ends_as_in_evaluation(chats, chat_model):
     said = generate_rows(chat_model, Path("asked.jsonl"), Settings(max_new_tokens=12))
     assert {row["id"]: row["generated"] for row in said} == rows
     assert generate_text(chat_model, "Who was born?", Settings(max_new_tokens=12)) == rows["one"]
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_what_is_exported_stops_at_the_end_of_a_turn(chats, kind):
+    """transformers and servers read it there; the base's own end of text stays one."""
+    recipe = recipe_of(chats, adapter={"kind": kind})
+    run_whole(recipe)
+    folder = Path("exported")
+    export_run(Path("runs/chats"), folder, merge=kind == "lora")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    assert ends == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")] and tokenizer.eos_token_id != ends[1]

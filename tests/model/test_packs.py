@@ -15,6 +15,7 @@ from sftcore.errors import UserInputError
 from sftcore.model.attention import choose_attention
 from sftcore.model.attention.sdpa_docs import group_documents
 from sftcore.model.forward import decode_states
+from sftcore.model.gates import slim_gates
 from sftcore.model.load import LossModel, install_head
 from sftcore.model.norms import slim_norms
 from sftcore.model.proof import prove_head_and_packs
@@ -32,6 +33,7 @@ def build(kind: str, dtype: torch.dtype) -> LossModel:
     )
     model = model.to(dtype)
     slim_norms(model)
+    assert slim_gates(model) == model.config.num_hidden_layers
     install_head(model, z_loss=0.0, label_smoothing=0.0, kind="chunked")
     prove_head_and_packs(model)
     assert share_gradient(model) == model.config.tie_word_embeddings

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -38,12 +39,12 @@ def made_seconds_ago(lock, seconds):
     os.utime(lock, (made, made))
 
 
-def test_the_lock_of_a_build_killed_a_minute_ago_is_removed(root, caplog):
+def test_the_lock_of_a_killed_build_is_removed(root, caplog):
     lock = root / "deepspeed_a" / "lock"
     builder = builder_of(lock, 600)
     builder.kill()
     builder.wait()
-    made_seconds_ago(lock, builds.LOCAL_BUILD_SECONDS - 1)
+    made_seconds_ago(lock, builds.LOCAL_SECONDS - 1)
     builds.await_other_builds()
     assert not lock.exists() and "deepspeed_a: a build was killed here" in caplog.text
 
@@ -59,14 +60,36 @@ def test_a_running_build_is_waited_for_and_named(root, caplog):
     assert "killed" not in caplog.text
 
 
+def test_what_a_builder_elsewhere_writes_shows_that_it_lives(root):
+    """Another container's process can't be seen, but its files can."""
+    lock = root / "deepspeed_a" / "lock"
+    lock.touch()
+    made_seconds_ago(lock, 10_000)
+    compiled = root / "deepspeed_a" / "shm.o"
+    compiled.touch()
+    made_seconds_ago(compiled, builds.LOCAL_SECONDS - 1)
+    started = compiled.stat().st_mtime
+    builds.await_other_builds()
+    assert not lock.exists() and time.time() - started > builds.LOCAL_SECONDS
+
+
+def test_of_many_that_find_a_dead_lock_one_removes_it(root):
+    lock = root / "deepspeed_a" / "lock"
+    lock.touch()
+    made_seconds_ago(lock, 10_000)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: builds.await_other_builds(), range(8)))
+    assert not lock.exists()
+
+
 def test_on_a_shared_file_system_a_lock_may_be_another_machines(root, monkeypatch):
     monkeypatch.setattr(builds, "_is_shared", lambda path: True)
     lock = root / "deepspeed_a" / "lock"
     lock.touch()
-    made_seconds_ago(lock, builds.FOREIGN_BUILD_SECONDS - 1)
+    made_seconds_ago(lock, builds.SHARED_SECONDS - 1)
     started = lock.stat().st_mtime
     builds.await_other_builds()
-    assert not lock.exists() and time.time() - started > builds.FOREIGN_BUILD_SECONDS
+    assert not lock.exists() and time.time() - started > builds.SHARED_SECONDS
 
 
 def test_other_programs_locks_are_left_alone(root):
