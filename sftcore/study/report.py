@@ -38,6 +38,7 @@ from sftcore.study.wording import (
     flatten,
     format_interval,
     format_points,
+    format_relation,
     format_setting,
     format_share,
     format_value,
@@ -175,7 +176,7 @@ def pick_examples(
         pair = {"base": before.get(key), "tuned": after.get(key)}
         outcome = _outcome_of(*pair.values())
         level = row.get("level")
-        tags = [row.get("relation"), None if level is None else f"level {level}"]
+        tags = [format_relation(row.get("relation") or ""), None if level is None else f"level {level}"]
         outcomes[outcome].append(
             {
                 "outcome": outcome,
@@ -214,6 +215,7 @@ def render_page(report: Mapping[str, Any], files: RunFiles) -> str:
         "share": format_share,
         "interval": format_interval,
         "points": format_points,
+        "relation": format_relation,
         "tie": tie_numbers,
         "value": format_value,
         "setting": format_setting,

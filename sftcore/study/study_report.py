@@ -31,7 +31,14 @@ from sftcore.study.qa_study import SPLITS, describe_set, summarise_study
 from sftcore.study.report import ReportResult
 from sftcore.study.study_figures import arm_curves, heat_map, size_curves
 from sftcore.study.study_runs import read_study_runs
-from sftcore.study.wording import flatten, format_setting, format_share, format_value, tie_numbers
+from sftcore.study.wording import (
+    flatten,
+    format_relation,
+    format_setting,
+    format_share,
+    format_value,
+    tie_numbers,
+)
 
 MAX_LINES = 3  # of references in a figure; the table has them all
 TITLES = {"test": "in domain", "ood": "out of domain"}
@@ -99,6 +106,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "share": format_share,
+        "relation": format_relation,
         "tie": tie_numbers,
         "value": format_value,
         "setting": format_setting,

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sftcore.knowledge.templates import load_relations
 from sftcore.study.figures import FEW_ITEMS
 from sftcore.study.run_folder import MODELS, PREDICTIONS, RunFiles
 
@@ -287,3 +288,13 @@ def format_setting(value: Any) -> str:
     ['4096', '1e-05', 'null', 'true', 'auto', '[2, 3]']
     """
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def format_relation(relation: str) -> str:
+    """A shipped relation's id with its name; a relation of the user's own as it is.
+
+    >>> format_relation("P17"), format_relation("inventor of")
+    ('P17 country', 'inventor of')
+    """
+    shipped = load_relations().get(relation)
+    return f"{relation} {shipped.name}" if shipped else relation
