@@ -31,7 +31,14 @@ from sftcore.data.records import Record
 from sftcore.data.tokens import Tokenizer, codec_of
 from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
-from sftcore.evaluate.drift import best_templates, drift, drift_prompts, first_logits, summarise_drift
+from sftcore.evaluate.drift import (
+    best_templates,
+    drift,
+    drift_level,
+    drift_prompts,
+    first_logits,
+    summarise_drift,
+)
 from sftcore.evaluate.few_shot import choose_examples, with_examples
 from sftcore.evaluate.generate import predict
 from sftcore.evaluate.pairs import has_learnt_labels, judge_pairs, pair_rows, pair_scores
@@ -46,7 +53,6 @@ from sftcore.fsio import (
 )
 from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.level_files import LEVELS, TEMPLATES, check_same_facts, read_levels
-from sftcore.knowledge.levels import MAX_LEVEL
 from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
 from sftcore.model.identity import fingerprint_model
@@ -324,7 +330,7 @@ def _load_evaluated(recipe: Recipe, folder: str) -> PreTrainedModel:
 
 
 def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
-    """RUN/eval/drift.json: how far first tokens moved on held-out facts of level 4, in their best wording.
+    """RUN/eval/drift.json: how far first tokens moved on the facts known best, in their best wording.
 
     Raises:
         UserInputError: no probe has told which wording is the best.
@@ -333,10 +339,13 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
     if not path.is_file():
         remedy = "sftcore probe RECIPE, or evaluate.drift: false"
         raise UserInputError(Problem(what="no hits by template yet", where=str(path), remedy=remedy))
-    known = [r for r in items.records if r.split == "test" and items.levels.get((r.split, r.id)) == MAX_LEVEL]
-    if not known:
-        log.warning("no held-out fact has level %d: no drift is measured", MAX_LEVEL)
+    probed = [r for r in items.records if r.split == "test" and ("test", r.id) in items.levels]
+    if not probed:
+        log.warning("no level of a held-out fact in domain is known: no drift is measured")
         return
+    level_of = {r.id: items.levels["test", r.id] for r in probed}
+    level = drift_level(level_of.values())
+    known = [r for r in probed if level_of[r.id] == level]
     file = items.recipe.data.relations
     relations = load_relations(Path(file) if file else None)
     texts = drift_prompts(known, best_templates(read_json(path)), relations)
@@ -344,6 +353,6 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
     logits = {}
     for name in ("tuned", "base"):  # one model in memory at a time
         logits[name] = first_logits(_load_evaluated(items.recipe, folders[name]), prompts)
-    report = summarise_drift(known, drift(logits["tuned"], logits["base"]))
+    report = summarise_drift(known, drift(logits["tuned"], logits["base"]), level=level)
     write_json(items.run / "eval" / "drift.json", report)
-    log.info("drift on %d facts of level %d: %.3f nats", len(known), MAX_LEVEL, report["mean_kl_nats"])
+    log.info("drift on %d facts of level %d: %.3f nats", len(known), level, report["mean_kl_nats"])

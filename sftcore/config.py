@@ -238,7 +238,8 @@ class EvaluateSettings(Settings):
         0, description="also the base model behind this many solved training examples (RUN/eval/fewshot)"
     )
     drift: bool = Field(
-        False, description="also KL(tuned || base) of first tokens on facts of level 4 (RUN/eval/drift.json)"
+        False,
+        description="also KL(tuned || base) of first tokens on facts known best (RUN/eval/drift.json)",
     )
 
 

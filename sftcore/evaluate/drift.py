@@ -1,14 +1,15 @@
-"""How far training moved what the model says first, where it knew the answer for sure.
+"""How far training moved what the model says first, where it knew the answer best.
 
 In: two models, prompts. Out: one divergence a prompt, and their means by relation.
-Invariant: the measure of METHODS.md M1 (arXiv 2509.16596): softmax over the tuned model's ten likeliest first
+Invariant: the measure of arXiv 2509.16596: softmax over the tuned model's ten likeliest first
 tokens against the base model's logits at the same ids, KL(tuned || base) in nats; 0 for equal models.
 Trade-off: ten tokens instead of all: blind to what happens in the tail, and one forward a prompt and model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sftcore.model.shared_prefix import CachedRows
 
 NUM_TOKENS = 10
 PROMPTS_PER_BATCH = 32
+ENOUGH_FACTS = 30  # for a mean; reports hatch cells of fewer
 
 
 def best_templates(hits: Mapping[str, Sequence[float]]) -> dict[str, int]:
@@ -34,6 +36,21 @@ def best_templates(hits: Mapping[str, Sequence[float]]) -> dict[str, int]:
         hits: content of levels.templates.json.
     """
     return {relation: max(range(len(row)), key=lambda i: row[i]) for relation, row in hits.items()}
+
+
+def drift_level(levels: Iterable[int]) -> int:
+    """The highest level that at least `ENOUGH_FACTS` facts have, or the highest that any has.
+
+    The paper's is level 4; a small model has too few facts of it.
+
+    >>> drift_level([0] * 90 + [1] * 30 + [4] * 3), drift_level([0, 2, 1])
+    (1, 2)
+
+    Args:
+        levels: of the held-out facts, at least one.
+    """
+    counts = Counter(levels)
+    return max([level for level, n in counts.items() if n >= ENOUGH_FACTS] or counts)
 
 
 def drift_prompts(
@@ -72,15 +89,16 @@ def drift(tuned_NV: torch.Tensor, base_NV: torch.Tensor) -> list[float]:
     return (tuned.exp() * (tuned - base)).sum(-1).clamp(min=0).tolist()
 
 
-def summarise_drift(records: Sequence[Record], values: Sequence[float]) -> dict[str, Any]:
-    """Content of drift.json: n, the mean over items, and the same of each relation."""
+def summarise_drift(records: Sequence[Record], values: Sequence[float], *, level: int) -> dict[str, Any]:
+    """Content of drift.json: level and number of the facts, their mean, and the same of each relation."""
     groups: dict[str, list[float]] = {}
     for record, value in zip(records, values, strict=True):
         assert isinstance(record.content, Fact), "levels belong to facts"
         groups.setdefault(record.content.relation, []).append(value)
     return {
+        "level": level,
         "n": len(values),
-        "mean_kl_nats": sum(values) / len(values) if values else None,
+        "mean_kl_nats": sum(values) / len(values),
         "by_relation": {
             relation: {"n": len(found), "mean_kl_nats": sum(found) / len(found)}
             for relation, found in sorted(groups.items())

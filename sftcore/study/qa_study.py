@@ -37,6 +37,7 @@ def summarise_study(files: StudyFiles) -> dict[str, Any]:
         "level_histogram": count_levels(files.levels) if files.levels else None,
         "probe": dict(files.probe) or None,
         "others": {name: _by_split(scores) for name, scores in files.others.items()},
+        "drift_levels": sorted({run.drift_level for run in files.runs if run.drift_level is not None}),
         "cells": cells,
         "diagonal": diagonal,
         "best": best,

@@ -55,6 +55,7 @@ class StudyRun:
         rows: of eval/tuned/predictions.jsonl.
         scores: `score` of them.
         drift: mean KL of first tokens in nats, if measured.
+        drift_level: of the facts that it was measured on.
     """
 
     name: str
@@ -68,6 +69,7 @@ class StudyRun:
     rows: Sequence[Mapping[str, Any]]
     scores: Mapping[str, Any]
     drift: float | None
+    drift_level: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +150,7 @@ def _read_run(run: Path) -> StudyRun:
     if is_divided := select.get("balance") == "level":
         del settings["select.balance"]  # the level's name tells it
     found = _optional(run / MANIFEST, read_json, {}).get("model_fingerprint")
+    drift = _optional(run / DRIFT, read_json, {})
     return StudyRun(
         name=run.name,
         n=len(selection),
@@ -158,7 +161,8 @@ def _read_run(run: Path) -> StudyRun:
         model=str(found or settings.get("model.path")),
         rows=rows,
         scores=score(rows, where=str(path)),
-        drift=_optional(run / DRIFT, read_json, {}).get("mean_kl_nats"),
+        drift=drift.get("mean_kl_nats"),
+        drift_level=drift.get("level"),
     )
 
 

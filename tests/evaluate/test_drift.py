@@ -40,8 +40,8 @@ def test_each_fact_is_asked_in_its_relations_best_wording():
 
 
 def test_drift_is_summed_up_by_relation():
-    found = summarise_drift([record(1, "P17"), record(2, "P36"), record(3, "P17")], [1.0, 2.0, 3.0])
-    assert found["n"] == 3 and found["mean_kl_nats"] == 2.0
+    found = summarise_drift([record(1, "P17"), record(2, "P36"), record(3, "P17")], [1.0, 2.0, 3.0], level=2)
+    assert found["level"] == 2 and found["n"] == 3 and found["mean_kl_nats"] == 2.0
     assert found["by_relation"]["P17"] == {"n": 2, "mean_kl_nats": 2.0}
 
 

@@ -118,7 +118,7 @@ def test_few_shot_and_drift_stand_beside_base_and_tuned(trained):
         assert len(examples) == 2 and last == zero["prompt"], few["prompt"]
         assert "\n\n" not in few["prediction"]
     drift = json.loads(Path("runs/tiny/eval/drift.json").read_text())
-    assert drift["n"] == 8 and drift["mean_kl_nats"] > 0
+    assert drift["level"] == 4 and drift["n"] == 8 and drift["mean_kl_nats"] > 0
     again = sftcore("evaluate", trained)
     assert again.stderr.count("already evaluated") == 3
 

@@ -58,7 +58,7 @@ def write_run(
             for split, i, level in items
         ]
         write_jsonl(folder / "eval" / model / "predictions.jsonl", rows)
-    write_json(folder / "eval" / "drift.json", {"n": 3, "mean_kl_nats": 0.5 + draw})
+    write_json(folder / "eval" / "drift.json", {"level": 1, "n": 3, "mean_kl_nats": 0.5 + draw})
     write_jsonl(folder / "levels.jsonl", [{"id": "x", "level": 2, "split": "train"}])
     write_json(folder / "levels.manifest.json", {"templates": 4, "model_fingerprint": fingerprint})
 
@@ -88,7 +88,11 @@ def test_cells_are_means_over_draws(study):
     assert scores["mean_over_levels"] == 0.25 and "mean_over_levels" not in str(report), "of both levels"
     two = cells["2"]["splits"]["test"]
     assert two["mean_over_large_levels"]["draws"] == [0.25, 0.25] and cells["2"]["splits"]["ood"]["n"] == 5
-    assert cells["1"]["drift_nats"] == 1.0 and cells["mixed"]["runs"] == ["mixed"]
+    assert (
+        report["drift_levels"] == [1]
+        and cells["1"]["drift_nats"] == 1.0
+        and cells["mixed"]["runs"] == ["mixed"]
+    )
     assert report["unfinished"] == {"started": "no selection.jsonl, eval/tuned/predictions.jsonl"}
     assert report["others"]["base"]["test"]["mean_over_large_levels"] == 0
 
