@@ -31,11 +31,12 @@ from sftcore.data.prompts import Sample
 from sftcore.model.adapters import add_adapter
 from sftcore.model.attention import choose_attention
 from sftcore.model.cost import measure_recipe
-from sftcore.model.load import LossModel, checkpoint_activations, install_head
+from sftcore.model.load import LossModel, checkpoint_activations, install_head, slim_layers
 from sftcore.model.loss import choose_head
 from sftcore.train.devices import device_here
 from sftcore.train.memory import predict_bytes
 
+SLIM = "slim layers"
 NOMINAL_TERAFLOPS = 989.0  # per second, dense bfloat16 of an H100 or H200
 LLAMA_1B = LlamaConfig(
     vocab_size=128_256,
@@ -108,7 +109,7 @@ class Settings:
         checkpointing: none or full activation checkpointing.
         optimizer: adamw or adamw-8bit.
         deepspeed: a configuration's name, or "plain" for the loop without DeepSpeed.
-        levers: names in LEVERS.
+        levers: names in LEVERS; the product's own unless said otherwise.
     """
 
     shape: str
@@ -118,7 +119,7 @@ class Settings:
     checkpointing: str = "none"
     optimizer: str = "adamw"
     deepspeed: str = "zero1"
-    levers: tuple[str, ...] = ()
+    levers: tuple[str, ...] = (SLIM,)
 
     def describe(self, section: str) -> dict:
         """The row's first columns."""
@@ -177,7 +178,7 @@ def lever_cases(target: Target) -> Iterator[Case]:
         yield Case(
             description=settings.describe("lever"),
             run=lambda s=settings: measure_step(target, s),
-            seconds=35 if "compiled blocks" in levers else 10,
+            seconds=35 if "compiled blocks" in levers else 8,
         )
 
 
@@ -193,7 +194,7 @@ def measure_step(target: Target, settings: Settings) -> dict:
             recipe, world=1, num_tokens=settings.num_tokens, device=device_here(), cost=cost
         )
         target.reset_peak()
-        model = build(target, config, recipe)
+        model = build(target, config, recipe, is_slim=SLIM in settings.levers)
         batches = [make_batch(target, config, settings, seed) for seed in range(4)]
         make_step = plain_step if settings.deepspeed == "plain" else engine_step
         step, close = make_step(model, recipe, settings)
@@ -236,7 +237,7 @@ def make_recipe(settings: Settings, folder: str) -> Recipe:
     )
 
 
-def build(target: Target, config: Any, recipe: Recipe) -> LossModel:
+def build(target: Target, config: Any, recipe: Recipe, *, is_slim: bool) -> LossModel:
     """Random weights, made on the device."""
     device = target.device.type
     attention = choose_attention(config, recipe.model.attention, dtype="bfloat16", device=device)
@@ -245,6 +246,8 @@ def build(target: Target, config: Any, recipe: Recipe) -> LossModel:
             config, dtype=torch.bfloat16, attn_implementation=attention
         )
     model.config.use_cache = False
+    if is_slim:
+        slim_layers(model)
     install_head(model, z_loss=0.0, label_smoothing=0.0, kind=choose_head("auto", device=device))
     if recipe.adapter.kind != "none":
         add_adapter(model, recipe.adapter, seed=0)
@@ -314,8 +317,8 @@ def _compile_blocks(model: LossModel) -> None:
         layer.compile()
 
 
-def _fused_optimizer(model: LossModel) -> None:
-    """Read by `plain_step`."""
+def _read_elsewhere(model: LossModel) -> None:
+    """Slim layers are made by `build`, the fused optimizer by `plain_step`."""
 
 
 def _checkpoint(model: LossModel) -> None:
@@ -324,7 +327,8 @@ def _checkpoint(model: LossModel) -> None:
 
 
 LEVERS: dict[str, Callable[[LossModel], None]] = {
-    "fused optimizer": _fused_optimizer,
+    SLIM: _read_elsewhere,
+    "fused optimizer": _read_elsewhere,
     "fused layers": _fuse_layers,
     "compiled blocks": _compile_blocks,
     "activation checkpointing": _checkpoint,

@@ -91,7 +91,7 @@ def run_ours(target: Target, settings: Settings) -> dict:
         config.save_pretrained(folder)
         recipe = make_recipe(settings, folder)
         torch.manual_seed(0)
-        model = build(target, config, recipe)
+        model = build(target, config, recipe, is_slim=True)
         make_step = plain_step if settings.deepspeed == "plain" else engine_step
         step, close = make_step(model, recipe, settings)
         taken = []

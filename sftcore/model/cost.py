@@ -28,10 +28,8 @@ from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings, Recipe
 from sftcore.model.adapters import add_adapter
 from sftcore.model.attention.needs import head_sizes
-from sftcore.model.gates import slim_gates
-from sftcore.model.load import load_config
+from sftcore.model.load import load_config, slim_layers
 from sftcore.model.loss import columns_per_block
-from sftcore.model.norms import slim_norms
 from sftcore.model.proof import BROKEN, refusing
 from sftcore.settings import NUM_CLASSES
 
@@ -253,8 +251,7 @@ def count_saved_bytes(model: Any, *, calls_products: bool = False) -> SavedBytes
     """
     AttentionInterface.register(COUNTED, _counted_attention)  # without a mask of that name none is made
     model.to(torch.bfloat16).train().set_attn_implementation(COUNTED)
-    slim_norms(model)
-    slim_gates(model)
+    slim_layers(model)
     products = [m for m in model.modules() if calls_products and type(m) is torch.nn.Linear]
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     kept: dict[int, torch.Tensor] = {}  # by storage; the tensors stay, so that no identity is used twice

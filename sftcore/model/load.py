@@ -108,8 +108,7 @@ def load_trainable(
     del sharding
     grow_vocabulary(model, settings)
     model.config.use_cache = False
-    slim_norms(model)
-    slim_gates(model)
+    log.info("own backward: %d norms, %d gated MLPs", *slim_layers(model))
     install_head(
         model,
         z_loss=recipe.train.z_loss,
@@ -125,6 +124,11 @@ def load_trainable(
         if recipe.train.init_adapter is not None:
             continue_adapter(model, Path(recipe.train.init_adapter), recipe.adapter)
     return LossModel(model)
+
+
+def slim_layers(model: PreTrainedModel) -> tuple[int, int]:
+    """Let norms and gated MLPs keep less for backward; how many do. Call it once for a model."""
+    return slim_norms(model), slim_gates(model)
 
 
 def checkpoint_activations(model: PreTrainedModel, *, stage: int) -> None:
