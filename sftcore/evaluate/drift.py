@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from sftcore.data.contents import Fact
 from sftcore.data.records import Record
+from sftcore.evaluate.score import FEW_ITEMS
 from sftcore.knowledge.templates import Relation, completion_prompts
 from sftcore.model.generate import batches_by_length
 from sftcore.model.shared_prefix import CachedRows
 
 NUM_TOKENS = 10
 PROMPTS_PER_BATCH = 32
-ENOUGH_FACTS = 30  # for a mean; reports hatch cells of fewer
 
 
 def best_templates(hits: Mapping[str, Sequence[float]]) -> dict[str, int]:
@@ -39,7 +39,7 @@ def best_templates(hits: Mapping[str, Sequence[float]]) -> dict[str, int]:
 
 
 def drift_level(levels: Iterable[int]) -> int:
-    """The highest level that at least `ENOUGH_FACTS` facts have, or the highest that any has.
+    """The highest level that at least `FEW_ITEMS` facts have, or the highest that any has.
 
     The paper's is level 4; a small model has too few facts of it.
 
@@ -50,7 +50,7 @@ def drift_level(levels: Iterable[int]) -> int:
         levels: of the held-out facts, at least one.
     """
     counts = Counter(levels)
-    return max([level for level, n in counts.items() if n >= ENOUGH_FACTS] or counts)
+    return max([level for level, n in counts.items() if n >= FEW_ITEMS] or counts)
 
 
 def drift_prompts(

@@ -22,14 +22,13 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from sftcore.evaluate.score import LEVELS
+from sftcore.evaluate.score import FEW_ITEMS, LEVELS
 
 WIDTH_INCHES = 5.3  # 382 units: a 10-unit label is 13 px in half a 1200 px page, 9.5 px on a phone
 HEIGHT_INCHES = 3.6
 INK, FAINT, RULE = "#1f2933", "#616e7c", "#e4e7eb"
 BASE_COLOUR, TUNED_COLOUR = "#D55E00", "#0072B2"  # Okabe and Ito's palette, https://jfly.uni-koeln.de/color/
 LEVEL_COLOURS = ("#c6d4e1", "#9dbcd8", "#6c9fc9", "#3579b1", "#0b4f8a")  # one hue, lightness falls steadily
-FEW_ITEMS = 30  # below this a 95 % interval at one half is wider than +-17 points
 MAX_POINTS = 600  # about one per drawn pixel; longer runs are averaged in bins
 SMOOTHED_FROM_STEPS = 60
 STYLE: dict[Any, object] = {

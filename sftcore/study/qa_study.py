@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from sftcore.evaluate.score import LEVELS, mean_interval
-from sftcore.study.figures import FEW_ITEMS
+from sftcore.evaluate.score import FEW_ITEMS, LEVELS, mean_interval
 from sftcore.study.run_folder import count_levels
 from sftcore.study.study_runs import StudyFiles, StudyRun
 from sftcore.study.wording import format_share

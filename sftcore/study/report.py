@@ -18,9 +18,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from sftcore.evaluate.score import MAIN_SPLIT, paired_change, side_by_side
+from sftcore.evaluate.score import FEW_ITEMS, MAIN_SPLIT, paired_change, side_by_side
 from sftcore.fsio import atomic_file, write_json
-from sftcore.study.figures import FEW_ITEMS, accuracy_figure, levels_figure, loss_figure
+from sftcore.study.figures import accuracy_figure, levels_figure, loss_figure
 from sftcore.study.run_folder import (
     FILES,
     MODELS,

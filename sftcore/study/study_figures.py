@@ -18,9 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from sftcore.evaluate.score import LEVELS
+from sftcore.evaluate.score import FEW_ITEMS, LEVELS
 from sftcore.study.figures import (
-    FEW_ITEMS,
     HEIGHT_INCHES,
     INK,
     LEVEL_COLOURS,

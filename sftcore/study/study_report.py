@@ -16,8 +16,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from sftcore.evaluate.score import FEW_ITEMS
 from sftcore.fsio import atomic_file, write_json
-from sftcore.study.figures import FEW_ITEMS, levels_figure
+from sftcore.study.figures import levels_figure
 from sftcore.study.loss_study import (
     MAX_NAMED,
     format_loss,

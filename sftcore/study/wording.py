@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+from sftcore.evaluate.score import FEW_ITEMS
 from sftcore.knowledge.templates import load_relations
-from sftcore.study.figures import FEW_ITEMS
 from sftcore.study.run_folder import MODELS, PREDICTIONS, RunFiles
 
 SIGNIFICANT = 0.05
@@ -296,5 +297,10 @@ def format_relation(relation: str) -> str:
     >>> format_relation("P17"), format_relation("inventor of")
     ('P17 country', 'inventor of')
     """
-    shipped = load_relations().get(relation)
-    return f"{relation} {shipped.name}" if shipped else relation
+    name = _shipped_names().get(relation)
+    return f"{relation} {name}" if name else relation
+
+
+@cache
+def _shipped_names() -> dict[str, str]:
+    return {key: relation.name for key, relation in load_relations().items()}
