@@ -154,12 +154,12 @@ def plan(
     run: RunFolder = None,
 ) -> None:
     """Steps, packs, predicted memory and hours, what fits, what won't train; touches no GPU."""
-    loaded = load(recipe, set_, run)
     from launcher.outlook import look_ahead, outlook_table
     from launcher.preflight import plan_table
     from sftcore.train.devices import choose_device
 
     device = choose_device(gpu, memory_gigabytes=gpu_memory, teraflops=gpu_tflops)
+    loaded = load(recipe, set_, run, has_gpu=device.is_gpu)
     described, outlook, refusal = look_ahead(loaded, world=world, device=device, mfu=mfu)
     if as_json:
         print(json.dumps({**described, "outlook": outlook}, indent=1, ensure_ascii=False))
@@ -206,7 +206,6 @@ def train(
     """Train in this process, on this machine's GPUs (--on node), or on a cluster (--on slurm)."""
     from launcher.ways_in import machines_of, train_elsewhere
 
-    loaded = load(recipe, set_, run)
     machines = machines_of(
         on,
         nodes=nodes,
@@ -215,6 +214,7 @@ def train(
         hostfile=hostfile,
         options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
+    loaded = load(recipe, set_, run, machines=machines)
     if on != "debug":
         _refuse(
             on,

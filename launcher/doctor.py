@@ -77,6 +77,11 @@ def rank_main(rank):
     dist.destroy_process_group()
 if __name__ == "__main__": mp.start_processes(rank_main, nprocs=world, start_method="fork")
 """
+DTYPES = """
+import json
+from sftcore.precision import dtype_here, matmul_rate
+print(json.dumps([dtype_here(), matmul_rate("bfloat16"), matmul_rate("float32")]))
+"""
 LOCK = """
 import sys
 from pathlib import Path
@@ -112,6 +117,7 @@ def examine(folder: Path) -> Iterable[Finding]:
         check_python,
         check_core,
         check_gpus,
+        check_dtype,
         check_ops,
         check_optional,
         check_compiler,
@@ -179,6 +185,18 @@ def check_gpus() -> Iterable[Finding]:
         if len(found["gpus"]) > 1
         else check_all_reduce("gloo", 2)
     )
+
+
+def check_dtype() -> Iterable[Finding]:
+    """What model.dtype: auto means here, and the CPU's rates in both dtypes (one thread, as all probes)."""
+    failure, said = probe(DTYPES)
+    if failure:
+        yield Finding(name="dtype", state=BROKEN, found=failure, remedy="pip install --force-reinstall torch")
+        return
+    dtype, *rates = json.loads(said)
+    bfloat16, float32 = (f"{rate / 1e9:,.0f}" for rate in rates)
+    found = f"auto is {dtype}; this CPU: bfloat16 {bfloat16}, float32 {float32} GFLOP/s a thread"
+    yield Finding(name="dtype", state=OK, found=found)
 
 
 def check_all_reduce(backend: str, world: int) -> Finding:

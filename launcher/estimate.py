@@ -9,12 +9,11 @@ Gemma-3-270M 1.0, 60 or 240 facts with SmolLM2-135M 1.5.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
 
@@ -26,7 +25,7 @@ from sftcore.data.prompts import Prompter, PromptOptions, Sample
 from sftcore.data.splits import load_records
 from sftcore.knowledge.level_files import holds_levels
 from sftcore.model.cost import measure_recipe
-from sftcore.model.load import DTYPES
+from sftcore.precision import dtype_of, matmul_rate
 from sftcore.recipe import source_files
 
 LOOKED_AT = 64  # records whose tokens are counted
@@ -35,7 +34,6 @@ UPDATE_BYTES_PER_WEIGHT, MEMORY_BYTES_PER_SECOND = 18, 10e9  # of Adam with floa
 PROCESS_SECONDS = 60  # imports, reading and writing the model
 PROBE_PROMPT_TOKENS = 15
 MAX_SOURCE_BYTES = 100e6
-PRODUCT, REPEATS, ROUNDS = 1024, 2, 15  # of the measurement: rows and columns, products a round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +61,10 @@ def estimate_seconds(recipes: Sequence[Recipe], shared: Path) -> list[float] | N
     if torch.cuda.is_available() or any(_source_bytes(recipe) > MAX_SOURCE_BYTES for recipe in recipes):
         return None
     found, done = [], {folder.name for folder in shared.glob("*") if _is_whole(folder)}
-    rates = {recipe.model.dtype: matmul_rate(recipe.model.dtype) for recipe in recipes}
+    rates = {name: matmul_rate(name) for name in {dtype_of(recipe.model) for recipe in recipes}}
     for recipe in recipes:
         sizes = _sizes(recipe.model_dump_json(include={"data", "model", "task", "matching", "batch"}))
-        rate = rates[recipe.model.dtype]
+        rate = rates[dtype_of(recipe.model)]
         once = {shared_name("base", recipe, EVALUATED): _answers(recipe, sizes, rate)}
         if recipe.evaluate.few_shot and not recipe.classifies:
             shots = 1 + recipe.evaluate.few_shot
@@ -132,15 +130,3 @@ def _probing(recipe: Recipe, sizes: Sizes, rate: float) -> float:
     decoded = recipe.probe.samples * recipe.probe.max_new_tokens
     read = 2 * sizes.body * PROBE_PROMPT_TOKENS / TRAINED_AT
     return prompts * (read + 2 * (sizes.body + sizes.head) * decoded / DECODED_AT) / rate
-
-
-def matmul_rate(dtype: str) -> float:
-    """FLOP a second of this machine in a product of (1024, 1024) by (1024, 1024); the median of rounds."""
-    a, b = (torch.randn(PRODUCT, PRODUCT, dtype=DTYPES[dtype]) for _ in range(2))
-    seconds = []
-    for _ in range(1 + ROUNDS):
-        started = time.perf_counter()
-        for _ in range(REPEATS):
-            a @ b
-        seconds.append(time.perf_counter() - started)
-    return 2 * PRODUCT**3 * REPEATS / median(seconds[1:])

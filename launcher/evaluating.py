@@ -57,6 +57,7 @@ from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
+from sftcore.precision import dtype_of
 
 log = logging.getLogger("sftcore.evaluating")
 SHARDS, ROWS, MANIFEST = "shards", "predictions.jsonl", "manifest.json"
@@ -216,7 +217,8 @@ def _known_levels(recipe: Recipe, run: Path, records: Sequence[Record]) -> dict[
     """
     if not (run / LEVELS).is_file():
         return {}
-    levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
+    fingerprint, dtype = fingerprint_model(recipe.model.path), dtype_of(recipe.model)
+    levels = read_levels(run, model_fingerprint=fingerprint, dtype=dtype)
     items = {(record.split, record.id) for record in records}
     found = [level for level in levels if (level.split, level.id) in items]
     check_same_facts(found, records, where=run / LEVELS)

@@ -17,8 +17,8 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder
 from sftcore.model.adapters import is_adapter
 from sftcore.model.identity import base_of
-from sftcore.model.load import DTYPES
 from sftcore.model.merge import merge_adapter
+from sftcore.precision import torch_dtype
 
 
 def export_run(run: Path, to: Path, *, merge: bool) -> None:
@@ -48,7 +48,7 @@ def export_run(run: Path, to: Path, *, merge: bool) -> None:
         result,
         _local_base(base_of(result)),
         to,
-        dtype=DTYPES[recipe.model.dtype],
+        dtype=torch_dtype(recipe.model),
         quantised=recipe.adapter.kind == "qlora",
     )
 

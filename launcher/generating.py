@@ -135,7 +135,7 @@ class _Found:
         config = self.folder / "config.json"
         values = read_json(config) if config.is_file() else {}
         is_exact = values.get("dtype", values.get("torch_dtype")) == "float32"
-        return ModelSettings(path=path, dtype="float32" if is_exact else "bfloat16")
+        return ModelSettings(path=path, dtype="float32" if is_exact else "auto")
 
 
 def _found(folder: Path) -> _Found:

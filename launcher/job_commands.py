@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.attempts import begin_stage
+from launcher.precision import settle
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
 from sftcore.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from launcher.ways_in import Machines
 
 RecipePath = Annotated[Path, typer.Argument(help="recipe (YAML); see recipes/", metavar="RECIPE")]
 Overrides = Annotated[
@@ -64,7 +68,6 @@ def probe(
     run: RunFolder = None,
 ) -> None:
     """Facts -> recall -> memory levels of the base model; over several processes with --on."""
-    loaded = load(recipe, set_, run)
     from launcher.ways_in import machines_of
 
     machines = machines_of(
@@ -74,6 +77,7 @@ def probe(
         ranks_per_node=ranks_per_node,
         options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
+    loaded = load(recipe, set_, run, machines=machines)
     from launcher.shares import run_shares, share_of
     from launcher.stages import describe_levels, probe_share
     from launcher.stages import probe as probe_stage
@@ -104,7 +108,6 @@ def evaluate(
     run: RunFolder = None,
 ) -> None:
     """Answers of the base and the trained model to the held-out items, scored; --on: by several processes."""
-    loaded = load(recipe, set_, run)
     from launcher.ways_in import machines_of
 
     machines = machines_of(
@@ -114,6 +117,7 @@ def evaluate(
         ranks_per_node=ranks_per_node,
         options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
+    loaded = load(recipe, set_, run, machines=machines)
     from launcher.evaluating import evaluate as evaluate_stage
     from launcher.evaluating import evaluate_share
     from launcher.shares import run_shares, share_of
@@ -153,7 +157,9 @@ def submit(
         ranks_per_node=ranks_per_node,
         options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
-    print(submit_whole(load(recipe, set_, run), machines, num_shards=shards, dry_run=dry_run))
+    print(
+        submit_whole(load(recipe, set_, run, machines=machines), machines, num_shards=shards, dry_run=dry_run)
+    )
 
 
 def study(
@@ -192,7 +198,7 @@ def study(
     )
     given = {"--gpus-per-node": gpus_per_node, "--ranks-per-node": ranks_per_node}
     ranks = [word for name, count in given.items() if count for word in (name, str(count))]
-    loaded = load_study(study, run, rank_options=ranks)
+    loaded = load_study(study, run, machines=machines, rank_options=ranks)
     if dry_run:
         print("\n".join(item.name for item in loaded.runs))
         return
@@ -224,6 +230,13 @@ def sbatch_options(
     return {key: value for key, value in named.items() if value} | dict(pairs)
 
 
-def load(path: Path, overrides: list[str] | None, run: str | None) -> Recipe:
-    """A recipe with `--set` and `--run` applied."""
-    return with_run(load_recipe(path, overrides), run)
+def load(
+    path: Path,
+    overrides: list[str] | None,
+    run: str | None,
+    *,
+    machines: Machines | None = None,
+    has_gpu: bool = False,
+) -> Recipe:
+    """A recipe with `--set` and `--run` applied, and its dtype decided (see `settle`)."""
+    return settle(with_run(load_recipe(path, overrides), run), machines, has_gpu=has_gpu)

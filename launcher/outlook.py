@@ -27,6 +27,7 @@ from sftcore.model.demands import check_demands
 from sftcore.model.load import load_config
 from sftcore.model.loss import choose_head
 from sftcore.model.quantise import require_bitsandbytes
+from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.train.devices import Device
 from sftcore.train.ds_config import read_ds_config
@@ -98,7 +99,7 @@ def why_not_trainable(recipe: Recipe, device: Device) -> SftError | None:
     """What training on `device` would refuse before its first step, all at once; None if nothing."""
     ds_config = read_ds_config(deepspeed_file(recipe))
     kind = "cuda" if device.is_gpu else "cpu"
-    model, dtype = recipe.model, recipe.model.dtype
+    model, dtype = recipe.model, dtype_of(recipe.model)
     is_encoder = recipe.task == "matching" and recipe.matching.mode == "encoder"
     checks: list[Callable[[], object]] = [
         lambda: check_engine(ds_config, recipe.train.optimizer, has_cuda=device.is_gpu),

@@ -17,6 +17,7 @@ from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
 from sftcore.model.cost import measure_recipe
+from sftcore.precision import dtype_of
 from sftcore.train.devices import Device
 from sftcore.train.memory import predict_bytes
 
@@ -46,6 +47,7 @@ def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule, device:
         "predictions": {
             "num_parameters": cost.num_parameters,
             "num_trained_parameters": cost.num_trained_parameters,
+            "dtype": dtype_of(recipe.model),
             "device": device.name,
             "bytes_per_rank": predict_bytes(
                 recipe, world=schedule.world, num_tokens=largest, device=device, cost=cost
@@ -145,7 +147,7 @@ def plan_table(plan: dict[str, Any]) -> str:
         ("utilisation", f"{t['utilisation']:.1%} of packs x capacity"),
         ("imbalance", f"{t['imbalance']:.1%} = sum of slowest rank / sum of mean rank - 1, predicted"),
         ("compute", f"{t['flops']:.3g} FLOPs, forward and backward"),
-        ("model", f"{p['num_parameters']:,} parameters"),
+        ("model", f"{p['num_parameters']:,} parameters in {p['dtype']}"),
         (
             "memory per rank",
             " + ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items())

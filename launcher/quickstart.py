@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.evaluating import evaluate
+from launcher.precision import settle
 from launcher.preflight import describe_plan, plan_table
 from launcher.run_folder import with_run
 from launcher.stages import describe_levels, prepare, probe
@@ -30,7 +31,7 @@ def run_quickstart(out: Path, model: str) -> None:
     """Run the whole story into `out`; a second call reuses what is there."""
     _say(1, "pull the model")
     folder = pull_model(model)
-    recipe = with_run(load_recipe(RECIPE, [f"model.path={folder.resolve()}"]), str(out))
+    recipe = settle(with_run(load_recipe(RECIPE, [f"model.path={folder.resolve()}"]), str(out)))
     _say(2, f"probe what it remembers ({recipe.probe.templates} templates x {recipe.probe.samples} samples)")
     print(describe_levels(probe(recipe)))
     assert recipe.select is not None

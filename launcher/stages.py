@@ -48,6 +48,7 @@ from sftcore.knowledge.selection import select_facts
 from sftcore.knowledge.vllm_backend import load_vllm
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
+from sftcore.precision import dtype_of
 
 log = logging.getLogger("sftcore.stages")
 SPLITS = ("train", "test", "ood")
@@ -128,7 +129,8 @@ def select(recipe: Recipe) -> list[FactLevel]:
     """
     assert recipe.select is not None and recipe.select.balance != "label"
     run = recipe.run_folder
-    levels = read_levels(run, model_fingerprint=fingerprint_model(recipe.model.path))
+    fingerprint, dtype = fingerprint_model(recipe.model.path), dtype_of(recipe.model)
+    levels = read_levels(run, model_fingerprint=fingerprint, dtype=dtype)
     trainable = [level for level in levels if level.split == "train"]
     check_same_facts(trainable, load_records(recipe, "train", Ledger()), where=run / LEVELS)
     chosen = select_facts(
@@ -210,6 +212,7 @@ def _probe(recipe: Recipe, run: Path) -> Probe:
         recipe.probe,
         seed=recipe.seed,
         model_fingerprint=fingerprint_model(recipe.model.path),
+        dtype=dtype_of(recipe.model),
         relations=Path(relations) if relations else None,
     )
 

@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from launcher.precision import settle_runs
 from launcher.run_folder import FINISHED
 from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
 from launcher.whole_run import is_finished
@@ -42,6 +43,9 @@ from sftcore.study.loss_study import format_loss, losses_of
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 from sftcore.study.study_report import write_study_report
 from sftcore.train.stopping import WITH_INTERRUPT, handling
+
+if TYPE_CHECKING:
+    from launcher.ways_in import Machines
 
 log = logging.getLogger("sftcore.study")
 FAILED = "failed.json"
@@ -74,7 +78,13 @@ class Study:
         return self.folder / "logs" / f"{run.name}.log"
 
 
-def load_study(path: Path, folder: str | None = None, *, rank_options: Sequence[str] = ()) -> Study:
+def load_study(
+    path: Path,
+    folder: str | None = None,
+    *,
+    machines: Machines | None = None,
+    rank_options: Sequence[str] = (),
+) -> Study:
     """Read and expand a STUDY.yaml; `folder` defaults to runs/NAME.
 
     Raises:
@@ -82,7 +92,7 @@ def load_study(path: Path, folder: str | None = None, *, rank_options: Sequence[
     """
     settings = read_study(path)
     where = Path(folder or f"runs/{settings.name}").resolve()
-    runs = expand(settings, where)
+    runs = settle_runs(expand(settings, where), machines)
     return Study(settings=settings, folder=where, runs=runs, rank_options=rank_options)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from launcher.debugging import DebugOptions, check_overfit, debugged, overfit_one_step
 from launcher.lease import Lease, Watch, launchers_above, take_over, write_lease
+from launcher.precision import with_dtype
 from launcher.preflight import describe_plan
 from launcher.ranks import listed_pid
 from launcher.run_folder import open_run, record_seconds
@@ -43,6 +44,7 @@ from sftcore.model.demands import check_demands
 from sftcore.model.encoder import load_encoder_for_training
 from sftcore.model.load import LossModel, checkpoint_activations, load_config, load_for_training
 from sftcore.model.proof import prove_head_and_packs
+from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.train.checkpoint import (
     check_resumable,
@@ -173,6 +175,7 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
         if dist.rank() == 0:
             write_json(run / "plan.json", describe_plan(recipe, store, schedule, device_here()))
     init_process_group()
+    recipe = with_dtype(recipe, dist.gather_objects(dtype_of(recipe.model))[0])
     watch.keep_lease(run, dist.gather_objects(watch.holder)[0])
     with Watchdog(recipe.train.hang_seconds) as watchdog:
         is_resized = start is not None and read_state(start).world_size != dist.world_size()

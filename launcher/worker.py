@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 
+from launcher.precision import settle
 from launcher.ranks import redirect_output, slurm_rank_variables, worker_parser, write_code
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
@@ -61,7 +62,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
         remedy = "sftcore doctor names what is missing or broken"
         problem = Problem(what=f"a package can't be imported: {error}", remedy=remedy)
         raise MissingEnvironmentError(problem) from error
-    return run_rank(recipe, resume=options.resume, restart_schedule=options.restart_schedule)
+    return run_rank(settle(recipe), resume=options.resume, restart_schedule=options.restart_schedule)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ class ModelSettings(Settings):
     path: str = Field(
         description="folder (absolute, else relative to the recipe, then to here) or a hub name"
     )
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the trained weights")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="dtype of the trained weights; auto: bfloat16 on GPUs and on CPUs with instructions for"
+        " it, else float32; a run keeps what it began with",
+    )
     head: Literal["auto", "liger", "chunked"] = Field(
         "auto",
         description="loss over the vocabulary; auto: ours in blocks (liger's is not yet measured beside it)",

@@ -63,7 +63,7 @@ ELSEWHERE = {  # keys of transformers, TRL, peft, LLaMA-Factory and Axolotl -> o
     "adam_beta2": "train.betas",
     "adam_epsilon": "train.eps",
     "optim": "train.optimizer",
-    "bf16": "model.dtype: bfloat16 (the default)",
+    "bf16": "model.dtype: bfloat16 (auto takes it where the hardware has it)",
     "fp16": "model.dtype: bfloat16",
     "torch_dtype": "model.dtype",
     "attn_implementation": "model.attention",

@@ -19,6 +19,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.recipe",
     "sftcore.dist",
     "sftcore.heap",
+    "sftcore.precision",
     "sftcore.data",
     "sftcore.knowledge",
     "sftcore.batching",

@@ -29,14 +29,24 @@ def holds_levels(run: Path) -> bool:
 
 def is_probed(run: Path, manifest: dict[str, Any]) -> bool:
     """Whether the run folder holds levels made from exactly these inputs."""
-    return holds_levels(run) and read_json(run / MANIFEST) == manifest
+    if not holds_levels(run):
+        return False
+    return bool(_with_dtype(read_json(run / MANIFEST), manifest["dtype"]) == manifest)
 
 
-def read_levels(run: Path, *, model_fingerprint: str) -> list[FactLevel]:
+def _with_dtype(manifest: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A manifest; earlier versions did not note the dtype, which RUN/recipe.yaml holds in place of it."""
+    return {"dtype": dtype, **manifest}
+
+
+def read_levels(run: Path, *, model_fingerprint: str, dtype: str) -> list[FactLevel]:
     """Levels of a run folder.
 
+    Args:
+        dtype: in which the model is held now.
+
     Raises:
-        UserInputError: there are none, or they are another model's.
+        UserInputError: there are none, or they are another model's or another dtype's.
     """
     if not ((run / LEVELS).is_file() and (run / MANIFEST).is_file()):
         raise UserInputError(
@@ -53,6 +63,18 @@ def read_levels(run: Path, *, model_fingerprint: str) -> list[FactLevel]:
                 got=found,
                 allowed=model_fingerprint,
                 remedy="sftcore probe RECIPE (with another --run to keep the old levels)",
+            )
+        )
+    probed_in = _with_dtype(manifest, dtype)["dtype"]
+    if probed_in != dtype:
+        raise UserInputError(
+            Problem(
+                what="these memory levels were measured in another dtype",
+                where=str(run / LEVELS),
+                got=probed_in,
+                allowed=dtype,
+                remedy=f"--set model.dtype={probed_in}, or probe again: sftcore probe RECIPE (with another"
+                " --run to keep the old levels)",
             )
         )
     return [FactLevel.from_row(row) for row in read_jsonl(run / LEVELS)]

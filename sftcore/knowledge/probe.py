@@ -57,6 +57,7 @@ class Probe:
         settings: the recipe's.
         seed: of the sampling.
         model_fingerprint: whose memory it is.
+        dtype: in which the model is held.
         relations: by id.
     """
 
@@ -65,6 +66,7 @@ class Probe:
     settings: ProbeSettings
     seed: int
     model_fingerprint: str
+    dtype: str
     relations: Mapping[str, Relation]
 
     @classmethod
@@ -76,6 +78,7 @@ class Probe:
         *,
         seed: int,
         model_fingerprint: str,
+        dtype: str,
         relations: Path | None = None,
     ) -> Probe:
         """A probe with the shipped relations and, if given, those of a file.
@@ -89,6 +92,7 @@ class Probe:
             settings=settings,
             seed=seed,
             model_fingerprint=model_fingerprint,
+            dtype=dtype,
             relations=load_relations(relations),
         )
         probe.trials()
@@ -108,6 +112,7 @@ class Probe:
             "code": CODE_VERSION,
             "aliases_fingerprint": AliasTable.load().fingerprint(),
             "model_fingerprint": self.model_fingerprint,
+            "dtype": self.dtype,
             "estimator": self.settings.estimator,
             "templates": self.settings.templates,
             "samples": self.settings.samples,
@@ -135,7 +140,7 @@ def probe_facts(probe: Probe, load_model: Loader, *, run: Path, merge_only: bool
     manifest = probe.manifest()
     if is_probed(run, manifest):
         log.info("memory levels are already in %s", run / LEVELS)
-        return read_levels(run, model_fingerprint=probe.model_fingerprint)
+        return read_levels(run, model_fingerprint=probe.model_fingerprint, dtype=probe.dtype)
     prober = Prober.of(probe)
     done = _done_by_all(run, manifest)
     left = [number for number in range(len(prober.batches)) if number not in done]

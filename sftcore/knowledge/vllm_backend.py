@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from sftcore.config import ModelSettings, ProbeSettings
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.precision import dtype_of
 
 ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
 MAX_PROMPT_TOKENS = 512  # a fact's wording has about 15
@@ -51,7 +52,7 @@ def load_vllm(model: ModelSettings, probe: ProbeSettings, *, seed: int) -> Any:
     try:
         return LLM(
             model=model.path,
-            dtype=model.dtype,
+            dtype=dtype_of(model),
             seed=seed,
             max_model_len=min(_context(model), MAX_PROMPT_TOKENS + probe.max_new_tokens),
             trust_remote_code=model.trust_remote_code,

@@ -24,8 +24,9 @@ from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length
-from sftcore.model.load import DTYPES, LossModel, load_config, load_for_decoding, load_pretrained
+from sftcore.model.load import LossModel, load_config, load_for_decoding, load_pretrained
 from sftcore.model.positions import position_limit
+from sftcore.precision import torch_dtype
 from sftcore.settings import NUM_CLASSES
 
 ROWS_PER_BATCH = 64  # of inference
@@ -82,7 +83,7 @@ def load_encoder_for_training(recipe: Recipe) -> EncoderLossModel:
     model = load_pretrained(
         recipe.model,
         AutoModelForSequenceClassification,
-        dtype=DTYPES[recipe.model.dtype],
+        dtype=torch_dtype(recipe.model),
         attention="sdpa",
         num_labels=NUM_CLASSES,
     )

@@ -31,6 +31,7 @@ from sftcore.model.classifier import restore_classifier
 from sftcore.model.load import load_for_decoding
 from sftcore.model.loss import CHUNK_ELEMENTS
 from sftcore.model.proof import BROKEN, close, computes_attention, probe_ids
+from sftcore.precision import dtype_of
 
 PACK_TOKENS = 2048
 PROBE_TOLERANCE = 5e-2  # of logits, relative to the largest: bfloat16's rounding
@@ -140,7 +141,7 @@ def load_for_scoring(
     model = load_for_decoding(settings, quantised=quantised, attention=attention, kind=kind)
     if classifies:
         restore_classifier(model, Path(settings.path))
-    if reasons := lacks(needs_of(model.config, dtype=settings.dtype, device=model.device.type)):
+    if reasons := lacks(needs_of(model.config, dtype=dtype_of(settings), device=model.device.type)):
         raise UserInputError(_unfit(settings, ", ".join(reasons)))
     try:
         has_own_logits, has_own_states = classifies or _logits_agree(model), _states_agree(model)

@@ -46,9 +46,9 @@ from sftcore.model.norms import slim_norms
 from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing, unfit
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 from sftcore.model.vocabulary import grow_vocabulary
+from sftcore.precision import DTYPES, dtype_of, torch_dtype
 
 log = logging.getLogger(__name__)
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class LossModel(nn.Module):
@@ -97,8 +97,8 @@ def load_trainable(
     check_demands(recipe, config)
     warn_of_ignored(config)
     with refusing(config.model_type, NOT_PACKED):
-        attention = choose_attention(config, settings.attention, dtype=settings.dtype, device=device)
-    dtype = DTYPES[settings.dtype]
+        attention = choose_attention(config, settings.attention, dtype=dtype_of(settings), device=device)
+    dtype = torch_dtype(settings)
     if recipe.adapter.kind == "qlora":
         options["quantization_config"] = quantisation_settings(dtype)
     # from_pretrained shards the weights as it reads them, as long as this object lives
@@ -164,7 +164,7 @@ def load_for_decoding(
     adapter = Path(settings.path) if is_adapter(Path(settings.path)) else None
     if adapter:
         settings = settings.model_copy(update={"path": base_of(adapter)})
-    own_dtype = DTYPES[dtype or settings.dtype]
+    own_dtype = DTYPES[dtype] if dtype else torch_dtype(settings)
     attention = attention or ("sdpa" if device == "cuda" else "eager")  # 1.3 times as fast a token on CPUs
     options = {"quantization_config": quantisation_settings(own_dtype)} if quantised else {}
     model = load_pretrained(settings, kind, dtype=own_dtype, attention=attention, **options)

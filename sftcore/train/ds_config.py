@@ -17,6 +17,7 @@ from typing import Any
 
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
+from sftcore.precision import dtype_of
 
 # https://www.deepspeed.ai/docs/config-json/, and deepspeed/runtime/constants.py of 0.19.8
 ALLOWED_KEYS = frozenset(
@@ -96,7 +97,7 @@ def complete_ds_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]
     stage = zero_stage(config)
     # DeepSpeed's default is 1.0. Stage 0 is clipped by our optimizer hook, which also measures the norm.
     complete["gradient_clipping"] = recipe.train.max_grad_norm if stage else 0.0
-    if recipe.model.dtype == "bfloat16" and not autocasts(config, recipe):
+    if dtype_of(recipe.model) == "bfloat16" and not autocasts(config, recipe):
         # each gradient goes into the float32 sum as backward makes it: 2 bytes a weight less at ZeRO-1
         complete["bf16"] = {"enabled": True, "immediate_grad_update": True}
         complete["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -109,4 +110,4 @@ def autocasts(config: dict[str, Any], recipe: Recipe) -> bool:
     ZeRO-0 in DeepSpeed 0.19.8 refuses float32 accumulation of bfloat16 gradients, so there the weights
     themselves are the float32 masters.
     """
-    return recipe.model.dtype == "bfloat16" and zero_stage(config) == 0
+    return dtype_of(recipe.model) == "bfloat16" and zero_stage(config) == 0

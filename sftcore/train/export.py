@@ -27,6 +27,7 @@ from sftcore.fsio import atomic_folder, read_json, write_json
 from sftcore.model.adapters import write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
 from sftcore.model.merge import GENERATION_CONFIG
+from sftcore.precision import dtype_of
 from sftcore.settings import MATCHING_FILE
 from sftcore.train.engine import Engine
 from sftcore.train.model_card import write_card
@@ -73,7 +74,7 @@ def _what_inference_needs(recipe: Recipe) -> dict[str, Any]:
         layouts += [columns] if columns not in layouts else []
     return {
         "task": recipe.task,
-        "model": {"path": "", "dtype": recipe.model.dtype},
+        "model": {"path": "", "dtype": dtype_of(recipe.model)},
         "adapter": {"kind": recipe.adapter.kind},
         "data": {
             "train": [{"format": "pairs", "path": "", "columns": columns} for columns in layouts],

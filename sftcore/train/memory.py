@@ -17,7 +17,7 @@ from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
 from sftcore.errors import Problem, TrainingFailed
 from sftcore.model.cost import ModelCost, measure_recipe
-from sftcore.model.load import DTYPES
+from sftcore.precision import torch_dtype
 from sftcore.recipe import deepspeed_file
 from sftcore.train.devices import Device, device_here
 from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
@@ -105,7 +105,7 @@ def _states(recipe: Recipe, *, world: int, cost: ModelCost) -> Bytes:
         weight_bytes=_weight_bytes(recipe),
         quantised=recipe.adapter.kind == "qlora",
         optimizer=recipe.train.optimizer,
-        frozen_bytes=DTYPES[recipe.model.dtype].itemsize,  # autocast leaves them as they are
+        frozen_bytes=torch_dtype(recipe.model).itemsize,  # autocast leaves them as they are
     )
     # ZeRO++ keeps a second copy of the weights, cut up over the GPUs of a node (arXiv 2306.10209)
     copies = int(ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
@@ -116,7 +116,7 @@ def _states(recipe: Recipe, *, world: int, cost: ModelCost) -> Bytes:
 
 def _weight_bytes(recipe: Recipe) -> int:
     is_autocast = autocasts(read_ds_config(deepspeed_file(recipe)), recipe)
-    return 4 if is_autocast else DTYPES[recipe.model.dtype].itemsize
+    return 4 if is_autocast else torch_dtype(recipe.model).itemsize
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -81,5 +81,17 @@ def test_levels_of_another_fingerprint_may_be_an_earlier_versions(tmp_path, code
     write_jsonl(tmp_path / LEVELS, [level.to_row() for level in levels_of(records())])
     write_json(tmp_path / MANIFEST, {**code, "model_fingerprint": "then"})
     with pytest.raises(UserInputError, match="belong to another model") as refused:
-        read_levels(tmp_path, model_fingerprint="now")
+        read_levels(tmp_path, model_fingerprint="now", dtype="float32")
     assert ("measured by an earlier version" in str(refused.value)) == is_of_earlier_version
+
+
+def test_levels_of_another_dtype_are_named(tmp_path):
+    """Levels that name no dtype are of a version whose recipe does."""
+    write_jsonl(tmp_path / LEVELS, [level.to_row() for level in levels_of(records())])
+    write_json(tmp_path / MANIFEST, {"code": 1, "model_fingerprint": "now", "dtype": "bfloat16"})
+    with pytest.raises(UserInputError, match="another dtype") as refused:
+        read_levels(tmp_path, model_fingerprint="now", dtype="float32")
+    assert "--set model.dtype=bfloat16" in str(refused.value)
+    assert len(read_levels(tmp_path, model_fingerprint="now", dtype="bfloat16")) == 3
+    write_json(tmp_path / MANIFEST, {"code": 1, "model_fingerprint": "now"})
+    assert len(read_levels(tmp_path, model_fingerprint="now", dtype="float32")) == 3

@@ -115,7 +115,7 @@ def test_levels_by_likelihood_say_so_and_count_expected_hits(parts, tiny_model_f
         id="f", split="train", file="x", row=1, content=Fact(relation="P19", subject="Ann", answers=("Rome",))
     )
     fingerprint = fingerprint_model(str(tiny_model_folder))
-    probe = Probe.of([record], tokenizer, settings, seed=1, model_fingerprint=fingerprint)
+    probe = Probe.of([record], tokenizer, settings, seed=1, model_fingerprint=fingerprint, dtype="float32")
     level = probe_facts(probe, lambda: model, run=tmp_path)[0]
     prompts = [trial.prompt for trial in probe.trials()]
     chances = answer_likelihoods(*coded(parts), prompts, [["Rome"]] * 2, temperature=0.7, max_new_tokens=4)

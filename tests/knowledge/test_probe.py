@@ -16,6 +16,7 @@ from sftcore.data.records import Record
 from sftcore.data.tokens import load_tokenizer
 from sftcore.errors import UserInputError
 from sftcore.knowledge.containment import AliasTable, contains_answer
+from sftcore.knowledge.level_files import is_probed
 from sftcore.knowledge.probe import (
     PARTIAL,
     Probe,
@@ -49,10 +50,15 @@ def parts(tiny_model_folder):
     return model, load_tokenizer(str(tiny_model_folder)), str(tiny_model_folder)
 
 
-def make_probe(parts, records=None, settings=SETTINGS) -> Probe:
+def make_probe(parts, records=None, settings=SETTINGS, dtype="float32") -> Probe:
     _, tokenizer, folder = parts
     return Probe.of(
-        records or facts(), tokenizer, settings, seed=SEED, model_fingerprint=fingerprint_model(folder)
+        records or facts(),
+        tokenizer,
+        settings,
+        seed=SEED,
+        model_fingerprint=fingerprint_model(folder),
+        dtype=dtype,
     )
 
 
@@ -187,9 +193,15 @@ def test_levels_of_the_same_inputs_are_reused_and_of_others_are_not(parts, tmp_p
 def test_levels_of_another_model_are_refused(parts, tmp_path):
     run_probe(parts, tmp_path)
     with pytest.raises(UserInputError, match="belong to another model"):
-        read_levels(tmp_path, model_fingerprint="other")
+        read_levels(tmp_path, model_fingerprint="other", dtype="float32")
     with pytest.raises(UserInputError, match="no memory levels yet"):
-        read_levels(tmp_path / "empty", model_fingerprint="other")
+        read_levels(tmp_path / "empty", model_fingerprint="other", dtype="float32")
+
+
+def test_levels_depend_on_the_dtype(parts, tmp_path):
+    run_probe(parts, tmp_path)
+    assert is_probed(tmp_path, make_probe(parts).manifest())
+    assert not is_probed(tmp_path, make_probe(parts, dtype="bfloat16").manifest())
 
 
 def test_only_facts_of_known_relations_can_be_probed(parts, tmp_path):

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from launcher import estimate
-from launcher.estimate import estimate_seconds, matmul_rate
+from launcher.estimate import estimate_seconds
 from launcher.whole_run import PROBED, shared_name
 from sftcore.config import Recipe
 from sftcore.knowledge.level_files import LEVEL_FILES
+from sftcore.precision import matmul_rate
 from sftcore.recipe import load_recipe
 
 RATE = 1e6  # FLOP a second: a machine so slow that a tiny model's work outweighs the constants

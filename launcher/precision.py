@@ -1,0 +1,92 @@
+"""`model.dtype: auto` becomes a dtype, once for a run.
+
+In: a recipe with its run folder. Out: the same recipe with "bfloat16" or "float32" in it; a warning where a
+dtype was asked for by name that is slow here.
+Invariant: a run, and a study's runs of one model, keep the dtype of the first RUN/recipe.yaml, on whatever
+machine they go on.
+Trade-off: a job on nodes without GPUs leaves `auto` to its first process, since a login node's CPU says
+nothing about theirs; ranks take rank 0's answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from launcher.run_folder import owner_of
+from sftcore.config import Recipe
+
+if TYPE_CHECKING:
+    from launcher.ways_in import Machines
+    from sftcore.study.grid import StudyRun
+
+log = logging.getLogger("sftcore.precision")
+AUTO = "auto"
+
+
+def settle(recipe: Recipe, machines: Machines | None = None, *, has_gpu: bool = False) -> Recipe:
+    """The recipe with its model's dtype decided, by its run folder if that has begun, else by the hardware.
+
+    Args:
+        machines: where the run goes; None: here.
+        has_gpu: it is planned for a GPU, whatever this machine has.
+    """
+    if recipe.model.dtype == AUTO:
+        return with_dtype(recipe, _kept(recipe) or _by_hardware(machines, has_gpu=has_gpu))
+    if recipe.model.dtype == "bfloat16" and not has_gpu and _goes_here(machines):
+        _warn_if_slow()
+    return recipe
+
+
+def settle_runs(runs: Sequence[StudyRun], machines: Machines | None = None) -> list[StudyRun]:
+    """The runs of a study, each model's in one dtype: that of a run that has begun, if any has."""
+    kept: dict[str, str] = {}
+    undecided = [run.recipe for run in runs if run.recipe.model.dtype == AUTO]
+    for recipe in undecided:
+        if recipe.model.path not in kept and (dtype := _kept(recipe)):
+            kept[recipe.model.path] = dtype
+    here = _by_hardware(machines) if undecided else AUTO
+    return [
+        replace(run, recipe=with_dtype(run.recipe, kept.get(run.recipe.model.path, here)))
+        if run.recipe.model.dtype == AUTO
+        else run
+        for run in runs
+    ]
+
+
+def with_dtype(recipe: Recipe, dtype: str) -> Recipe:
+    """The recipe with another model.dtype."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+
+
+def _kept(recipe: Recipe) -> str | None:
+    """The dtype that RUN/recipe.yaml names; None if there is none yet."""
+    owner: dict[str, Any] = owner_of(recipe.run_folder) or {}
+    dtype = owner.get("model", {}).get("dtype", AUTO)
+    return None if dtype == AUTO else str(dtype)
+
+
+def _by_hardware(machines: Machines | None, *, has_gpu: bool = False) -> str:
+    if has_gpu or (machines is not None and machines.gpus_per_node):
+        return "bfloat16"
+    if not _goes_here(machines):
+        return AUTO
+    from sftcore.precision import dtype_here
+
+    return dtype_here()
+
+
+def _goes_here(machines: Machines | None) -> bool:
+    return machines is None or machines.on != "slurm"
+
+
+def _warn_if_slow() -> None:
+    from sftcore.precision import dtype_here
+
+    if dtype_here() != "bfloat16":
+        log.warning(
+            "model.dtype: bfloat16 is emulated by this CPU, several times slower than float32 (sftcore doctor"
+            " measures both): leave it at auto, or set float32"
+        )
