@@ -1,15 +1,15 @@
-"""Where a training step's time goes: MODEL ITEMS SAMPLES_PER_STEP -> one line of JSON.
+"""Where a training step's time goes: MODEL ITEMS SAMPLES_PER_STEP STEPS DTYPE -> one line of JSON.
 
-    python -m benchmarks.breakdown .cache/models/smollm2-135m ITEMS.jsonl 64
+    python -m benchmarks.breakdown .cache/models/smollm2-135m ITEMS.jsonl 64 1 bfloat16
 
-One batch, bfloat16, forward and backward without an optimizer, each variant once unmeasured and then
+One batch, forward and backward without an optimizer, each variant once unmeasured and then
 `REPEATS` times in turn; medians.
 
     ours         packed, projection of trained positions       what sftcore runs
     full head    packed, projection of every position          -> what prompts cost in the head
     padded       a row per sample, transformers' own forward    -> what padding costs (and one mask for all)
 
-The machine's limit is measured between them: bfloat16 products of the decoder's and the head's own shapes at
+The machine's limit is measured between them: products of the decoder's and the head's own shapes at
 this number of tokens. What is above `products` in the decoder is attention, norms and everything else.
 """
 
@@ -33,7 +33,6 @@ from sftcore.data.tokens import load_tokenizer
 from sftcore.model.forward import decode_states, output_head
 from sftcore.model.load import LossModel, load_for_training
 from sftcore.model.loss import TrainedTokenHead
-from sftcore.precision import DTYPES
 
 REPEATS = 3
 
@@ -41,14 +40,14 @@ REPEATS = 3
 def main() -> None:
     """Measure and print."""
     model_path, items, per_step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    print(json.dumps(measure(model_path, items, per_step)))
+    print(json.dumps(measure(model_path, items, per_step, dtype=sys.argv[5])))
 
 
-def measure(model_path: str, items: Path, per_step: int) -> dict:
+def measure(model_path: str, items: Path, per_step: int, *, dtype: str) -> dict:
     """Median seconds of each variant, and the machine's limit for the same products."""
     recipe = Recipe.model_validate(
         {
-            "model": {"path": model_path},
+            "model": {"path": model_path, "dtype": dtype},
             "data": {"train": [{"format": "jsonl", "path": str(items)}]},
             "batch": {"samples_per_step": per_step, "capacity": 4096},
         }
@@ -63,13 +62,14 @@ def measure(model_path: str, items: Path, per_step: int) -> dict:
     )
     model = load_for_training(recipe)
     model.train()
+    held_in = model.causal_lm.dtype
     variants = {
         "ours": lambda: model(batch).backward(),
         "ours, decoder alone": lambda: decode_states(model.causal_lm, batch).float().mean().backward(),
         "full head": lambda: model(with_full_head(batch)).backward(),
         "padded": padded(model, samples),
-        "products of the decoder": products(decoder_shapes(model), batch.num_tokens),
-        "products of the head": products([head_shape(model)], len(batch.targets)),
+        "products of the decoder": products(decoder_shapes(model), batch.num_tokens, held_in),
+        "products of the head": products([head_shape(model)], len(batch.targets), held_in),
     }
     seconds = timed(variants, model)
     return {
@@ -143,9 +143,8 @@ def head_shape(model: LossModel) -> tuple[int, int]:
     return tuple(output_head(model.causal_lm).weight.shape)
 
 
-def products(shapes: list[tuple[int, int]], num_rows: int) -> Callable[[], None]:
+def products(shapes: list[tuple[int, int]], num_rows: int, dtype: torch.dtype) -> Callable[[], None]:
     """The three products of each linear layer's forward and backward, and nothing else."""
-    dtype = DTYPES["bfloat16"]
     operands = {
         shape: (torch.randn(shape, dtype=dtype), torch.randn(num_rows, shape[1], dtype=dtype))
         for shape in set(shapes)

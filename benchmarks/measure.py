@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 from pathlib import Path
+
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # they imitate a lesser CPU
 
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions."""
     return {package: metadata.version(package) for package in packages}
+
+
+def limits() -> dict[str, str]:
+    """Variables of this process that keep torch and oneDNN from instructions that the CPU has."""
+    return {name: os.environ[name] for name in LIMITS if name in os.environ}
 
 
 def peak_resident_bytes() -> int:

@@ -5,12 +5,13 @@
     python -m benchmarks.probe greedy --model .cache/models/smollm2-135m
     python -m benchmarks.probe estimators --model .cache/models/smollm2-135m
 
-speed: the paper's settings (temperature 0.7, 32 tokens, 10 samples a prompt), shipped facts, bfloat16, the
-two in turn; both count hits, so decoding to text and matching are in both times; wall time, and CPU time of
-all threads, which other jobs on the machine disturb less (then with OMP_NUM_THREADS=1). recall: 500 facts x 2
-templates x 10 samples by both; the difference of the mean recalls beside its standard error. greedy: tokens
-of both in float32. estimators: recall by sampling beside recall by likelihood, with CPU times. Each writes
-its part of benchmarks/results/probe.json.
+speed: the paper's settings (temperature 0.7, 32 tokens, 10 samples a prompt), shipped facts, both in
+`--dtype` (by default the one that `model.dtype: auto` takes here), in turn; both count hits, so decoding to
+text and matching are in both times; wall time, and CPU time of all threads, which other jobs on the machine
+disturb less (then with OMP_NUM_THREADS=1). recall: 500 facts x 2 templates x 10 samples by both; the
+difference of the mean recalls beside its standard error. greedy: tokens of both in float32. estimators:
+recall by sampling beside recall by likelihood, with CPU times. Each writes its part of
+benchmarks/results/probe.json.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.measure import peak_resident_bytes, versions
+from benchmarks.measure import limits, peak_resident_bytes, versions
 from sftcore.config import ModelSettings, ProbeSettings
 from sftcore.data.contents import Fact
 from sftcore.data.records import Record
@@ -38,6 +39,7 @@ from sftcore.knowledge.probe import Probe, Prober
 from sftcore.knowledge.templates import load_relations
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
 from sftcore.model.load import load_for_decoding
+from sftcore.precision import DTYPES, dtype_here
 
 RESULTS = Path(__file__).parent / "results" / "probe.json"
 FACTS = Path(__file__).parent.parent / "sftcore" / "assets" / "facts" / "train.jsonl"
@@ -55,11 +57,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=640, help="completions that ours draws together")
     parser.add_argument("--peer-rows", type=int, default=160, help="completions that generate draws together")
     parser.add_argument("--peer-attention", default="sdpa")
+    parser.add_argument("--dtype", choices=list(DTYPES), default=dtype_here())
     options = parser.parse_args()
     measure = {"speed": speed, "recall": recall, "greedy": greedy, "estimators": estimators}[options.what]
     report = measure(options) | {
         "date": time.strftime("%Y-%m-%d"),
         "model": options.model.name,
+        "dtype": options.dtype,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "limited_by": limits(),
         "threads": torch.get_num_threads(),
         "load_average_at_end": os.getloadavg(),
         "peak_resident_bytes": peak_resident_bytes(),
@@ -67,7 +73,8 @@ def main() -> None:
     }
     print(json.dumps(report, indent=1))
     earlier = read_json(RESULTS) if RESULTS.is_file() else {}
-    write_json(RESULTS, earlier | {options.what: report})
+    name = options.what if options.dtype == "bfloat16" else f"{options.what} in {options.dtype}"
+    write_json(RESULTS, earlier | {name: report})
 
 
 def facts(count: int) -> list[Record]:
@@ -93,20 +100,22 @@ def make_prober(options: argparse.Namespace, records: list[Record], **settings: 
             settings=chosen,
             seed=SEED,
             model_fingerprint=options.model.name,
+            dtype=options.dtype,
             relations=relations,
         )
     )
 
 
-def load_ours(options: argparse.Namespace, dtype: str = "bfloat16") -> Any:
+def load_ours(options: argparse.Namespace, dtype: str | None = None) -> Any:
     """The model as the probe has it."""
-    return load_for_decoding(ModelSettings(path=str(options.model.resolve()), dtype=dtype))
+    settings = ModelSettings(path=str(options.model.resolve()), dtype=dtype or options.dtype)
+    return load_for_decoding(settings)
 
 
-def load_peer(options: argparse.Namespace, dtype: torch.dtype = torch.bfloat16) -> Any:
+def load_peer(options: argparse.Namespace, dtype: str | None = None) -> Any:
     """The model as `generate` has it."""
     return AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=dtype, attn_implementation=options.peer_attention
+        options.model, dtype=DTYPES[dtype or options.dtype], attn_implementation=options.peer_attention
     ).eval()
 
 
@@ -210,7 +219,7 @@ def compare(first: np.ndarray, second: np.ndarray, *, names: tuple[str, str]) ->
 def greedy(options: argparse.Namespace) -> dict[str, Any]:
     """How many greedy completions of 32 tokens are the same tokens in float32."""
     prober = make_prober(options, facts(options.prompts))
-    ours, peer = load_ours(options, "float32"), load_peer(options, torch.float32)
+    ours, peer = load_ours(options, "float32"), load_peer(options, "float32")
     stops, same = stop_ids(ours, prober.probe.tokenizer), 0
     chosen = [fact * 21 + fact % 21 for fact in range(options.prompts)]
     for start in range(0, len(chosen), 16):

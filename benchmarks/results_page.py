@@ -143,6 +143,9 @@ def train_lines(reports: list[dict]) -> list[str]:
                     "date": report["date"],
                     "model": report["model"],
                     "samples a step": report["samples_per_step"],
+                    "dtype": report.get("dtype", "bfloat16"),
+                    "CPU": report.get("cpu_capability", "AVX512")
+                    + (" (imitated)" if report.get("limited_by") else ""),
                     "system": system,
                     "samples/s": of["samples_per_second"],
                     "peak GB": of["peak_resident_bytes"] / 1e9,

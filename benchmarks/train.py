@@ -3,13 +3,14 @@
     python -m benchmarks.train --model .cache/models/smollm2-135m --trl-python TRL_VENV/bin/python \
         --items ../shared/data/entityquestions --samples-per-step 64 --steps 4 --rounds 5
 
-Same model, same items in the same order, same number of samples per step, loss on the answers only, bfloat16.
+Same model, same items in the same order, same number of samples per step, loss on the answers only.
 TRL runs padded and packed with bfloat16 weights (8 bytes a weight with gradient and moments), and padded as
-it is by default, with float32 weights under autocast (16, and 2 for the cast ones during a step); ours keeps
-float32 master weights and gradients (18). Systems take turns, each in its own process; of every process the
-first step is warm-up. Reported: the median over rounds of the median step, first-step losses, peak resident
-memory, the optimizer's share of our step; then, on the same machine, where the time goes
-(`benchmarks.breakdown`).
+it is by default, with float32 weights under autocast (16, and 2 for the cast ones during a step); ours
+keeps float32 master weights and gradients (18). Systems take turns, each in its own process; of every
+process the first step is warm-up. With `--dtype float32` (the default where a CPU has no bfloat16
+instructions) all weights and all arithmetic of both are float32 (16 bytes a weight on both sides).
+Reported: the median over rounds of the median step, first-step losses, peak resident memory, the
+optimizer's share of our step; then, on the same machine, where the time goes (`benchmarks.breakdown`).
 The result replaces that of the same model and step size in results/train.json; results/train.png shows all.
 """
 
@@ -26,8 +27,14 @@ import time
 from pathlib import Path
 from statistics import median
 
+import torch
+
+from benchmarks.measure import limits
+from sftcore.precision import dtype_here
+
 HERE = Path(__file__).parent
 SYSTEMS = ("ours", "trl-padded", "trl-packed", "trl-float32")
+AUTOCAST = "trl-float32"
 COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#999999")
 
 
@@ -36,9 +43,10 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as scratch:
         items = write_items(options, Path(scratch))
-        runs: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
+        systems = [s for s in SYSTEMS if s != AUTOCAST or options.dtype == "bfloat16"]
+        runs: dict[str, list[dict]] = {system: [] for system in systems}
         for number in range(options.rounds):
-            for system in SYSTEMS:
+            for system in systems:
                 result = run(system, options, items)
                 runs[system].append(result)
                 print(f"round {number + 1} {system}: {result['step_seconds']:.2f} s a step", flush=True)
@@ -54,9 +62,10 @@ def main() -> None:
     draw(reports, path.with_suffix(".png"))
 
 
-def key(report: dict) -> tuple[str, int]:
-    """What a report is of."""
-    return report["model"], report["samples_per_step"]
+def key(report: dict) -> tuple[str, int, str, str]:
+    """What a report is of; the first ones were all of bfloat16 with AVX-512."""
+    kind = report.get("cpu_capability", "AVX512")
+    return report["model"], report["samples_per_step"], report.get("dtype", "bfloat16"), kind
 
 
 def parse() -> argparse.Namespace:
@@ -69,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="counted steps of a process")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=dtype_here())
     return parser.parse_args()
 
 
@@ -96,7 +106,7 @@ def run(system: str, options: argparse.Namespace, items: Path) -> dict:
     script = HERE / scripts.get(system, "train_trl.py")
     arguments = [str(options.model), str(items), str(options.samples_per_step), str(options.steps)]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    command = [python, str(script), *arguments, system.removeprefix("trl-")]
+    command = [python, str(script), *arguments, options.dtype, system.removeprefix("trl-")]
     environment["PYTHONPATH"] = str(HERE.parent)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -130,6 +140,9 @@ def summarise(options: argparse.Namespace, runs: dict[str, list[dict]]) -> dict:
         "rounds": options.rounds,
         "threads": options.threads,
         "processor": processor(),
+        "dtype": options.dtype,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "limited_by": limits(),
         "load_average_at_end": os.getloadavg(),
         "systems": systems,
         "times_as_fast": {s: ours / v["samples_per_second"] for s, v in systems.items() if s != "ours"},
@@ -166,7 +179,7 @@ def draw(reports: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     speed, memory, parts = figure.subplots(1, 3)
-    names = [f"{r['model']}\n{r['samples_per_step']} a step" for r in reports]
+    names = [f"{r['model']}\n{r['samples_per_step']} a step{_in_float32(r)}" for r in reports]
     for panel, quantity in ((speed, _samples_per_second), (memory, _peak_gigabytes)):
         for number, (system, colour) in enumerate(zip(SYSTEMS, COLOURS, strict=True)):
             there = [(i, r["systems"][system]) for i, r in enumerate(reports) if system in r["systems"]]
@@ -188,6 +201,10 @@ def draw(reports: list[dict], path: Path) -> None:
     parts.set(title="our step, %", xticks=range(len(names)), xticklabels=names)
     parts.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
+
+
+def _in_float32(report: dict) -> str:
+    return f"\nfloat32, {report['cpu_capability']}" if report.get("dtype") == "float32" else ""
 
 
 def _samples_per_second(system: dict) -> float:

@@ -1,4 +1,4 @@
-"""Our side of benchmarks/train.py: MODEL ITEMS SAMPLES_PER_STEP STEPS SYSTEM -> one line of JSON."""
+"""Our side of benchmarks/train.py: MODEL ITEMS SAMPLES_PER_STEP STEPS DTYPE SYSTEM -> one line of JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main() -> None:
     model_path, items, per_step, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     recipe = Recipe.model_validate(
         {
-            "model": {"path": model_path},
+            "model": {"path": model_path, "dtype": sys.argv[5]},
             "data": {"train": [{"format": "jsonl", "path": items}]},
             "batch": {"samples_per_step": per_step, "capacity": 4096},
         }

@@ -1,8 +1,9 @@
-"""TRL's side of benchmarks/train.py: MODEL ITEMS SAMPLES_PER_STEP STEPS MODE -> one line of JSON.
+"""TRL's side of benchmarks/train.py: MODEL ITEMS SAMPLES_PER_STEP STEPS DTYPE MODE -> one line of JSON.
 
 Runs in an environment of its own (torch, trl, transformers). MODE is padded or packed, with weights and
 arithmetic in bfloat16 (the fastest here), or float32: padded, with TRL's default, float32 weights under
-bfloat16 autocast, the precision that our master weights give. Sequential order; loss on completions only.
+bfloat16 autocast, the precision that our master weights give; with DTYPE float32 nothing is in bfloat16.
+Sequential order; loss on completions only.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ def main() -> None:
         sys.argv[2],
         int(sys.argv[3]),
         int(sys.argv[4]),
-        sys.argv[5],
+        sys.argv[6],
     )
     with open(items) as handle:
         rows = [json.loads(line) for line in handle]
-    packed = mode == "packed"
+    packed, is_exact = mode == "packed", sys.argv[5] == "float32"
     with tempfile.TemporaryDirectory() as scratch:
         config = SFTConfig(
             output_dir=scratch,
@@ -62,7 +63,7 @@ def main() -> None:
             packing=packed,
             max_length=tokens_per_step(model_path, rows, per_step) if packed else 4096,
             completion_only_loss=True,
-            bf16=True,
+            bf16=not is_exact,
             use_cpu=True,
             gradient_checkpointing=False,
             learning_rate=1e-5,
@@ -72,7 +73,7 @@ def main() -> None:
             report_to=[],
             disable_tqdm=True,
         )
-        dtype = torch.float32 if mode == "float32" else torch.bfloat16
+        dtype = torch.float32 if is_exact or mode == "float32" else torch.bfloat16
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         clock = Clock()
