@@ -10,6 +10,7 @@ the class they know; the price is peft's "base_model.model." prefix, added here 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -228,7 +229,7 @@ def write_adapter(model: PreTrainedModel, weights: dict[str, torch.Tensor], fold
     ):  # peft keeps a copy of each: both have to be in the file
         (tied,) = whole.values()
         named |= {f"{module}.weight": tied.clone() for module in vocabulary_modules(model)}
-    config = model.peft_config["default"]
+    config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
     save_file(

@@ -2,7 +2,8 @@
 
 In: an engine, a tokenizer. Out: safetensors, configurations, tokenizer, a model card; of an adapter run a
 peft folder with the tokenizer and a card.
-Invariant: the folder appears whole, by rename, after everything in it was written and flushed.
+Invariant: the folder appears whole, by rename, after everything in it was written and flushed; only copies
+are edited: model, configuration and tokenizer stay as they are, for training may go on.
 Trade-off: weights are gathered and written one shard at a time, so rank 0 holds at most `SHARD_BYTES` of them
 (2 GB) beside its own, whatever the model's size.
 """
@@ -10,6 +11,7 @@ Trade-off: weights are gathered and written one shard at a time, so rank 0 holds
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,10 +49,11 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
     if dist.rank() == 0:
         with atomic_folder(folder) as temporary:
             if recipe.classifies:
-                _name_classes(engine, tokenizer, recipe)
+                tokenizer = _with_pad_token(tokenizer)
             if engine.trains_adapter:
                 write_adapter(model, dict(weights), temporary)
             else:
+                _saved_config(engine, tokenizer, recipe).save_pretrained(temporary)
                 _write_model(engine, weights, temporary, recipe)
             if model.can_generate():
                 model.generation_config.save_pretrained(temporary)
@@ -100,26 +103,39 @@ def _end_texts_with_turns(file: Path, tokenizer: Any) -> None:
             write_json(file, config | {"eos_token_id": [*ends, turn]})
 
 
-def _name_classes(engine: Engine, tokenizer: Any, recipe: Recipe) -> None:
-    """Note the classes' names, and a pad token: transformers finds the last real token of a row by it."""
-    config = engine.loss_model.causal_lm.config
-    config.id2label = dict(enumerate(recipe.matching.labels.en))
-    config.label2id = {word: number for number, word in config.id2label.items()}
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+def _with_pad_token(tokenizer: Any) -> Any:
+    """A classifier's tokenizer: transformers finds the last real token of a row by the pad token."""
+    if tokenizer.pad_token is not None:
+        return tokenizer
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = padding.eos_token
+    return padding
+
+
+def _saved_config(engine: Engine, tokenizer: Any, recipe: Recipe) -> Any:
+    """A copy of the model's configuration as plain transformers is to read it.
+
+    Never the model's own: its layers ask that one in each forward which attention they are to compute.
+    """
+    model = engine.loss_model.causal_lm
+    config = copy.deepcopy(model.config)
+    config.use_cache = True
+    config.dtype = engine.save_dtype
+    config._attn_implementation = "sdpa"
+    config._name_or_path = recipe.name
+    whole = model if recipe.matching.has_plain_classifier else model.get_decoder()
+    config.architectures = [type(whole).__name__]
+    if recipe.classifies:
+        config.id2label = dict(enumerate(recipe.matching.labels.en))
+        config.label2id = {word: number for number, word in config.id2label.items()}
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return config
 
 
 def _write_model(engine: Engine, weights: Iterable[Named], folder: Path, recipe: Recipe) -> None:
     model = engine.loss_model.causal_lm
     is_whole = recipe.matching.has_plain_classifier
     classifier: dict[str, torch.Tensor] = {}
-    model.config.use_cache = True
-    model.config.dtype = engine.save_dtype
-    model.config._attn_implementation = "sdpa"
-    model.config._name_or_path = recipe.name
-    model.config.architectures = [type(model if is_whole else model.get_decoder()).__name__]
-    model.config.save_pretrained(folder)
     shards = shards_of(weights if is_whole else take_classifier(weights, classifier), SHARD_BYTES)
     write_shards((revert_weight_conversion(model, shard) for shard in shards), folder)
     if classifier:

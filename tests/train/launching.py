@@ -59,10 +59,10 @@ def start_ranks(count: int, script: str, *arguments: str, port: str = "") -> lis
     ]
 
 
-def run_cells(paths: list[Path], *, ranks: int) -> str:
+def run_cells(paths: list[Path], *, ranks: int, script: str = CELL_RUNNER) -> str:
     """Train the recipes one after another in one start of all ranks; their logs. Fails with their ends."""
     port = free_port()
-    processes = start_ranks(ranks, CELL_RUNNER, *map(str, paths), port=port)
+    processes = start_ranks(ranks, script, *map(str, paths), port=port)
     codes = wait_for_all(processes)
     said = ["".join(process.output()) for process in processes]
     assert not any(codes), (codes, [text[-3000:] for text in said])
