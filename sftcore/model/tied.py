@@ -85,7 +85,8 @@ class _Lookup(torch.autograd.Function):
         ctx.save_for_backward(ids, factor)
         ctx.padding_id, ctx.shape, ctx.dtype = padding_id, weight.shape, weight.dtype
         ctx.gradient_sum = gradient_sum
-        return embedded.view_as(embedded), weight.view_as(weight)
+        ctx.mark_dirty(embedded)  # not a view: models scale it in place (CTRL)
+        return embedded, weight.view_as(weight)
 
     @staticmethod
     def backward(
