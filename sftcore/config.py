@@ -17,10 +17,14 @@ from pydantic import Field, model_validator
 
 from sftcore.settings import (
     Decay,
+    FolderName,
     Fraction,
     MatchingSettings,
+    Natural,
     NonNegative,
+    PathText,
     Positive,
+    Seconds,
     Settings,
     TrackingSettings,
 )
@@ -33,7 +37,7 @@ DRAW_STRIDE = 1_000_003  # between the seeds of two draws
 class ModelSettings(Settings):
     """Which model, and how it is held."""
 
-    path: str = Field(
+    path: PathText = Field(
         description="folder (absolute, else relative to the recipe, then to here) or a hub name"
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
@@ -92,10 +96,10 @@ class DataSettings(Settings):
         description="facts with a one-letter answer, or an answer inside the subject: drop leaves them out of"
         " probe, selection and evaluation",
     )
-    relations: str | None = Field(
+    relations: PathText | None = Field(
         None, description="file of relations of your own (JSON, as sftcore/assets/relations.json)"
     )
-    temperature: Annotated[float, Field(ge=1)] | None = Field(
+    temperature: Annotated[float, Field(ge=1, le=1e9)] | None = Field(
         None,
         description="a source of n samples gets the share n^(1/T) of each epoch: 1 keeps the sizes' ratios,"
         " more evens them out; instead of weights",
@@ -118,7 +122,7 @@ class ProbeSettings(Settings):
 
     templates: Positive = Field(21, description="completion templates per relation")
     samples: Positive = Field(10, description="sampled completions per template")
-    temperature: Annotated[float, Field(gt=0)] = Field(
+    temperature: Annotated[float, Field(ge=1e-6, le=1e3)] = Field(
         0.7, description="sampling temperature; no top-k, no top-p"
     )
     max_new_tokens: Positive = Field(32, description="tokens per completion")
@@ -150,7 +154,7 @@ class SelectSettings(Settings):
         "relation",
         description="equal shares per relation, per level and its relations, or (pairs) per label; none: any",
     )
-    draw: Annotated[int, Field(ge=0)] = Field(
+    draw: Natural = Field(
         0, description="number of the random draw; also another order of training and new weights"
     )
 
@@ -178,8 +182,8 @@ class BatchSettings(Settings):
 class TrainSettings(Settings):
     """The optimisation."""
 
-    epochs: Positive = Field(1, description="passes over the training samples")
-    lr: Annotated[float, Field(gt=0)] = Field(1e-5, description="peak learning rate")
+    epochs: Annotated[int, Field(gt=0, le=100_000)] = Field(1, description="passes over the training samples")
+    lr: Annotated[float, Field(gt=0, le=1e4)] = Field(1e-5, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="decay after warm-up; wsd: stable, then a linear decay over the last steps"
     )
@@ -194,7 +198,9 @@ class TrainSettings(Settings):
         " AdamW for the rest; deepspeed: zero0 only",
     )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of AdamW's two moments")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's, beside the root of the second")
+    eps: Annotated[float, Field(gt=0, le=1)] = Field(
+        1e-8, description="AdamW's, beside the root of the second"
+    )
     normalise: Literal["token", "sample"] = Field(
         "token", description="mean over trained tokens, or over samples"
     )
@@ -203,10 +209,10 @@ class TrainSettings(Settings):
     )
     z_loss: NonNegative = Field(0.0, description="weight of log(Z)^2 per trained token")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of uniform target")
-    init_adapter: str | None = Field(
+    init_adapter: PathText | None = Field(
         None, description="adapter folder to go on from; its rank, alpha and targets have to be the recipe's"
     )
-    hang_seconds: Annotated[float, Field(gt=0)] | None = Field(
+    hang_seconds: Seconds | None = Field(
         None, description="a step that takes longer ends the job; null: max(300, 10 median steps)"
     )
     evaluate_every_steps: Positive | None = Field(
@@ -238,7 +244,7 @@ class EvaluateSettings(Settings):
 
     max_new_tokens: Positive = Field(16, description="tokens per answer")
     batch_size: Positive = Field(32, description="sequences decoded together")
-    few_shot: Annotated[int, Field(ge=0)] = Field(
+    few_shot: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="also the base model behind this many solved training examples (RUN/eval/fewshot)"
     )
     drift: bool = Field(
@@ -250,8 +256,8 @@ class EvaluateSettings(Settings):
 class Recipe(Settings):
     """A whole run."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="the run's name; its folder is runs/NAME")
-    run: str | None = Field(None, description="run folder, if not runs/NAME")
+    name: FolderName = Field("run", description="the run's name; its folder is runs/NAME")
+    run: PathText | None = Field(None, description="run folder, if not runs/NAME")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         17, description="of shuffles, packs, draws and sampling"
     )
@@ -270,7 +276,7 @@ class Recipe(Settings):
     )
     batch: BatchSettings
     train: TrainSettings = Field(default_factory=lambda: TrainSettings())
-    deepspeed: str = Field("zero1", description="a name from ds_configs/ or a path")
+    deepspeed: PathText = Field("zero1", description="a name from ds_configs/ or a path")
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())
     evaluate: EvaluateSettings = Field(default_factory=lambda: EvaluateSettings())
     matching: MatchingSettings = Field(default_factory=lambda: MatchingSettings())

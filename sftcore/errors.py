@@ -3,6 +3,7 @@
 In: facts about what went wrong (what, got, allowed, where, remedy). Out: one readable message, one exit
 code.
 Invariant: every foreseeable failure is an `SftError`; a traceback on the terminal is always our bug.
+A message is bounded and can be shown anywhere: no passwords of URLs, no control characters (display.py).
 Trade-off: problems are collected and raised together, so one round of edits mends a recipe with three
 mistakes (the price is that a check must not rely on an earlier one having passed).
 """
@@ -11,6 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sftcore.display import shown
+
+MAX_LETTERS = 2000  # of one part of a message; of a file's path a quarter
+MAX_PROBLEMS = 40  # spelt out
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_INPUT = 2
@@ -27,7 +32,7 @@ class Problem:
     Args:
         what: the sentence a user reads first.
         where: file:line or config key.
-        got: the offending value, shortened by the caller.
+        got: the offending value.
         allowed: what would have been accepted.
         remedy: what to do about it.
     """
@@ -39,11 +44,12 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.what}" if self.where else self.what
-        lines = [head]
+        where = shown(self.where.replace("\n", "\\n"), MAX_LETTERS // 4)
+        what = shown(self.what, MAX_LETTERS)
+        lines = [f"{where}: {what}" if where else what]
         for label, text in (("got", self.got), ("allowed", self.allowed), ("do", self.remedy)):
             if text:
-                lines.append(f"    {label}: {text}")
+                lines.append(f"    {label}: {shown(text, MAX_LETTERS)}")
         return "\n".join(lines)
 
 
@@ -54,7 +60,9 @@ class SftError(Exception):
 
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = tuple(p if isinstance(p, Problem) else Problem(what=p) for p in problems)
-        super().__init__("\n".join(str(p) for p in self.problems))
+        more = len(self.problems) - MAX_PROBLEMS
+        lines = [str(p) for p in self.problems[:MAX_PROBLEMS]]
+        super().__init__("\n".join([*lines, *([f"... and {more} more problems"] if more > 0 else [])]))
 
 
 class UserInputError(SftError):

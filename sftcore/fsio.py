@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,26 @@ from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them
 TAIL_LINES = 6  # of a log, in a message
 LOOK_SECONDS = 0.5  # a look holds a lock for microseconds, on network storage for milliseconds
+
+
+SPECIAL_FILES = {
+    stat.S_IFDIR: "this is a folder, not a file",
+    stat.S_IFIFO: "this is a pipe, not a file: it can't be read twice",
+    stat.S_IFCHR: "this is a device, not a file",
+    stat.S_IFBLK: "this is a device, not a file",
+    stat.S_IFSOCK: "this is a socket, not a file",
+}
+
+
+def file_fault(path: Path | str) -> str:
+    """Why a path can't be read as a file; empty for a file (also behind links)."""
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return "no such file: a link that leads nowhere" if os.path.islink(path) else "no such file"
+    except (OSError, ValueError) as error:  # too long a name, links in a circle; a NUL in the name
+        return f"no such file: {error.strerror if isinstance(error, OSError) else error}"
+    return SPECIAL_FILES.get(kind, "")
 
 
 @contextlib.contextmanager

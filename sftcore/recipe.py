@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
 import os
 import re
 import types
@@ -23,7 +24,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sftcore.config import Recipe, Source
+from sftcore.display import shown_value
 from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import file_fault
+from sftcore.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 
 ASSETS = Path(__file__).parent / "assets"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
@@ -79,6 +83,7 @@ ELSEWHERE = {  # keys of transformers, TRL, peft, LLaMA-Factory and Axolotl -> o
     "early_stopping_patience": "train.patience",
     "load_best_model_at_end": "train.keep: best",
 }
+MAX_FILES = 100_000  # of a source
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # "org/name" or "name"
 
 
@@ -95,7 +100,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserInputError: with every mistake found: syntax, unknown keys, values, missing files.
     """
-    raw = _read_yaml(path)
+    raw = _read_recipe(path)
     problems = [p for override in overrides or [] if (p := _apply_override(raw, override))]
     problems += _resolve_paths(raw, path)
     try:
@@ -115,40 +120,16 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserInputError(
-            Problem(what="no such recipe", where=str(path), remedy="see recipes/ for some to copy")
-        )
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except UnicodeDecodeError as error:
-        raise UserInputError(Problem(what="a recipe must be UTF-8 text", where=str(path))) from error
-    except yaml.YAMLError as error:
-        raise UserInputError(Problem(what=f"not valid YAML: {error}", where=str(path))) from error
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if file_fault(path) == "no such file":
+        remedy = "see recipes/ for some to copy"
+        raise UserInputError(Problem(what="no such recipe", where=str(path), remedy=remedy))
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserInputError(
             Problem(what="a recipe is a YAML mapping", where=str(path), got=type(raw).__name__)
         )
     return raw
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number (YAML 1.1 wants 1.0e-5) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> Problem | None:
@@ -158,8 +139,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> Problem | None:
         return Problem(what="an override is written a.b=value", where="--set", got=override)
     target: Any = raw
     *parents, last = key.strip().split(".")
+    if len(parents) > MAX_DEPTH:
+        return Problem(what=f"a key of {len(parents) + 1:,} parts", where=f"--set {key}")
     for part in parents:
-        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+        if isinstance(target, list) and _is_position(part, target):
             target = target[int(part)]
         elif isinstance(target, dict):
             if not isinstance(target.get(part), dict | list):
@@ -168,16 +151,21 @@ def _apply_override(raw: dict[str, Any], override: str) -> Problem | None:
         else:
             return Problem(what=f"no such place in the recipe: {part!r}", where=f"--set {key}")
     try:
-        value = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         return Problem(what=f"not a YAML value: {error}", where=f"--set {key}", got=text)
     if isinstance(target, list):
-        if not last.isdigit() or int(last) >= len(target):
+        if not _is_position(last, target):
             return Problem(what=f"no such list position: {last!r}", where=f"--set {key}")
         target[int(last)] = value
     else:
         target[last] = value
     return None
+
+
+def _is_position(text: str, items: list[Any]) -> bool:
+    """Whether a text is a number that counts up to one of the items."""
+    return len(text) <= 6 and text.isascii() and text.isdigit() and int(text) < len(items)
 
 
 def _origin(location: tuple[str | int, ...], path: Path, overrides: list[str]) -> str:
@@ -196,7 +184,7 @@ def _explain(item: Any, where: str) -> Problem:
         return Problem(what="unknown key", where=where, allowed=", ".join(allowed), remedy=remedy)
     if item["type"] == "missing":
         return Problem(what="required key is missing", where=where)
-    got = "" if isinstance(item.get("input"), dict | BaseModel) else repr(item.get("input"))[:80]
+    got = "" if isinstance(item.get("input"), dict | BaseModel) else shown_value(item.get("input"))
     return Problem(what=item["msg"].removeprefix("Value error, "), where=where, got=got)
 
 
@@ -263,7 +251,7 @@ def _resolve_paths(raw: dict[str, Any], recipe_path: Path) -> list[Problem]:
 
 def _resolve_model(text: str, base: Path) -> tuple[str, Problem | None]:
     for folder in (base / text, Path(text)):
-        if folder.is_dir():
+        if os.path.isdir(folder):  # no error of a name that can't be one
             return str(folder.resolve()), None
     if HUB_NAME.fullmatch(text) and not text.startswith((".", "/", "~")):
         return text, None
@@ -273,7 +261,7 @@ def _resolve_model(text: str, base: Path) -> tuple[str, Problem | None]:
 
 def _resolve_adapter(text: str, base: Path) -> tuple[str, Problem | None]:
     for folder in (base / text, Path(text)):
-        if (folder / "adapter_config.json").is_file():
+        if os.path.isfile(folder / "adapter_config.json"):
             return str(folder.resolve()), None
     remedy = "give a peft folder with adapter_config.json, such as runs/NAME/adapter"
     return text, Problem(what="no adapter there", where="train.init_adapter", got=text, remedy=remedy)
@@ -282,18 +270,27 @@ def _resolve_adapter(text: str, base: Path) -> tuple[str, Problem | None]:
 def _resolve_source(text: str, base: Path, where: str) -> tuple[str, Problem | None]:
     if text.startswith(HUB_PREFIX):
         return text, None
-    if text.startswith(ASSET_PREFIX):
-        if _matches(str(ASSETS / text.removeprefix(ASSET_PREFIX))):
-            return text, None
-    else:
-        for folder in (base, Path.cwd()):
-            for candidate in (str(folder / text), os.path.join(glob.escape(str(folder)), text)):
-                if _matches(candidate):
-                    return candidate, None
+    shipped = text.startswith(ASSET_PREFIX)
+    folders = (ASSETS,) if shipped else (base, Path.cwd())
+    name = text.removeprefix(ASSET_PREFIX)
+    for folder in folders:
+        for candidate in (str(folder / name), os.path.join(glob.escape(str(folder)), name)):
+            if files := _matches(candidate):
+                return (text if shipped else candidate), _unreadable(files, where)
     remedy = (
         "paths are relative to the recipe, then to the current folder; see README, 'Your own model and data'"
     )
     return text, Problem(what="no file matches", where=where, got=text, remedy=remedy)
+
+
+def _unreadable(files: list[str], where: str) -> Problem | None:
+    """What is wrong with files of a source: pipes, devices, links that lead nowhere; too many of them."""
+    if len(files) > MAX_FILES:
+        return Problem(what=f"over {MAX_FILES:,} files match", where=where, remedy="name the folder apart")
+    faults = [(file, fault) for file in files if not os.path.isdir(file) and (fault := file_fault(file))]
+    if not faults:
+        return None
+    return Problem(what=faults[0][1], where=where, got=", ".join(file for file, _ in faults[:3]))
 
 
 def source_files(source: Source) -> list[Path]:
@@ -307,19 +304,23 @@ def source_files(source: Source) -> list[Path]:
 
 def _matches(pattern: str) -> list[str]:
     """The path of this very name, or else the sorted matches of a glob; `**` goes through folders."""
-    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if os.path.lexists(pattern):
+        return [pattern]
+    if "\0" in pattern:
+        return []
+    return sorted(itertools.islice(glob.iglob(pattern, recursive=True), MAX_FILES + 1))
 
 
 def _resolve_file(text: str, base: Path, where: str) -> tuple[str, Problem | None]:
     for file in (base / text, Path(text)):
-        if file.is_file():
+        if os.path.isfile(file):
             return str(file.resolve()), None
     return text, Problem(what="no such file", where=where, got=text)
 
 
 def _resolve_deepspeed(text: str, base: Path) -> tuple[str, Problem | None]:
     for file in (DS_CONFIGS / f"{text}.json", base / text, Path(text)):
-        if file.is_file():
+        if os.path.isfile(file):
             return (text if file.parent == DS_CONFIGS else str(file.resolve())), None
     names = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
     return text, Problem(what="no such DeepSpeed configuration", where="deepspeed", got=text, allowed=names)
@@ -328,4 +329,4 @@ def _resolve_deepspeed(text: str, base: Path) -> tuple[str, Problem | None]:
 def deepspeed_file(recipe: Recipe) -> Path:
     """The JSON file of a resolved recipe's DeepSpeed configuration."""
     shipped = DS_CONFIGS / f"{recipe.deepspeed}.json"
-    return shipped if shipped.is_file() else Path(recipe.deepspeed)
+    return shipped if os.path.isfile(shipped) else Path(recipe.deepspeed)

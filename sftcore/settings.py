@@ -9,11 +9,50 @@ Trade-off: a file of its own for one section keeps config.py under 400 lines; wh
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer, model_validator
 
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
+from sftcore.display import masked
+
+MAX_COUNT = 10**9  # of samples, tokens, steps; int64 holds its square, and no run has more
+MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 200  # PATH_MAX of Linux; NAME_MAX is 255, less what we add
+
+
+def _path_text(text: str) -> str:
+    """Refuse what can't be a path anywhere."""
+    if "\0" in text:
+        raise ValueError("a path holds no NUL character")
+    if len(text.encode()) > MAX_PATH_BYTES:
+        raise ValueError(f"a path of {len(text):,} letters: {MAX_PATH_BYTES} bytes are possible")
+    return text
+
+
+def _name_text(text: str) -> str:
+    """Refuse what can't be the name of a folder, with what is put around it."""
+    if len(text.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"a name of {len(text):,} letters: at most {MAX_NAME_BYTES} bytes")
+    return text
+
+
+def _web_address(text: str) -> str:
+    """Refuse what is no address of a server."""
+    try:
+        parts = urlsplit(text)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        is_address = False
+    if not is_address or not text.isprintable() or " " in text:
+        raise ValueError("not an address of a server, such as http://127.0.0.1:8000/v1")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_path_text)]
+FolderName = Annotated[str, Field(pattern=r"^[\w.-]+$"), AfterValidator(_name_text)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+Positive = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Natural = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, per step
 NUM_CLASSES = 2  # of a pair: different, same
@@ -66,17 +105,23 @@ class TeacherSettings(Settings):
         "server", description="an OpenAI-compatible server, or a model in this process"
     )
     model: str = Field("", description="the server's name for it; local: a folder (empty: model.path)")
-    base_url: str | None = Field(None, description="of the server, e.g. http://127.0.0.1:8000/v1")
+    base_url: Annotated[str, AfterValidator(_web_address)] | None = Field(
+        None,
+        description="of the server, e.g. http://127.0.0.1:8000/v1; a password in it is written nowhere:"
+        " copies of the recipe hold *** instead",
+    )
     key_variable: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
     concurrency: Positive = Field(8, description="requests under way at once")
-    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
-        60.0, description="of one prompt, its retries and waits included"
-    )
-    max_retries: Annotated[int, Field(ge=0)] = Field(6, description="after 429, 5xx, lost lines")
+    timeout_seconds: Seconds = Field(60.0, description="of one prompt, its retries and waits included")
+    max_retries: Natural = Field(6, description="after 429, 5xx, lost lines")
     temperature: NonNegative = Field(0.0, description="0: greedy")
     max_new_tokens: Positive = Field(160, description="tokens per reply")
     input_price: NonNegative = Field(0.0, description="of a million input tokens, in any currency")
     output_price: NonNegative = Field(0.0, description="of a million output tokens")
+
+    @field_serializer("base_url")
+    def _without_password(self, base_url: str | None) -> str | None:
+        return base_url and masked(base_url)
 
     @model_validator(mode="after")
     def _complete(self) -> TeacherSettings:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports from its own group or an earlier one
+    "sftcore.display",
     "sftcore.errors",
     "sftcore.fsio",
     "sftcore.log",
+    "sftcore.yaml_text",
     "sftcore.settings",
     "sftcore.sources",
     "sftcore.config",
@@ -32,6 +34,8 @@ ORDER = [  # a module imports from its own group or an earlier one
     "launcher",
 ]
 TORCH_FREE = [
+    "sftcore.display",
+    "sftcore.yaml_text",
     "sftcore.settings",
     "sftcore.sources",
     "sftcore.config",
