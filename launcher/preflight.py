@@ -62,11 +62,11 @@ def describe_plan(recipe: Recipe, store: TokenStore, schedule: Schedule, device:
 
 def _count_tokens(schedule: Schedule) -> dict[str, Any]:
     """Over all epochs; exact, without looking at steps."""
-    samples = [schedule.epoch_samples(epoch) for epoch in range(schedule.epochs)]
+    samples = [(schedule.epoch_samples(epoch), count) for epoch, count in schedule.distinct_epochs]
     return {
-        "num_tokens": sum(int(schedule.lengths[s].sum()) for s in samples),
-        "num_trained_tokens": sum(int(schedule.num_trained[s].sum()) for s in samples),
-        "flops": sum(schedule.pack_cost(s) for s in samples),
+        "num_tokens": sum(count * int(schedule.lengths[s].sum()) for s, count in samples),
+        "num_trained_tokens": sum(count * int(schedule.num_trained[s].sum()) for s, count in samples),
+        "flops": sum(count * schedule.pack_cost(s) for s, count in samples),
     }
 
 
@@ -93,12 +93,12 @@ def _describe_sources(store: TokenStore, schedule: Schedule) -> list[dict[str, A
     """What each training source has, and what the run uses of it."""
     sources = store.manifest["sources"]
     used = np.zeros((3, len(sources)))  # samples, tokens, trained tokens
-    for epoch in range(schedule.epochs):
+    for epoch, count in schedule.distinct_epochs:
         samples = schedule.epoch_samples(epoch)
         of = schedule.sources[samples]
         for row, each in zip(used, (None, schedule.lengths, schedule.num_trained), strict=True):
             weights = None if each is None else each[samples]
-            row += np.bincount(of, weights=weights, minlength=len(sources))
+            row += count * np.bincount(of, weights=weights, minlength=len(sources))
     return [
         {
             "name": source["name"],

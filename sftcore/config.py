@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from sftcore.settings import (
+    MAX_COUNT,
     Decay,
     FolderName,
     Fraction,
@@ -99,7 +100,7 @@ class DataSettings(Settings):
     relations: PathText | None = Field(
         None, description="file of relations of your own (JSON, as sftcore/assets/relations.json)"
     )
-    temperature: Annotated[float, Field(ge=1, le=1e9)] | None = Field(
+    temperature: Annotated[float, Field(ge=1, le=MAX_COUNT)] | None = Field(
         None,
         description="a source of n samples gets the share n^(1/T) of each epoch: 1 keeps the sizes' ratios,"
         " more evens them out; instead of weights",
@@ -122,7 +123,7 @@ class ProbeSettings(Settings):
 
     templates: Positive = Field(21, description="completion templates per relation")
     samples: Positive = Field(10, description="sampled completions per template")
-    temperature: Annotated[float, Field(ge=1e-6, le=1e3)] = Field(
+    temperature: Annotated[float, Field(ge=1e-6, le=MAX_COUNT)] = Field(
         0.7, description="sampling temperature; no top-k, no top-p"
     )
     max_new_tokens: Positive = Field(32, description="tokens per completion")
@@ -183,7 +184,7 @@ class TrainSettings(Settings):
     """The optimisation."""
 
     epochs: Annotated[int, Field(gt=0, le=100_000)] = Field(1, description="passes over the training samples")
-    lr: Annotated[float, Field(gt=0, le=1e4)] = Field(1e-5, description="peak learning rate")
+    lr: Annotated[float, Field(gt=0, le=MAX_COUNT)] = Field(1e-5, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="decay after warm-up; wsd: stable, then a linear decay over the last steps"
     )
@@ -198,7 +199,7 @@ class TrainSettings(Settings):
         " AdamW for the rest; deepspeed: zero0 only",
     )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of AdamW's two moments")
-    eps: Annotated[float, Field(gt=0, le=1)] = Field(
+    eps: Annotated[float, Field(gt=0, le=MAX_COUNT)] = Field(
         1e-8, description="AdamW's, beside the root of the second"
     )
     normalise: Literal["token", "sample"] = Field(

@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from sftcore.settings import MAX_COUNT
+
 Schema = dict[str, Any]
 UNITS = {
     "limit": "rows",
@@ -42,7 +44,7 @@ TYPES = {"string": "text", "integer": "whole number", "number": "number", "null"
 HEAD = """# All keys of a recipe
 
 Each section of the YAML file, with what stands for a key that is left out. `--set train.lr=2e-5` changes one
-for a run, `--set data.train.0.limit=100` one in a list.
+for a run, `--set data.train.0.limit=100` one in a list. No number is over 1,000,000,000.
 Written by `sftcore schema --markdown --to docs/recipe.md`.
 """
 
@@ -123,7 +125,7 @@ def _values(value: Schema) -> str:
         return f"[{', '.join(map(_values, inner))}]" if inner else f"list: {_values(value['items'])}"
     if value["type"] == "boolean":
         return "`true`, `false`"
-    limits = [f"{sign} {value[name]}" for name, sign in LIMITS if name in value]
+    limits = [f"{sign} {value[name]}" for name, sign in LIMITS if value.get(name, MAX_COUNT) != MAX_COUNT]
     pattern = [f"like `{value['pattern']}`"] if "pattern" in value else []
     return " ".join(part for part in (TYPES[value["type"]], ", ".join(limits), *pattern) if part)
 

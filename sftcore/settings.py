@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_seriali
 
 from sftcore.display import masked
 
-MAX_COUNT = 10**9  # of samples, tokens, steps; int64 holds its square, and no run has more
+MAX_COUNT = 10**9  # of anything: int64 holds its square, float32 its value, and no run has more
 MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 200  # PATH_MAX of Linux; NAME_MAX is 255, less what we add
 
 
@@ -49,10 +49,10 @@ def _web_address(text: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_path_text)]
 FolderName = Annotated[str, Field(pattern=r"^[\w.-]+$"), AfterValidator(_name_text)]
-NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+NonNegative = Annotated[float, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Natural = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, per step
 NUM_CLASSES = 2  # of a pair: different, same

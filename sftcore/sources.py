@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sftcore.settings import PathText, Positive, Settings
+from sftcore.settings import MAX_COUNT, PathText, Positive, Settings
 
 
 class Columns(Settings):
@@ -75,7 +75,7 @@ class Source(Settings):
     split: str | None = Field(None, description="`hub:` only, required there: the data set's split")
     limit: Positive | None = Field(None, description="take N rows, evenly from the tops of the files")
     columns: Columns = Field(default_factory=lambda: Columns(), description="pairs and jsonl only")
-    weight: Annotated[float, Field(ge=1e-9, le=1e9)] | None = Field(
+    weight: Annotated[float, Field(ge=1e-9, le=MAX_COUNT)] | None = Field(
         None, description="training only: this source's share of an epoch's samples, relative to the others"
     )
 

@@ -106,9 +106,10 @@ def _check_size(text: str) -> None:
     open_nodes: list[tuple[str | None, int, int]] = [(None, 0, 0)]
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
-            size = anchored.get(event.anchor, (0, 0))  # an unknown one is the loader's to refuse
-            if size is None:
+            known = anchored.get(event.anchor or "", (0, 0))  # an unknown one is the loader's to refuse
+            if known is None:
                 raise ValueError(f"*{event.anchor} stands inside itself{_place(event)}")
+            size = known
         elif isinstance(event, yaml.ScalarEvent):
             size = (1, 1)
         elif isinstance(event, yaml.CollectionStartEvent):

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 from tiny import tiny_config, write_lines
 from tiny_tokenizers import CHATML, build_bpe
 
@@ -33,6 +34,31 @@ SPARE_BYTES = 6 << 30
 MAX_MESSAGE = 20_000  # letters
 BASES = ("qa-small", "chat", "matching-rationale", "matching-classifier", "matching-fewshot", "quickstart")
 MILD = (1, 2, 3, 7, 50, 1000, 100_000, 10**9, 0, 0.5, 1e-9, 1e3, True, False, None, "auto", "none", "all")
+CHOICES = (
+    "lora",
+    "qlora",
+    "zero0",
+    "zero3",
+    "generative",
+    "discriminative",
+    "encoder",
+    "complex",
+    "likelihood",
+)
+CHOICES += (
+    "before",
+    "after",
+    "mean",
+    "muon",
+    "adamw-8bit",
+    "wsd",
+    "linear",
+    "full",
+    "sample",
+    "best",
+    "error",
+)
+CHOICES += ("qa", "matching", "chat", "trim_prompt", "keep", "flex", "sdpa_docs", "float32", "zh", "trackio")
 HUGE = (2**31, 2**63, 10**18, 10**40, -1, -(2**63), 0)
 ODD_FLOATS = (1e308, 1e-308, -0.0, float("inf"), float("-inf"), float("nan"), 0.5, 1.0, 2.0)
 ODD_TEXTS = (
@@ -144,12 +170,13 @@ def workplace(tmp_path, monkeypatch) -> Path:
     tokenizer = build_bpe()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained("model")
-    facts = [{"id": f"f{i}", "relation": "P19", "subject": f"Ann{i}", "answers": ["Rome"]} for i in range(6)]
-    write_lines(tmp_path / "facts.jsonl", facts)
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-    write_lines(tmp_path / "jsonl.jsonl", [{"messages": turns}] * 4)
-    pairs = [{"sentence1": f"a{i}", "sentence2": "b", "label": i % 2, "rationale": "since"} for i in range(6)]
-    write_lines(tmp_path / "pairs.jsonl", pairs)
+    for name, letter in (("", "a"), ("held-out-", "b")):
+        facts = [{"relation": "P19", "subject": f"Ann{letter}{i}", "answers": ["Rome"]} for i in range(6)]
+        write_lines(Path(f"{name}facts.jsonl"), facts)
+        pairs = [{"sentence1": f"{letter}{i}", "sentence2": "so", "label": i % 2} for i in range(6)]
+        write_lines(Path(f"{name}pairs.jsonl"), [pair | {"rationale": "since"} for pair in pairs])
+        turns = [{"role": "user", "content": f"Hi {letter}"}, {"role": "assistant", "content": "Yes"}]
+        write_lines(Path(f"{name}jsonl.jsonl"), [{"messages": turns}] * 4)
     os.mkfifo("fifo")
     Path("dangling").symlink_to("nowhere")
     Path("loop").symlink_to("loop")
@@ -165,9 +192,7 @@ def base_recipes() -> list[dict]:
         recipe.pop("select", None)
         for split in ("train", "test", "ood", "valid"):
             for source in recipe["data"].get(split, []):
-                source["path"] = f"{source['format']}.jsonl"
-        if "test" in recipe["data"]:
-            recipe["data"]["test"][0]["limit"] = 2
+                source["path"] = f"{'' if split == 'train' else 'held-out-'}{source['format']}.jsonl"
         found.append(recipe)
     return found
 
@@ -227,10 +252,12 @@ def cases(number: int, seed: int) -> Iterator[tuple[str, list[str]]]:
     for _ in range(number):
         recipe = copy.deepcopy(random_.choice(bases))
         overrides: list[str] = []
-        kind = random_.choice(("value", "mild", "mild", "set", "set", "raw", "damage", "key"))
+        kind = random_.choice(("value", "mild", "mild", "mild", "set", "set", "raw", "damage", "key"))
         key = random_.choice(keys)
-        if kind in ("value", "mild"):
-            put(recipe, key, random_.choice(MILD) if kind == "mild" else nasty(random_))
+        if kind == "value":
+            put(recipe, key, nasty(random_))
+        elif kind == "mild":
+            recipe = accepted(random_, recipe, keys)
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
         if kind == "set":
             raw = random_.choice(RAW) if random_.random() < 0.5 else str(nasty(random_))
@@ -244,6 +271,17 @@ def cases(number: int, seed: int) -> Iterator[tuple[str, list[str]]]:
             found = random_.choice(["name", "train", "path", "model"])
             text = text.replace(found, random_.choice(ODD_TEXTS), 1)
         yield text, overrides
+
+
+def accepted(random_: random.Random, recipe: dict, keys: list[str]) -> dict:
+    """The recipe with some key changed to a value that is accepted there; after 50 attempts, unchanged."""
+    for _ in range(50):
+        changed = copy.deepcopy(recipe)
+        put(changed, random_.choice(keys), random_.choice((*MILD, *CHOICES)))
+        with contextlib.suppress(ValidationError):
+            Recipe.model_validate(changed)
+            return changed
+    return recipe
 
 
 def odd_key(random_: random.Random, key: str) -> str:

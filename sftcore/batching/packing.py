@@ -80,6 +80,19 @@ def pack(lengths: npt.ArrayLike, *, capacity: int, seed: int) -> Packs:
     return Packs(indices=samples[order].astype(np.int64), offsets=offsets)
 
 
+def constant_num_packs(lengths: IntArray, *, capacity: int) -> int | None:
+    """How many packs any seed gives: known where best fit needs no more than there must be; else None.
+
+    There must be ceil(tokens / capacity), and one for each sample of more than half the capacity.
+
+    >>> [constant_num_packs(np.array(lengths), capacity=7) for lengths in ([3, 1, 2, 6], [3, 3, 3, 3, 2])]
+    [2, None]
+    """
+    fewest = _best_fit(np.bincount(lengths), capacity, _NO_ROOMS)[1]
+    needed = max(-(-int(lengths.sum()) // capacity), int((2 * lengths > capacity).sum()))
+    return fewest if fewest == needed else None
+
+
 def _stable_order(keys: IntArray) -> IntArray:
     """Stable argsort of non-negative integers, 16 bits at a time: numpy sorts uint16 by radix, in O(n)."""
     order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")

@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from sftcore.batching.dealing import cut_evenly, deal
 from sftcore.batching.mixture import draw_epoch
-from sftcore.batching.packing import IntArray, Packs, pack
+from sftcore.batching.packing import IntArray, Packs, constant_num_packs, pack
 from sftcore.fsio import fingerprint_of
 
+EPOCHS_SEARCHED = 1000  # for the largest pack: 0.3 s of a few samples
 STEPS_SEARCHED = 300  # of an epoch at most, for the largest pack where steps hold several
 
 
@@ -151,8 +152,13 @@ class Schedule:
             per_epoch = [-(-self.num_samples // self.samples_per_step)] * self.epochs
         else:
             assert self.packs_per_step
-            per_epoch = [-(-len(self._epoch_packs(e)) // self.packs_per_step) for e in range(self.epochs)]
+            per_epoch = [-(-num_packs // self.packs_per_step) for num_packs in self._packs_by_epoch()]
         return np.concatenate([[0], np.cumsum(per_epoch)]).astype(np.int64)
+
+    def _packs_by_epoch(self) -> list[int]:
+        """Number of packs of each epoch; where it is the same in all, none is packed."""
+        known = None if self.source_counts else constant_num_packs(self.lengths, capacity=self.capacity)
+        return [known or len(self._epoch_packs(epoch)) for epoch in range(self.epochs)]
 
     @property
     def num_steps(self) -> int:
@@ -203,10 +209,20 @@ class Schedule:
     def largest_pack(self) -> IntArray:
         """(num_samples_in_pack,) sample numbers of the run's pack with most tokens.
 
-        Of many steps with several packs of their own each, only those with most tokens are looked at.
+        Of many steps with several packs of their own each, only those with most tokens are looked at; of many
+        epochs, only the first.
         """
-        found = [self._largest_of_epoch(epoch) for epoch in range(self.epochs)]
-        return max(found, key=self._tokens_in)
+        largest = np.empty(0, np.int64)
+        for epoch in range(min(self.epochs, EPOCHS_SEARCHED)):
+            if self._tokens_in(largest) == self.capacity:
+                break
+            largest = max(largest, self._largest_of_epoch(epoch), key=self._tokens_in)
+        return largest
+
+    @property
+    def distinct_epochs(self) -> list[tuple[int, int]]:
+        """(epoch, how many hold its samples, itself included): one of all, unless sources are mixed."""
+        return [(epoch, 1) for epoch in range(self.epochs)] if self.source_counts else [(0, self.epochs)]
 
     def epoch_samples(self, epoch: int) -> IntArray:
         """Sample numbers of an epoch, in no particular order; a mixture may repeat some."""

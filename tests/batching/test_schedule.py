@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftcore.batching.dealing import IDLE, deal
+from sftcore.batching.packing import constant_num_packs, pack
 from sftcore.batching.schedule import CostCoefficients, Schedule
 
 MODES = [{"samples_per_step": 5}, {"samples_per_step": 1}, {"tokens_per_step": 64}, {"tokens_per_step": 32}]
@@ -172,3 +173,21 @@ def test_dealing_evens_out_a_heavy_tail_better_than_dealing_in_order():
 def test_cost_counts_tokens_squares_and_trained_tokens():
     schedule = make([3, 4], cost=CostCoefficients(per_token=1, per_square=10, per_trained=100))
     assert schedule.pack_cost(np.array([0, 1])) == 7 + 10 * 25 + 100 * (1 + 2)
+
+
+def test_a_hundred_thousand_epochs_are_counted_without_packing_each(monkeypatch):
+    lengths = [7, 9, 20, 30, 5]
+    by_samples = make(lengths, epochs=100_000)
+    assert by_samples.num_steps == 100_000 and by_samples.step(99_999).epoch == 99_999
+    packed = []
+    by_tokens = make(lengths, tokens_per_step=32, epochs=100_000)
+    monkeypatch.setattr(by_tokens, "_pack_epoch", packed.append)
+    assert by_tokens.num_steps == 300_000 and packed == []  # 71 tokens in packs of 32
+    assert len(make(lengths, tokens_per_step=32).step(5).packs) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=CASES["lengths"], seed=CASES["seed"])
+def test_a_constant_number_of_packs_is_that_of_every_seed(lengths, seed):
+    known = constant_num_packs(np.array(lengths), capacity=32)
+    assert known in (None, len(pack(lengths, capacity=32, seed=seed)))
