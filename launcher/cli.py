@@ -39,7 +39,8 @@ from launcher.job_commands import (
     submit,
 )
 from launcher.show_commands import generate, inspect, schema
-from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, SftError, StoppedOnRequest, UserInputError
+from launcher.terminal import run_command
+from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, StoppedOnRequest, UserInputError
 from sftcore.log import setup_logging
 from sftcore.train.stopping import WITH_INTERRUPT, end_on_stop
 
@@ -354,14 +355,14 @@ for command in (generate, inspect, schema, probe, evaluate, study, submit):
 
 def main() -> None:
     """Console entry point: run a command, translate errors to a message and an exit code."""
+    run_command(_run)
+
+
+def _run() -> None:
     setup_logging(rank=int(os.environ.get("RANK", "0")))
     if GOES_ON & set(sys.argv[1:2]):
         end_on_stop("stopped on request; start it again to go on", numbers=WITH_INTERRUPT)
-    try:
-        app()
-    except SftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    app()
 
 
 if __name__ == "__main__":

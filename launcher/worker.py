@@ -16,6 +16,7 @@ import sys
 from launcher.precision import settle
 from launcher.ranks import redirect_output, slurm_rank_variables, worker_parser, write_code
 from launcher.run_folder import with_run
+from launcher.terminal import allow_open_files, explained, prepare_streams
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_FAILED, EXIT_STOPPED, MissingEnvironmentError, Problem, SftError
 from sftcore.log import setup_logging
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = worker_parser().parse_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank=rank)
+    prepare_streams()
+    allow_open_files()
     try:
         recipe = with_run(load_recipe(options.recipe, options.overrides), options.run)
     except SftError as error:
@@ -46,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         redirect_output(recipe.run_folder, rank)
     code = EXIT_FAILED
     try:
-        code = _train(recipe, options)
+        with explained():
+            code = _train(recipe, options)
     except SftError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code

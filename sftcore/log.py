@@ -16,9 +16,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sftcore.display import shown
+
 PLAIN_LINE_SECONDS = 10.0
+MAX_LETTERS, MAX_LABEL = 20_000, 60
 log = logging.getLogger("sftcore")
 NOISY = "bitsandbytes.backends.cpu.ops"  # peft imports it; it asks for a package that LoRA does without
+
+
+class _Plain(logging.Formatter):
+    """Lines without passwords and without what a terminal obeys, at most `MAX_LETTERS` long."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As of any formatter."""
+        return shown(super().format(record), MAX_LETTERS)
 
 
 def setup_logging(*, rank: int = 0, verbose: bool = False) -> None:
@@ -26,7 +37,7 @@ def setup_logging(*, rank: int = 0, verbose: bool = False) -> None:
     level = (logging.DEBUG if verbose else logging.INFO) if rank == 0 else logging.WARNING
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    handler.setFormatter(_Plain(prefix + "%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(level)
     log.propagate = False
@@ -37,8 +48,8 @@ def setup_logging(*, rank: int = 0, verbose: bool = False) -> None:
 def log_to_file(path: Path) -> Iterator[None]:
     """Copy the log, with times, to `path` (appending) while the block runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
@@ -78,9 +89,10 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    label_column = TextColumn("{task.description}", markup=False)  # a file's name may hold [brackets]
+    columns = (label_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(shown(label, MAX_LABEL), total=total)
 
         def advance(n: int = 1) -> None:
             bar.advance(task, n)
