@@ -19,6 +19,7 @@ from launcher.precision import settle
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
 from sftcore.recipe import load_recipe
+from sftcore.run_recipe import check_beside_recipe
 
 if TYPE_CHECKING:
     from launcher.ways_in import Machines
@@ -239,4 +240,6 @@ def load(
     has_gpu: bool = False,
 ) -> Recipe:
     """A recipe with `--set` and `--run` applied, and its dtype decided (see `settle`)."""
-    return settle(with_run(load_recipe(path, overrides), run), machines, has_gpu=has_gpu)
+    recipe = with_run(load_recipe(path, overrides), run)
+    check_beside_recipe(recipe.run_folder, [path])
+    return settle(recipe, machines, has_gpu=has_gpu)

@@ -15,21 +15,22 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import atomic_file, folder_lock, read_json, write_json
+from sftcore.fsio import DAMAGED, disk_errors_explained, folder_lock, read_object, write_json
+from sftcore.leftovers import remove, remove_leftovers
 from sftcore.log import log_to_file
-from sftcore.recipe import dump_recipe
+from sftcore.run_recipe import ENVIRONMENT, RECIPE, check_free_for_run, read_run_recipe, write_run_recipe
 
 log = logging.getLogger("sftcore.run_folder")
+HALVES = ("checkpoints", "eval", "eval/*", "shards/*", "logs", "slurm")  # where files are written by rename
 FINISHED = "finished.json"  # of `sftcore run`: all stages are done
 NUMBERLESS = (  # change no number of a run; what a teacher wrote is data of its own
     "run",
@@ -62,13 +63,31 @@ def open_run(recipe: Recipe, *, purpose: str, shared: bool = False) -> Iterator[
         shared: beside others that share it (shards), each with a folder of its own to write to.
 
     Raises:
-        UserInputError: in use by another process, or it belongs to another recipe.
+        UserInputError: in use by another process; it belongs to another recipe, or to no run.
     """
     run = recipe.run_folder
-    with folder_lock(run, purpose=purpose, shared=shared):
+    check_free_for_run(run)
+    with folder_lock(run, purpose=purpose, shared=shared) as is_held, ExitStack() as stack:
+        if is_held and not shared:
+            sweep(run)
         claim(run, recipe)
-        with log_to_file(run / "run.log"):
-            yield run
+        with disk_errors_explained(run):
+            stack.enter_context(log_to_file(run / "run.log"))
+        yield run
+
+
+def sweep(run: Path) -> None:
+    """Remove what killed processes left in a run folder; for the holder of its lock.
+
+    Temporaries that a living process writes (a report needs no lock) stay.
+    """
+    for folder in (run, *(path for name in HALVES for path in run.glob(name) if path.is_dir())):
+        remove_leftovers(folder)
+    for path in run.glob("checkpoints/*"):
+        is_whole = path.name.startswith("step-") and (path / "COMMITTED").exists()
+        if path.match(".step-*.tmp") or (path.match("step-*") and path.is_dir() and not is_whole):
+            log.info("removing %s: the save was interrupted", path)
+            remove(path)
 
 
 def claim(run: Path, recipe: Recipe) -> None:
@@ -91,10 +110,9 @@ def claim(run: Path, recipe: Recipe) -> None:
             log.warning(
                 "other held-out data than these weights were trained without: see that no item leaked"
             )
-    with atomic_file(run / "recipe.yaml") as handle:
-        handle.write(dump_recipe(recipe))
-    if not is_begun or not (run / "environment.json").is_file():
-        write_json(run / "environment.json", describe_environment() | describe_origin(recipe))
+    write_run_recipe(run, recipe)
+    if not is_begun or not (run / ENVIRONMENT).is_file():
+        write_json(run / ENVIRONMENT, describe_environment() | describe_origin(recipe))
 
 
 def _holds(run: Path, *patterns: str) -> bool:
@@ -127,13 +145,16 @@ def _counts(key: str, run: Path, recipe: Recipe) -> bool:
 
 def owner_of(run: Path) -> dict[str, Any] | None:
     """RUN/recipe.yaml, with the defaults of keys that its version did not have; None if absent."""
-    path = run / "recipe.yaml"
-    if not path.is_file():
+    if not (run / RECIPE).exists():
         return None
-    owner: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    owner = read_run_recipe(run)
     try:
         return Recipe.model_validate(owner).model_dump(mode="json")
-    except ValidationError:
+    except ValidationError as error:
+        if not isinstance(owner.get("model"), dict):
+            raise UserInputError(
+                Problem(what="names no model", where=str(run / RECIPE), remedy=DAMAGED)
+            ) from error
         return owner
 
 
@@ -168,10 +189,14 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
 
 def record_seconds(run: Path, stage: str, seconds: float) -> None:
     """Add a stage's wall time to RUN/environment.json."""
-    path = run / "environment.json"
-    environment = read_json(path)
-    environment[f"{stage}_seconds"] = round(seconds, 1)
-    write_json(path, environment)
+    path = run / ENVIRONMENT
+    try:
+        environment = read_object(path)
+    except UserInputError as error:  # notes, for which no result is lost
+        log.warning("writing notes on this machine anew: %s", error)
+        remove(path)
+        environment = describe_environment()
+    write_json(path, environment | {f"{stage}_seconds": round(seconds, 1)})
 
 
 def describe_environment() -> dict[str, Any]:
@@ -198,7 +223,7 @@ def describe_environment() -> dict[str, Any]:
 def describe_origin(recipe: Recipe) -> dict[str, Any]:
     """What `sftcore model pull` noted of the weights' quantisation, if anything."""
     path = Path(recipe.model.path) / "origin.json"
-    quantisation = read_json(path).get("quantisation") if path.is_file() else None
+    quantisation = read_object(path).get("quantisation") if path.is_file() else None
     return {"quantised_weights": quantisation} if quantisation else {}
 
 

@@ -4,7 +4,7 @@ In: bytes, JSON values, paths. Out: files that a crash or a full disk can't leav
 real name.
 Invariant: the final name appears only by `os.replace` of a flushed temporary sibling.
 Trade-off: each atomic write costs one fsync (about 1 ms on an SSD, 10 ms on network storage), so per-step
-metrics are appended line by line instead, and readers drop a torn last line.
+metrics are appended line by line instead: their readers leave a torn last line out, the next append mends it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import gzip
 import hashlib
 import json
@@ -26,10 +27,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.leftovers import held_folder, hold, remove_leftovers
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them
 TAIL_LINES = 6  # of a log, in a message
 LOOK_SECONDS = 0.5  # a look holds a lock for microseconds, on network storage for milliseconds
+DAMAGED = "the file is damaged: put a good copy there, or move it away to have it made again"
+IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
 
 
 SPECIAL_FILES = {
@@ -57,16 +61,23 @@ def disk_errors_explained(path: Path) -> Iterator[None]:
     """Turn "no space left" and "read-only" into a message that names the folder and the remedy.
 
     Raises:
-        MissingEnvironmentError: on ENOSPC, EDQUOT, EROFS or EACCES.
+        MissingEnvironmentError: on ENOSPC, EDQUOT, EROFS, EACCES or EIO.
+        UserInputError: a folder is where a file should be, or the other way round.
     """
     try:
         yield
     except OSError as error:
+        if error.errno in IN_THE_WAY:
+            remedy = "something else has this name: move it away, or choose another folder"
+            where = str(error.filename2 or error.filename or path)
+            what = f"can't write: {error.strerror}"
+            raise UserInputError(Problem(what=what, where=where, remedy=remedy)) from error
         remedies = {
             errno.ENOSPC: "free space there, or point --run / the cache to another disk",
             errno.EDQUOT: "your quota there is used up: free space, or use another disk",
             errno.EROFS: "the file system is read-only: choose another folder",
             errno.EACCES: "you may not write there: choose another folder or mend its permissions",
+            errno.EIO: "the disk fails: look at the system's log, or choose another disk",
         }
         if error.errno not in remedies:
             raise
@@ -83,12 +94,13 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         path: final name; its folder is created.
         mode: "w" (UTF-8, newline kept; lone surrogates, from odd file names, become JSON's escapes) or "wb".
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary_of(path)
     encoding, newline, errors = (None, None, None) if "b" in mode else ("utf-8", "\n", "backslashreplace")
     with disk_errors_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, mode, encoding=encoding, newline=newline, errors=errors) as handle:
+                hold(handle.fileno())
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -105,18 +117,24 @@ def atomic_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
         keep_existing: a `path` that exists by then stays (for caches, whose content its name decides);
             otherwise it is replaced.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary_of(path)
+    remove_leftovers(path.parent, f".{glob.escape(path.name)}.????????.tmp")
     with disk_errors_explained(path):
         try:
             temporary.mkdir(parents=True)
-            yield temporary
-            sync_folder(temporary)
-            if path.exists() and not keep_existing:
-                shutil.rmtree(path)
-            _rename_folder(temporary, path, keep_existing=keep_existing)
+            with held_folder(temporary):
+                yield temporary
+                sync_folder(temporary)
+                if path.exists() and not keep_existing:
+                    shutil.rmtree(path)
+                _rename_folder(temporary, path, keep_existing=keep_existing)
             sync_entry(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # as leftovers.TEMPORARY
 
 
 def _rename_folder(temporary: Path, path: Path, *, keep_existing: bool) -> None:
@@ -162,34 +180,116 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON object as one line in a single write."""
-    with disk_errors_explained(path), open(path, "a", encoding="utf-8", newline="\n") as handle:
-        handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+def append_jsonl(path: Path, row: dict[str, Any], *, sync: bool = False) -> None:
+    """Append one JSON object as one line in a single write, behind a whole line.
+
+    Args:
+        sync: it is on the disk when this returns.
+    """
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    with disk_errors_explained(path), open(path, "a+b") as handle:
+        _mend_last_line(handle)
+        handle.write(line.encode())
+        handle.flush()
+        if sync:
+            os.fsync(handle.fileno())
+
+
+def _mend_last_line(handle: IO[bytes]) -> None:
+    """End the last line of JSON lines, or take it away if a crash has cut it."""
+    size = handle.seek(0, os.SEEK_END)
+    if not size:
+        return
+    handle.seek(size - 1)
+    if handle.read(1) == b"\n":
+        return
+    handle.seek(0)
+    head, newline, last = handle.read().rpartition(b"\n")
+    if _is_object(last):
+        handle.write(b"\n")
+    else:
+        handle.truncate(len(head) + len(newline))
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def sync_file(path: Path) -> None:
+    """fsync a file that was appended to; one that is not there needs none."""
+    with disk_errors_explained(path), contextlib.suppress(FileNotFoundError), open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file that sftcore wrote.
 
     Raises:
-        UserInputError: the file is missing or is not JSON.
+        UserInputError: the file is missing, can't be read or is not JSON.
     """
+    content = _read_bytes(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserInputError(Problem(what="no such file", where=str(path))) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise UserInputError(Problem(what=f"not valid JSON: {error}", where=str(path))) from error
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines that sftcore wrote; a torn last line (a crash during an append) is left out."""
-    with open(path, encoding="utf-8") as handle:
-        lines = handle.read().split("\n")
-    rows = [json.loads(line) for line in lines[:-1] if line]
-    with contextlib.suppress(json.JSONDecodeError):
-        rows += [json.loads(lines[-1])] if lines[-1] else []
-    return rows
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON file that sftcore wrote and that holds an object with these keys.
+
+    Raises:
+        UserInputError: as `read_json`, or it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        got = type(value).__name__
+        raise UserInputError(Problem(what="must be a mapping", where=str(path), got=got, remedy=DAMAGED))
+    if missing := [key for key in keys if key not in value]:
+        what = f"lacks {', '.join(missing)}"
+        raise UserInputError(Problem(what=what, where=str(path), remedy=DAMAGED))
+    return value
+
+
+def read_jsonl(path: Path, *, appended: bool = False) -> list[dict[str, Any]]:
+    """Read JSON lines that sftcore wrote.
+
+    Args:
+        appended: line by line, so that a crash may have cut the last one, which is then left out.
+
+    Raises:
+        UserInputError: the file is missing or can't be read; a line is no JSON object, or the last is cut.
+    """
+    *lines, last = _read_bytes(path).split(b"\n")
+    if last and not appended:
+        what = "ends in the middle of a line"
+        raise UserInputError(Problem(what=what, where=str(path), remedy=DAMAGED))
+    lines += [last] if _is_object(last) else []
+    return [_object_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line]
+
+
+def _object_of(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        what, got = f"not JSON lines: {error}", repr(line[:60])
+        raise UserInputError(Problem(what=what, where=where, got=got, remedy=DAMAGED)) from error
+    if not isinstance(row, dict):
+        got = type(row).__name__
+        raise UserInputError(Problem(what="must be a mapping", where=where, got=got, remedy=DAMAGED))
+    return row
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserInputError(Problem(what="no such file", where=str(path))) from error
+    except OSError as error:
+        what = f"can't be read: {error.strerror}"
+        raise UserInputError(Problem(what=what, where=str(path), remedy=DAMAGED)) from error
 
 
 def tail_of(path: Path) -> str:

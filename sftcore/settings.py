@@ -48,7 +48,7 @@ def _web_address(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_path_text)]
-FolderName = Annotated[str, Field(pattern=r"^[\w.-]+$"), AfterValidator(_name_text)]
+FolderName = Annotated[str, Field(pattern=r"^\.*[\w-][\w.-]*$"), AfterValidator(_name_text)]
 NonNegative = Annotated[float, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Natural = Annotated[int, Field(ge=0, le=MAX_COUNT)]

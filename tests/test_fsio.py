@@ -76,7 +76,9 @@ def test_lines_come_back_and_a_torn_last_line_is_left_out(tmp_path):
     append_jsonl(path, {"a": 3})
     with open(path, "a") as handle:
         handle.write('{"a": 4')
-    assert read_jsonl(path) == [{"a": "é"}, {"a": 2}, {"a": 3}]
+    assert read_jsonl(path, appended=True) == [{"a": "é"}, {"a": 2}, {"a": 3}]
+    with pytest.raises(UserInputError, match=r"a\.jsonl: ends in the middle of a line"):
+        read_jsonl(path)
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "no such file"), ("{", "not valid JSON")])

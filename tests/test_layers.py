@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.display",
     "sftcore.errors",
+    "sftcore.leftovers",
     "sftcore.fsio",
     "sftcore.log",
     "sftcore.yaml_text",
@@ -19,6 +20,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.config",
     "sftcore.reference",
     "sftcore.recipe",
+    "sftcore.run_recipe",
     "sftcore.dist",
     "sftcore.heap",
     "sftcore.precision",

@@ -353,7 +353,7 @@ def _done_by_all(run: Path, manifest: dict[str, Any]) -> dict[int, list[float]]:
     """Batches that this run or shards of it have done under the same manifest."""
     done: dict[int, list[float]] = {}
     for file in _partials(run):
-        rows = read_jsonl(file)
+        rows = read_jsonl(file, appended=True)
         if rows and rows[0] == manifest:
             done |= {row["batch"]: row["hits"] for row in rows[1:]}
     return done
@@ -361,7 +361,7 @@ def _done_by_all(run: Path, manifest: dict[str, Any]) -> dict[int, list[float]]:
 
 def _read_partial(path: Path, manifest: dict[str, Any]) -> dict[int, list[float]]:
     """Batches that an interrupted probe with the same manifest has done; starts the file otherwise."""
-    rows = read_jsonl(path) if path.is_file() else []
+    rows = read_jsonl(path, appended=True) if path.is_file() else []
     kept = rows if rows and rows[0] == manifest else [manifest]
     write_jsonl(path, kept)  # drops a torn last line, so that the next append starts on a new one
     return {row["batch"]: row["hits"] for row in kept[1:]}

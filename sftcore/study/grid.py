@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import load_recipe
-from sftcore.settings import Settings
+from sftcore.settings import FolderName, Settings
 
 DRAW = "select.draw"
 MAX_VALUE_LETTERS = 24
@@ -39,7 +39,7 @@ def _as_list(grid: Any) -> Any:
 class StudySettings(Settings):
     """A STUDY.yaml."""
 
-    name: str = Field("study", pattern=r"^[\w.-]+$", description="the study's name; its folder is runs/NAME")
+    name: FolderName = Field("study", description="the study's name; its folder is runs/NAME")
     base: str = Field(description="recipe; relative to the study, then to here")
     set: dict[str, Any] = Field({}, description="dotted recipe key -> its value in all runs; not in names")
     grid: Annotated[list[Grid], Field(min_length=1), BeforeValidator(_as_list)] = Field(

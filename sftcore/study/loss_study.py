@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import read_json, read_jsonl
+from sftcore.fsio import read_jsonl, read_object
+from sftcore.run_recipe import RECIPE, read_run_recipe
 from sftcore.study.figures import HEIGHT_INCHES, INK, RULE, WIDTH_INCHES, page_style, svg_of
-from sftcore.study.run_folder import RECIPE, SCORES, last_of_each_step
+from sftcore.study.run_folder import SCORES, last_of_each_step
 from sftcore.study.study_figures import ARM_COLOURS
 from sftcore.study.study_runs import SELECTION
 from sftcore.study.wording import flatten, format_setting, format_share
@@ -47,7 +47,7 @@ def losses_of(run: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    return last_of_each_step(read_jsonl(path)) if path.is_file() else []
+    return last_of_each_step(read_jsonl(path, appended=True)) if path.is_file() else []
 
 
 def summarise_losses(folder: Path) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def summarise_losses(folder: Path) -> dict[str, Any]:
     if not trained:
         remedy = "let at least one run be trained"
         raise UserInputError(Problem(what="no finished run of a study", where=str(folder), remedy=remedy))
-    recipes = [dict(flatten(yaml.safe_load((run / RECIPE).read_text(encoding="utf-8")))) for run in trained]
+    recipes = [dict(flatten(read_run_recipe(run))) for run in trained]
     axes = _differing_keys(recipes)
     runs = [_summary(run, recipe, axes) for run, recipe in zip(trained, recipes, strict=True)]
     measured = [run for run in runs if run["lowest_valid_loss"] is not None]
@@ -93,7 +93,7 @@ def _summary(run: Path, recipe: Mapping[str, Any], axes: Sequence[str]) -> dict[
         "settings": {key: recipe.get(key) for key in axes},
         **losses_of(run),
         "num_steps": _rows(run / "metrics.jsonl")[-1]["step"],
-        "accuracy": read_json(scores)["accuracy"] if scores.is_file() else None,
+        "accuracy": read_object(scores, "accuracy")["accuracy"] if scores.is_file() else None,
         "valid": [{"step": row["step"], "loss": row["valid_loss"]} for row in _rows(run / "valid.jsonl")],
     }
 

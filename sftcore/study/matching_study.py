@@ -17,13 +17,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from sftcore.data.rationales import MIN_REASONED_PAIRS
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.score import MAIN_SPLIT, mean_interval, score, wilson_interval
-from sftcore.fsio import read_json, read_jsonl
-from sftcore.study.run_folder import PREDICTIONS, RECIPE, SCORES, summarise_training
+from sftcore.fsio import read_jsonl, read_object
+from sftcore.run_recipe import RECIPE, read_run_recipe
+from sftcore.study.run_folder import PREDICTIONS, SCORES, summarise_training
 from sftcore.study.wording import flatten, format_setting, format_share
 
 METRICS = "metrics.jsonl"
@@ -69,8 +68,7 @@ class MatchingRun:
 def is_matching_study(folder: Path) -> bool:
     """Whether the first run in a study's folder is one of text matching."""
     recipes = sorted(folder.glob(f"*/{RECIPE}"))
-    first = yaml.safe_load(recipes[0].read_text(encoding="utf-8")) if recipes else None
-    return isinstance(first, dict) and first.get("task") == "matching"
+    return bool(recipes) and read_run_recipe(recipes[0].parent).get("task") == "matching"
 
 
 def read_matching_runs(folder: Path) -> tuple[list[MatchingRun], dict[str, str]]:
@@ -84,7 +82,7 @@ def read_matching_runs(folder: Path) -> tuple[list[MatchingRun], dict[str, str]]
         needed = (METRICS, PREDICTIONS.format(TUNED), SCORES.format(TUNED))
         missing = [name for name in needed if not (path / name).is_file()]
         if (path / NOT_RUN).is_file():
-            unfinished[path.name] = f"{NOT_RUN_STATE}: {read_json(path / NOT_RUN)['reason']}"
+            unfinished[path.name] = f"{NOT_RUN_STATE}: {read_object(path / NOT_RUN, 'reason')['reason']}"
         elif missing:
             unfinished[path.name] = f"no {', '.join(missing)}"
         else:
@@ -102,9 +100,9 @@ def read_matching_runs(folder: Path) -> tuple[list[MatchingRun], dict[str, str]]
 
 
 def _read_run(path: Path) -> MatchingRun:
-    recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+    recipe = read_run_recipe(path)
     rows, scores = _evaluation(path, TUNED)
-    training = summarise_training(read_jsonl(path / METRICS)) or {}
+    training = summarise_training(read_jsonl(path / METRICS, appended=True)) or {}
     selected = path / "selection.jsonl"
     seen = training.get("num_samples", 0) // max(1, recipe.get("train", {}).get("epochs", 1))
     return MatchingRun(
@@ -126,7 +124,7 @@ def _evaluation(path: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, 
     """Rows of a model's predictions; their scores, counted anew, with what was noted of the pairs."""
     file = path / PREDICTIONS.format(name)
     rows = read_jsonl(file)
-    noted = read_json(path / SCORES.format(name)).get("pairs", {}).get(MAIN_SPLIT)
+    noted = read_object(path / SCORES.format(name)).get("pairs", {}).get(MAIN_SPLIT)
     if noted is None:
         remedy = "run `sftcore evaluate` again"
         raise UserInputError(Problem(what="no scores of pairs", where=str(file.parent), remedy=remedy))

@@ -20,12 +20,12 @@ from markupsafe import Markup
 
 from sftcore.evaluate.score import FEW_ITEMS, MAIN_SPLIT, paired_change, side_by_side
 from sftcore.fsio import atomic_file, write_json
+from sftcore.run_recipe import RECIPE
 from sftcore.study.figures import accuracy_figure, levels_figure, loss_figure
 from sftcore.study.run_folder import (
     FILES,
     MODELS,
     PREDICTIONS,
-    RECIPE,
     RunFiles,
     count_levels,
     count_selection,

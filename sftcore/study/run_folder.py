@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.score import LEVELS, natural_key, score
-from sftcore.fsio import read_json, read_jsonl
+from sftcore.fsio import DAMAGED, read_jsonl, read_object
+from sftcore.run_recipe import RECIPE, read_run_recipe
 
-RECIPE = "recipe.yaml"
 MODELS = ("base", "tuned")
+METRICS = "metrics.jsonl"
 PREDICTIONS, SCORES = "eval/{}/predictions.jsonl", "eval/{}/scores.json"
 FILES = {  # file -> (what a report shows of it, the command that makes it)
     "plan.json": ("the plan", "sftcore plan"),
-    "metrics.jsonl": ("the loss curve", "sftcore train"),
+    METRICS: ("the loss curve", "sftcore train"),
     "environment.json": ("the environment", "sftcore train"),
     "levels.jsonl": ("the memory levels", "sftcore probe"),
     "levels.manifest.json": ("the probe's settings", "sftcore probe"),
@@ -41,12 +40,12 @@ FILES = {  # file -> (what a report shows of it, the command that makes it)
 OPTIONAL = (int, float, type(None))
 FIELDS: dict[str, dict[str, Any]] = {  # what a report relies on; predictions are checked by `score`
     "plan.json": {"totals": dict},
-    "metrics.jsonl": {"step": int, "loss": (int, float), "lr": OPTIONAL, "elapsed_seconds": OPTIONAL},
+    METRICS: {"step": int, "loss": (int, float), "lr": OPTIONAL, "elapsed_seconds": OPTIONAL},
     "levels.jsonl": {"level": LEVELS, "split": str},
     "selection.jsonl": {"id": (str, int)},
 }
 SUMMED = ("num_samples", "num_packs", "num_tokens", "num_trained_tokens", "num_pad_tokens")
-DAMAGED = "the file is damaged: make it again, or move it away to leave its section out"
+CHECKPOINTS = "checkpoints/step-*/COMMITTED"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +84,7 @@ def read_run(run: Path) -> RunFiles:
     Raises:
         UserInputError: no recipe.yaml there; a file is damaged; scores.json contradicts predictions.jsonl.
     """
-    recipe = _read_recipe(run)
+    recipe = _object(read_run_recipe(run), str(run / RECIPE))
     contents = {file: _read_content(run, file) for file in FILES if (run / file).exists()}
     scores = {model: _checked_scores(run, contents, model) for model in MODELS if _evaluated(contents, model)}
     name = str(recipe.get("name") or run.resolve().name)
@@ -143,18 +142,6 @@ def last_of_each_step(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str,
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _read_recipe(run: Path) -> dict[str, Any]:
-    path = run / RECIPE
-    if not path.is_file():
-        remedy = "give the folder of a run (runs/NAME), as `sftcore train`, `probe` or `evaluate` makes it"
-        raise UserInputError(Problem(what=f"not a run folder: no {RECIPE}", where=str(run), remedy=remedy))
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserInputError(Problem(what=f"not valid YAML: {error}", where=str(path))) from error
-    return _object(recipe, str(path))
-
-
 def _object(value: Any, where: str) -> dict[str, Any]:
     """`value`, if it is a mapping of finite numbers and text, as a report can write it again."""
     if not isinstance(value, dict):
@@ -171,21 +158,31 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _read_content(run: Path, file: str) -> Any:
     path = run / file
     if path.suffix == ".json":
-        content = _object(read_json(path), str(path))
+        content = _object(read_object(path), str(path))
         _check_fields(content, FIELDS.get(file, {}), str(path))
         return content
-    appended_live = file == "metrics.jsonl"  # only there can a crash leave half a line, which is not counted
-    raw = path.read_bytes()
-    if raw and not raw.endswith(b"\n") and not appended_live:
-        raise UserInputError(Problem(what="ends in the middle of a line", where=str(path), remedy=DAMAGED))
-    try:
-        rows = read_jsonl(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        what = f"not JSON lines: {error}"
-        raise UserInputError(Problem(what=what, where=str(path), remedy=DAMAGED)) from error
+    rows = read_jsonl(path, appended=file == METRICS)
     for number, row in enumerate(rows, start=1):
         _check_fields(_object(row, f"{path}:{number}"), FIELDS.get(file, {}), f"{path}:{number}")
+    if file == METRICS:
+        check_steps(rows, path)
     return rows
+
+
+def check_steps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse metrics in which steps are missing: between others, or up to the newest checkpoint.
+
+    Raises:
+        UserInputError: naming the first gap.
+    """
+    steps = sorted({row["step"] for row in rows})
+    saved = [int(file.parent.name.removeprefix("step-")) for file in path.parent.glob(CHECKPOINTS)]
+    expected = range(steps[0], max([steps[-1], *saved]) + 1) if steps else range(1, max(saved, default=0) + 1)
+    if len(steps) != len(expected):
+        known = set(steps)
+        first = next(step for step in expected if step not in known)
+        what = f"lacks step {first} and {len(expected) - len(steps) - 1} more of {expected[-1]}"
+        raise UserInputError(Problem(what=what, where=str(path), remedy=DAMAGED))
 
 
 def _check_fields(row: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:

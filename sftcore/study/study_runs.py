@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.score import LEVELS, score
-from sftcore.fsio import read_json, read_jsonl
-from sftcore.study.run_folder import PREDICTIONS, RECIPE
+from sftcore.fsio import read_jsonl, read_object
+from sftcore.run_recipe import RECIPE, read_run_recipe
+from sftcore.study.run_folder import PREDICTIONS
 from sftcore.study.wording import flatten, format_setting
 
 SELECTION = "selection.jsonl"
@@ -130,8 +129,8 @@ def read_study_runs(folder: Path) -> StudyFiles:
         unfinished=unfinished,
         others=others,
         levels=_optional(first / "levels.jsonl", read_jsonl, []),
-        probe=_optional(first / MANIFEST, read_json, {}),
-        recipe=yaml.safe_load((first / RECIPE).read_text(encoding="utf-8")),
+        probe=_optional(first / MANIFEST, read_object, {}),
+        recipe=read_run_recipe(first),
     )
 
 
@@ -140,7 +139,7 @@ def _optional(path: Path, read: Any, default: Any) -> Any:
 
 
 def _read_run(run: Path) -> StudyRun:
-    recipe = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+    recipe = read_run_recipe(run)
     selection = read_jsonl(run / SELECTION)
     path = run / PREDICTIONS.format("tuned")
     rows = read_jsonl(path)
@@ -149,8 +148,8 @@ def _read_run(run: Path) -> StudyRun:
     settings = dict(flatten(recipe))
     if is_divided := select.get("balance") == "level":
         del settings["select.balance"]  # the level's name tells it
-    found = _optional(run / MANIFEST, read_json, {}).get("model_fingerprint")
-    drift = _optional(run / DRIFT, read_json, {})
+    found = _optional(run / MANIFEST, read_object, {}).get("model_fingerprint")
+    drift = _optional(run / DRIFT, read_object, {})
     return StudyRun(
         name=run.name,
         n=len(selection),

@@ -115,7 +115,7 @@ def keep_first_steps(path: Path, steps_done: int) -> float:
     """Drop rows after `steps_done`, in place; returns the elapsed seconds of the last row kept."""
     if not path.exists():
         return 0.0
-    rows = [row for row in read_jsonl(path) if row["step"] <= steps_done]
+    rows = [row for row in read_jsonl(path, appended=True) if row["step"] <= steps_done]
     write_jsonl(path, rows)
     return float(rows[-1]["elapsed_seconds"]) if rows else 0.0
 

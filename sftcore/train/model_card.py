@@ -71,4 +71,4 @@ def _results(run: Path) -> list[str]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path) if path.is_file() else []
+    return read_jsonl(path, appended=True) if path.is_file() else []
