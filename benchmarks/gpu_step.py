@@ -252,7 +252,7 @@ def build(target: Target, config: Any, recipe: Recipe, *, is_slim: bool) -> Loss
     if recipe.adapter.kind != "none":
         add_adapter(model, recipe.adapter, seed=0)
     if recipe.train.activation_checkpointing == "full":
-        checkpoint_activations(model, stage=3 if recipe.deepspeed == "zero3" else 0)
+        checkpoint_activations(model)
     return LossModel(model.train())
 
 
@@ -323,7 +323,7 @@ def _read_elsewhere(model: LossModel) -> None:
 
 def _checkpoint(model: LossModel) -> None:
     """All layers' activations computed again in backward."""
-    checkpoint_activations(model.causal_lm, stage=0)
+    checkpoint_activations(model.causal_lm)
 
 
 LEVERS: dict[str, Callable[[LossModel], None]] = {

@@ -221,7 +221,7 @@ def _make_engine(recipe: Recipe, ds_config: dict[str, Any], *, is_resized: bool 
     is_sharded = loads_sharded(recipe, ds_config)
     model = _load_model(recipe, sharded_by=complete_ds_config(ds_config, recipe) if is_sharded else None)
     if recipe.train.activation_checkpointing == "full":
-        checkpoint_activations(model.causal_lm, stage=stage)
+        checkpoint_activations(model.causal_lm)
     engine = Engine(model, recipe, ds_config, loads_universal=is_resized and stage > 0)
     if is_sharded:
         prove_head_and_packs(engine.loss_model.causal_lm)

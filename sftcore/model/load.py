@@ -131,16 +131,27 @@ def slim_layers(model: PreTrainedModel) -> tuple[int, int]:
     return slim_norms(model), slim_gates(model)
 
 
-def checkpoint_activations(model: PreTrainedModel, *, stage: int) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only each layer's input for backward and compute the rest again.
 
-    Under ZeRO-3 torch's newer way sees weights that were gathered in forward and are sharded in backward
-    and refuses; the reentrant way does not look. It needs an input with a gradient, which frozen embeddings
-    would not give.
+    Never torch's older, reentrant way: what layers hand on to later ones past the hidden states (keys and
+    values in Gemma 3n and 4) gets no gradient there, in silence. The newer one compares what is kept with what
+    is computed again, and finds weights that ZeRO-3 has cut up in between: hence no comparison.
+
+    Raises:
+        UserInputError: the model's code can't do it.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": stage == 3})
-    if stage == 3:
-        model.enable_input_require_grads()
+    if not model.supports_gradient_checkpointing:
+        raise UserInputError(
+            Problem(
+                what=f"model type {model.config.model_type!r} can't compute activations again",
+                where="train.activation_checkpointing",
+                got="full",
+                remedy="set train.activation_checkpointing: none",
+            )
+        )
+    options = {"use_reentrant": False, "determinism_check": "none"}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def load_for_decoding(
