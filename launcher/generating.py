@@ -19,12 +19,12 @@ import yaml
 from transformers import PreTrainedModel
 
 from sftcore.config import ModelSettings, Recipe
-from sftcore.data.chat import ChatRefused, ChatRenderer
+from sftcore.data.chat import ANY_DAY, ChatRefused, ChatRenderer
 from sftcore.data.contents import Chat, Fact, Fields, Message, OddRow
-from sftcore.data.examples import parse_message
 from sftcore.data.ledger import Reason, Rejection
 from sftcore.data.rows import RawRow, ignore, json_rows
 from sftcore.data.tokens import Codec, codec_of, load_tokenizer
+from sftcore.data.turns import parse_message
 from sftcore.data.wording import Template, fact_texts, load_template
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_json
@@ -200,7 +200,7 @@ def _encode(
     log.info("texts are put into %s", form)
     if not any(isinstance(item, Chat) for item in asked):
         return codec.encode_prompts([_filled(str(text), template) for text in asked]), set()
-    renderer = ChatRenderer(codec)
+    renderer = ChatRenderer(codec, found.recipe.data.today if found.recipe else ANY_DAY)
     ids = [_chat_ids(item, renderer, codec, template) for item in asked]
     return ids, {renderer.end_of_turn_id}
 

@@ -8,6 +8,7 @@ GPU nodes are taken to share; only whether there are GPUs, and how large, comes 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +19,7 @@ from launcher.held_out import check_scorable
 from launcher.preflight import describe_plan
 from launcher.stages import prepare
 from sftcore.config import Recipe
+from sftcore.data.chat import turn_ends
 from sftcore.data.store import TokenStore
 from sftcore.data.tokens import Tokenizer, codec_of
 from sftcore.errors import MissingEnvironmentError, Problem, SftError, UserInputError
@@ -150,8 +152,13 @@ def describe_stop(recipe: Recipe, store: TokenStore, tokenizer: Tokenizer) -> Ro
         return {"trained": "not needed", "share": None, "stop_ids": []}
     configured = load_config(recipe.model).get_text_config().eos_token_id
     others = configured if isinstance(configured, list) else [configured]
-    ids = sorted({codec_of(tokenizer).stop_id, *(i for i in others if i is not None)})
-    share = float(np.isin(store.last_targets, ids).mean())
+    codec, last_ids = codec_of(tokenizer), set[int]()
+    if any(source.format == "jsonl" for source in recipe.data.train):
+        with contextlib.suppress(UserInputError):  # chats would have been refused: these are completions
+            turn_end, last = turn_ends(codec)
+            others, last_ids = [*others, turn_end], {last}
+    ids = sorted({codec.stop_id, *(i for i in others if i is not None)})
+    share = float(np.isin(store.last_targets, [*ids, *last_ids]).mean())
     return {"trained": {0.0: "no", 1.0: "yes"}.get(share, "partly"), "share": share, "stop_ids": ids}
 
 

@@ -233,7 +233,12 @@ def describe_levels(levels: list[FactLevel]) -> str:
 def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     """The model's tokenizer, with the recipe's added tokens."""
     model = recipe.model
-    return load_tokenizer(model.path, model.trust_remote_code, add_tokens=model.add_tokens)
+    return load_tokenizer(
+        model.path,
+        model.trust_remote_code,
+        add_tokens=model.add_tokens,
+        chat_template=model.chat_template,
+    )
 
 
 def usable_records(

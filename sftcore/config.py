@@ -10,6 +10,7 @@ Parsing needs no torch (import in about 0.2 s), so `sftcore --help` and `sftcore
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,6 +55,9 @@ class ModelSettings(Settings):
         "auto", description="attention backend for training; auto: the first that can"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    chat_template: str | None = Field(
+        None, description="name of one of the tokenizer's chat templates, or a Jinja file; null: its default"
+    )
     add_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="special tokens to add; their rows begin as the mean row and are trained"
     )
@@ -99,6 +103,14 @@ class DataSettings(Settings):
     )
     relations: PathText | None = Field(
         None, description="file of relations of your own (JSON, as sftcore/assets/relations.json)"
+    )
+    system: Literal["keep", "merge", "drop"] = Field(
+        "keep",
+        description="system and developer turns of chats; merge: into the next user turn, for templates that"
+        " know no such role",
+    )
+    today: date | None = Field(
+        None, description="the day that a chat template writes, as 2026-01-31; null: one that asks is refused"
     )
     temperature: Annotated[float, Field(ge=1, le=MAX_COUNT)] | None = Field(
         None,

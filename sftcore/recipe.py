@@ -230,6 +230,9 @@ def _resolve_paths(raw: dict[str, Any], recipe_path: Path) -> list[Problem]:
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model["path"], problem = _resolve_model(model["path"], base)
         problems.append(problem)
+    if isinstance(model, dict) and isinstance(model.get("chat_template"), str):
+        model["chat_template"], problem = _resolve_template(model["chat_template"], base)
+        problems.append(problem)
     for split in ("train", "valid", "test", "ood"):
         sources = data.get(split) if isinstance(data, dict) else None
         for number, source in enumerate(sources if isinstance(sources, list) else []):
@@ -309,6 +312,13 @@ def _matches(pattern: str) -> list[str]:
     if "\0" in pattern:
         return []
     return sorted(itertools.islice(glob.iglob(pattern, recursive=True), MAX_FILES + 1))
+
+
+def _resolve_template(text: str, base: Path) -> tuple[str, Problem | None]:
+    """A file's path; a bare name is one of the tokenizer's own templates, checked when that is read."""
+    found, problem = _resolve_file(text, base, "model.chat_template")
+    is_name = "/" not in text and "." not in text
+    return (text, None) if problem and is_name else (found, problem)
 
 
 def _resolve_file(text: str, base: Path, where: str) -> tuple[str, Problem | None]:

@@ -38,15 +38,22 @@ class Columns(Settings):
         None, description="jsonl: the turns of a chat; null: `messages`, else `conversations` (ShareGPT)"
     )
 
+    id: str | None = Field(
+        "id", description="the rows' own ids, which may not repeat within a split; null: rows are numbered"
+    )
+    ignore: list[str] = Field(
+        [], description='jsonl: fields that are no part of the prompt, left out on purpose; ["*"]: all others'
+    )
+
     def of_pair(self) -> dict[str, str | int]:
         """Name or number of each field of a pair that is wanted."""
         named = {"a": self.a, "b": self.b, "label": self.label, "rationale": self.rationale}
         return {field: name for field, name in named.items() if name is not None}
 
 
-OF_PAIRS = ("a", "b", "label", "rationale")
-OF_EXAMPLES = ("prompt", "input", "completion", "messages")
-FIELDS_READ = {"pairs": OF_PAIRS, "jsonl": OF_EXAMPLES, "facts": (), "entityquestions": ()}
+OF_PAIRS = ("a", "b", "label", "rationale", "id")
+OF_EXAMPLES = ("prompt", "input", "completion", "messages", "id", "ignore")
+FIELDS_READ = {"pairs": OF_PAIRS, "jsonl": OF_EXAMPLES, "facts": ("id",), "entityquestions": ("id",)}
 PRESETS: dict[str, dict[str, str | int]] = {  # layouts of pairs, as the corpora's authors spread them
     "lcqmc": {"a": "text_a", "b": "text_b", "label": "label"},
     "bq": {"a": "sentence1", "b": "sentence2", "label": "label"},
@@ -73,6 +80,11 @@ class Source(Settings):
     )
     subset: str | None = Field(None, description="`hub:` only: the data set's configuration")
     split: str | None = Field(None, description="`hub:` only, required there: the data set's split")
+    quotes: Literal["auto", "csv", "none"] = Field(
+        "auto",
+        description='of cells in tables: csv: "say ""hi""" is one cell; none: quotes are text; auto: csv for'
+        " .csv, and for .tsv and .txt where the whole file is written so",
+    )
     limit: Positive | None = Field(None, description="take N rows, evenly from the tops of the files")
     columns: Columns = Field(default_factory=lambda: Columns(), description="pairs and jsonl only")
     weight: Annotated[float, Field(ge=1e-9, le=MAX_COUNT)] | None = Field(

@@ -1,24 +1,26 @@
-"""A conversation as text through the tokenizer's chat template, and where its assistant turns stand in it.
+"""A conversation as text through the tokenizer's chat template, and where its trained turns stand in it.
 
 In: messages. Out: the rendered text in pieces, untrained and trained in turn.
-Invariant: each trained piece starts exactly where inference starts to write (the template's rendering of the
-turns before, with its generation prompt, is a true prefix of the whole) and ends with the end-of-turn token.
-Trade-off: a conversation is rendered once more per assistant turn to verify this (0.1 ms each, SmolLM2's
-template); a template that can't be verified is refused rather than trained askew.
+Invariant: the rendering is the template's own text with every turn in it, to the last character; a trained
+piece starts where inference starts to write and ends with the tokens that close the answer.
+Trade-off: a chat is rendered once, and compared with the layout of its roles; one whose answers the template
+takes apart (thoughts) is laid out by itself, two renderings an answer (0.1 ms each, SmolLM2's template).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from datetime import date
 
+from sftcore.data.chat_template import Block, ChatRefused, ChatTemplate
 from sftcore.data.contents import Chat, Message
+from sftcore.data.layout import Layout, LayoutMaker, found_places, lost
 from sftcore.data.tokens import Codec
 from sftcore.errors import Problem, UserInputError
 
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-CLOCK, DAY = "strftime_now", "26 Jul 2024"  # Llama 3's templates take a day that they are given
+__all__ = ["ChatRefused", "ChatRenderer", "turn_ends", "without_system"]
+ANY_DAY = date(2024, 7, 26)
 TRIAL = Chat(
     messages=(
         Message(role="user", content="What is the colour of the sky?"),
@@ -27,137 +29,134 @@ TRIAL = Chat(
         Message(role="assistant", content="That is green."),
     )
 )
-
-
-class ChatRefused(Exception):
-    """A conversation that the template refuses, or whose assistant turns can't be found in its rendering."""
+SYSTEM_ROLES = ("system", "developer")
 
 
 class ChatRenderer:
     """Renders conversations with one tokenizer's template.
 
+    Args:
+        codec: of the tokenizer.
+        today: the day that a template may ask for; None: one that asks is refused.
+
     Raises:
         UserInputError: the tokenizer has no chat template, or a trial conversation's turns can't be verified.
     """
 
-    def __init__(self, codec: Codec) -> None:
-        self.codec, self.tokenizer = codec, codec.tokenizer
-        name = str(self.tokenizer.name_or_path)
-        if not self.tokenizer.chat_template:
-            remedy = "use an instruct model, or give `prompt` and `completion` instead of `messages`"
-            raise UserInputError(
-                Problem(
-                    what="the tokenizer has no chat template", where="model.path", got=name, remedy=remedy
-                )
-            )
-        tokens = self.tokenizer.convert_ids_to_tokens(sorted(codec.special_ids))
+    def __init__(self, codec: Codec, today: date | None = None) -> None:
+        self.codec = codec
+        self._template = ChatTemplate(codec.tokenizer, today)
+        tokens = codec.tokenizer.convert_ids_to_tokens(sorted(codec.special_ids))
         self._special = re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)))
-        template = str(self.tokenizer.chat_template)
-        self._has_masks = bool(GENERATION_TAG.search(template))
+        self._layouts = LayoutMaker(self._template, self._special)
         try:
-            if CLOCK in template and "date_string" not in template:
-                raise ChatRefused(f"it reads the clock ({CLOCK}), so samples would depend on the day")
-            self.pieces(TRIAL)
+            self._trial = self._try()
         except ChatRefused as error:
             raise UserInputError(
                 Problem(
                     what=f"this chat template can't be trained on: {error}",
-                    where=name,
-                    remedy="mend the template ({% generation %} marks assistant turns), or use another model",
+                    where=str(codec.tokenizer.name_or_path),
+                    remedy="mend the template ({% generation %} marks assistant turns), give another"
+                    " (model.chat_template: NAME or FILE), or use another model",
                 )
             ) from error
 
+    def _try(self) -> tuple[str, ...]:
+        """The trial's pieces, or its first exchange where only the last answer ends so."""
+        try:
+            return self.pieces(TRIAL)
+        except ChatRefused as error:
+            try:
+                return self.pieces(Chat(messages=TRIAL.messages[:2]))
+            except ChatRefused:
+                raise error from None
+
     @property
     def end_of_turn_id(self) -> int:
-        """The token that ends an assistant's turn, which need not be the tokenizer's end of text."""
-        return self.codec.encode([self.pieces(TRIAL)[-1]])[0][-1]
+        """The last token that closes an answer, which need not be the tokenizer's end of text."""
+        last = [found[0] for found in self._special.finditer(self._trial[-1])][-1]
+        return int(self.codec.tokenizer.convert_tokens_to_ids(last))
+
+    @property
+    def last_piece(self) -> str:
+        """An answer of the trial with all that is trained with it."""
+        return self._trial[-1]
+
+    @property
+    def own_tokens(self) -> frozenset[str]:
+        """The special tokens that the template itself writes."""
+        named = set(self._special.findall(self._template.source))
+        return frozenset(named.union(self._special.findall("".join(self._trial))))
 
     def prompt(self, chat: Chat) -> str:
-        """The text that inference feeds to get the last assistant turn."""
+        """The text that inference feeds to get the last assistant turn, whatever that turn says."""
         last = max(i for i, message in enumerate(chat.messages) if message.role == "assistant")
-        return self._render(chat.messages[:last], add_generation_prompt=True)
+        return self._template.render(chat.messages[:last], prompts=True)
 
     def pieces(self, chat: Chat) -> tuple[str, ...]:
-        """Text before a turn, the turn with its end-of-turn token, text before the next, ...
+        """Text before a trained turn, the turn with what closes it, text before the next, ...
 
         Raises:
             ChatRefused: the template raised, or the turns can't be verified.
         """
-        text = self._render(chat.messages)
-        turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
-        starts = [self._verified_start(text, chat.messages[:i]) for i in turns]
-        if self._has_masks:
-            ends = self._masked_ends(chat, text, starts)
-        else:
-            contents = [chat.messages[i].content for i in turns]
-            ends = [self._content_end(text, start, c) for start, c in zip(starts, contents, strict=True)]
-        ends = [self._end_of_turn(text, end) for end in ends]
-        borders = [0, *(border for pair in zip(starts, ends, strict=True) for border in pair)]
+        turns = chat.messages
+        text = self._template.render(turns)
+        layout, places = self._laid_out(text, turns)
+        borders = [0]
+        for i in chat.answers:
+            if (answer := layout.answers[i]) is not None:
+                borders += [places[i][0] - answer.lead, places[i][1] + answer.close]
+        if len(borders) == 1:
+            raise ChatRefused("the template marks no turn of this chat as trained")
         pieces = tuple(text[a:b] for a, b in zip(borders, borders[1:], strict=False))
         if not all(pieces):
             raise ChatRefused("an assistant turn has no text before it")
         return pieces
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        from jinja2.exceptions import TemplateError
-
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DAY
-            )
-        except TemplateError as error:
-            raise ChatRefused(f"the template says: {error}") from error
-        return text
-
-    def _verified_start(self, text: str, before: Sequence[Message]) -> int:
-        prompt = self._render(before, add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise ChatRefused("what inference would feed is not a prefix of the whole conversation")
-        return len(prompt)
-
-    def _content_end(self, text: str, start: int, content: str) -> int:
-        """End of the first copy of `content` after `start` that an end-of-turn token follows."""
-        content = content.strip()
-        position = text.find(content, start)
-        while position >= 0 and not self._special.search(text, start, position):
-            end = position + len(content)
-            if self._special.match(text, _skip_space(text, end)):
-                return end
-            position = text.find(content, position + 1)
-        raise ChatRefused("an assistant turn, followed by an end-of-turn token, is not in the rendered text")
-
-    def _masked_ends(self, chat: Chat, text: str, starts: list[int]) -> list[int]:
-        """Ends of the {% generation %} blocks, which must start where inference starts."""
-        rendered: dict[str, Any] = self.tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in chat.messages],
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            date_string=DAY,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        mask, offsets = [0, *rendered["assistant_masks"], 0], rendered["offset_mapping"]
-        first = [i for i in range(len(offsets)) if mask[i + 1] and not mask[i]]
-        last = [i for i in range(len(offsets)) if mask[i + 1] and not mask[i + 2]]
-        # offsets leave out a token's leading space
-        if [_skip_space(text, offsets[i][0]) for i in first] != [_skip_space(text, i) for i in starts]:
-            raise ChatRefused("the {% generation %} blocks don't start where the generation prompt ends")
-        return [int(offsets[i][1]) for i in last]
-
-    def _end_of_turn(self, text: str, end: int) -> int:
-        """`end`, moved behind the end-of-turn token that has to stand there, or stands just before it."""
-        ends_already = any(
-            found.end() == end for found in self._special.finditer(text, max(0, end - 64), end)
-        )
-        if ends_already:
-            return end
-        found = self._special.match(text, _skip_space(text, end))
-        if found is None:
-            raise ChatRefused("no end-of-turn token follows an assistant turn")
-        return found.end()
+    def _laid_out(self, text: str, turns: Sequence[Message]) -> tuple[Layout, list[Block]]:
+        """The layout of a rendering, and where the contents stand in it."""
+        contents = [turn.content for turn in turns]
+        layout = self._layouts.by_roles(turns)
+        if (places := found_places(text, layout, contents)) is not None:
+            return layout, places
+        layout = self._layouts.by_contents(turns, layout)
+        if (places := found_places(text, layout, contents)) is not None:
+            return layout, places
+        changed = next((i for i, t in enumerate(turns) if t.content.strip() not in text), 0)
+        raise ChatRefused(lost(changed, turns[changed].role))
 
 
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
+def turn_ends(codec: Codec) -> tuple[int, int]:
+    """The token that closes an answer, and the last that is trained, on whatever day.
+
+    They differ where the template marks white space behind the end of a turn as trained.
+
+    Raises:
+        UserInputError: no template that can be trained on.
+    """
+    renderer = ChatRenderer(codec, ANY_DAY)
+    return renderer.end_of_turn_id, codec.encode([renderer.last_piece])[0][-1]
+
+
+def without_system(chat: Chat, how: str) -> Chat:
+    """`chat` with no turn of the system's.
+
+    Args:
+        how: "merge" puts their texts before the next user turn's, with a blank line; "drop" leaves them out.
+
+    Raises:
+        ChatRefused: no user turn follows that they could go into.
+    """
+    turns: list[Message] = []
+    waiting: list[str] = []
+    for turn in chat.messages:
+        if turn.role in SYSTEM_ROLES:
+            waiting.append(turn.content)
+        elif turn.role == "user" and waiting and how == "merge":
+            turns.append(Message(role="user", content="\n\n".join([*waiting, turn.content])))
+            waiting = []
+        else:
+            turns.append(turn)
+    if waiting and how == "merge":
+        raise ChatRefused("no user turn follows a system turn, into which it could be merged")
+    return Chat(messages=tuple(turns))

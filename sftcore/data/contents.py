@@ -60,17 +60,23 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; an assistant's is trained unless the row says otherwise."""
 
     role: str
     content: str
+    is_trained: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """A conversation with at least one assistant turn; assistant turns are trained."""
+    """A conversation with at least one assistant turn that is trained."""
 
     messages: tuple[Message, ...]
+
+    @property
+    def answers(self) -> list[int]:
+        """Places of the turns that are trained."""
+        return [i for i, turn in enumerate(self.messages) if turn.role == "assistant" and turn.is_trained]
 
 
 Content = Fact | Pair | Completion | Chat
@@ -139,12 +145,12 @@ class Parsed:
     content: Content
 
 
-def parse_id(fields: Fields) -> str | None:
-    """The row's `id`, text or whole number; None without one."""
-    if not fields.has("id"):
+def parse_id(fields: Fields, name: str | None = "id") -> str | None:
+    """The row's own id, text or whole number; None without one."""
+    if name is None or not fields.has(name):
         return None
-    if not (text := fields.text("id")):
-        raise OddRow(Reason.WRONG_TYPE, "'id' is empty")
+    if not (text := fields.text(name)):
+        raise OddRow(Reason.WRONG_TYPE, f"{name!r} is empty")
     return text
 
 

@@ -2,36 +2,29 @@
 
 In: a row and the source's `columns`; the cells of a table whose first line names them. Out: `Completion` or
 `Chat`, or `OddRow` with the row's own keys and the shapes that are read.
-Invariant: texts stay verbatim; a row that says more than its shape can hold (tool calls, a system text beside
-the turns) is rejected by name rather than trained without it.
+Invariant: texts stay verbatim; a row that says more than its shape can hold (tool calls, a history next to
+the prompt) is rejected by the field's name rather than trained without it.
 Trade-off: `conversations` are taken for ShareGPT's turns without being asked (one look-up more in a row
 without `messages`); every other name has to stand in `columns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from sftcore.data.contents import Chat, Completion, Fields, Message, OddRow
-from sftcore.data.ledger import Reason, Rejection, printable
+from sftcore.data.ledger import Change, Reason, Rejection, printable
 from sftcore.data.rows import WHOLE, Note, RawRow, Span, csv_rows, damaged, ignore, suffix_of, tsv_rows
+from sftcore.data.turns import parse_message, refuse_unknown, says_nothing
 from sftcore.sources import Columns
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-NOT_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "weight", "train")  # alter training
-NOT_BESIDE = ("system", "history", "tools")  # parts of a prompt that some corpora keep in fields of their own
-NOT_BESIDE_MESSAGES = ("tools", "functions", "chat_template_kwargs")  # reach the template at inference
+SYSTEM_NAMES = ("system", "system_prompt", "system_message")  # a first turn that some corpora keep apart
+REDUNDANT = frozenset(
+    {"text", "chosen", "rejected"}
+)  # a rendering of the row; what other objectives train on
 SHAREGPT = "conversations"
 MAX_KEYS_SHOWN = 5
 Table = Iterator[RawRow | Rejection]
@@ -72,16 +65,10 @@ def _named(path: Path, row: RawRow | Rejection, names: list[str]) -> RawRow | Re
 
 
 def parse_example(fields: Fields, columns: Columns) -> Completion | Chat:
-    """A row of a `jsonl` source: prompt and completion, or the turns of a chat."""
-    turns = _turns_name(fields, columns)
-    texts = [name for name in (columns.prompt, columns.completion) if fields.has(name)]
-    if turns and texts:
-        raise OddRow(
-            Reason.WRONG_TYPE, f"{turns!r} together with {columns.prompt!r} or {columns.completion!r}"
-        )
-    if turns:
-        return _parse_chat(fields, turns)
-    if len(texts) < 2:
+    """A row of a `jsonl` source: the turns of a chat, else prompt and completion."""
+    if turns := _turns_name(fields, columns):
+        return _parse_chat(fields, turns, columns)
+    if not (fields.has(columns.prompt) and fields.has(columns.completion)):
         raise _no_example(fields, columns)
     return _parse_completion(fields, columns)
 
@@ -111,48 +98,67 @@ def _parse_completion(fields: Fields, columns: Columns) -> Completion:
         raise OddRow(Reason.EMPTY_PROMPT, f"{columns.prompt!r} is empty")
     if not completion.strip():
         raise OddRow(Reason.EMPTY_ANSWER, f"{columns.completion!r} is empty")
+    if len(fields.row.value) > len(names):
+        known = {*names, *REDUNDANT, *filter(None, (columns.input, columns.id))}
+        refuse_unknown(fields.row.value, known, what="a row", ignored=columns.ignore)
     if columns.input is None:
         return Completion(prompt=prompt, completion=completion)
-    _refuse_beside(fields, columns.prompt)
     given = fields.text(columns.input, verbatim=True) if fields.has(columns.input) else ""
     parts = [prompt, given] if given.strip() else [prompt]
     return Completion(prompt="".join(f"{part}\n\n" for part in parts), completion=completion)
 
 
-def _refuse_beside(fields: Fields, name: str, others: Sequence[str] = NOT_BESIDE) -> None:
-    """A row whose prompt is spread over more fields than are read."""
-    for other in others:
-        if fields.has(other) and fields.get(other):
-            raise OddRow(Reason.WRONG_TYPE, f"{other!r} beside {name!r}, which is not supported")
-
-
-def _parse_chat(fields: Fields, name: str) -> Chat:
+def _parse_chat(fields: Fields, name: str, columns: Columns) -> Chat:
     turns = fields.get(name)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise OddRow(Reason.WRONG_TYPE, f"{name!r} must be a list of {{role, content}}")
-    _refuse_beside(fields, name, NOT_BESIDE if name == SHAREGPT else NOT_BESIDE_MESSAGES)
-    messages = tuple(parse_message(fields, turn) for turn in turns)
+    messages = [parse_message(fields, turn) for turn in turns]
+    if len(fields.row.value) > 1:
+        messages = _beside(fields, name, columns, messages)
+    chat = Chat(messages=tuple(messages))
+    _refuse_silent(chat)
+    return chat
+
+
+def _beside(fields: Fields, name: str, columns: Columns, messages: list[Message]) -> list[Message]:
+    """The turns with what stands next to them in the row: a system text is said first, other texts are left.
+
+    What is left (a `prompt` next to the turns, say) is noted; fields that nothing reads cost the row.
+    """
+    row = fields.row.value
+    texts = [
+        t for t in (columns.prompt, columns.completion, columns.input) if t and t != name and fields.has(t)
+    ]
+    for text in texts:
+        fields.changed(Change.COLUMN_LEFT_OUT, text)
+    systems = [s for s in SYSTEM_NAMES if s not in columns.ignore and not says_nothing(row.get(s))]
+    known = {name, *texts, *systems, *REDUNDANT, *filter(None, (columns.id,))}
+    refuse_unknown(row, known, what="a row", ignored=columns.ignore)
+    for system in systems[:1]:
+        if len(systems) > 1:
+            raise OddRow(Reason.UNKNOWN_KEY, f"a row with {' and '.join(map(repr, systems))}")
+        text = fields.text(system, verbatim=True)
+        if messages and messages[0].role == "system":
+            if messages[0].content.strip() != text.strip():
+                raise OddRow(Reason.WRONG_TYPE, f"{system!r} next to another system turn")
+            return messages
+        fields.changed(Change.SYSTEM_FROM_COLUMN, system)
+        return [Message(role="system", content=text), *messages]
+    return messages
+
+
+def _refuse_silent(chat: Chat) -> None:
+    """Refuse a chat that trains nothing, or an answer to nothing."""
+    messages = chat.messages
     answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
         raise OddRow(Reason.EMPTY_ANSWER, "no assistant turn")
     if not all(answer.strip() for answer in answers):
         raise OddRow(Reason.EMPTY_ANSWER, "an assistant turn is empty")
+    if not chat.answers:
+        raise OddRow(Reason.EMPTY_ANSWER, "no assistant turn is to be trained")
     if messages[0].role == "assistant":
         raise OddRow(Reason.EMPTY_PROMPT, "the first turn is the assistant's")
     before = takewhile(lambda message: message.role != "assistant", messages)
     if not any(message.content.strip() for message in before):
         raise OddRow(Reason.EMPTY_PROMPT, "nothing is said before the first answer")
-    return Chat(messages=messages)
-
-
-def parse_message(fields: Fields, turn: dict[str, Any]) -> Message:
-    """A turn as {role, content}, or as ShareGPT's {from, value}."""
-    is_sharegpt = turn.get("role") is None and turn.get("from") is not None
-    role, text = ("from", "value") if is_sharegpt else ("role", "content")
-    known = SHAREGPT_ROLES if is_sharegpt else dict(zip(ROLES, ROLES, strict=True))
-    speaker = turn.get(role)
-    if not isinstance(speaker, str) or speaker not in known:
-        raise OddRow(Reason.WRONG_TYPE, f"{role} {speaker!r} is none of {', '.join(known)}")
-    if unsupported := [key for key in NOT_IN_A_TURN if turn.get(key) is not None]:
-        raise OddRow(Reason.WRONG_TYPE, f"a turn with {unsupported[0]!r}, which is not supported")
-    return Message(role=known[speaker], content=fields.checked(turn.get(text), text, verbatim=True))

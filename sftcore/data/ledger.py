@@ -54,6 +54,7 @@ class Reason(StrEnum):
     NO_RATIONALE = "no_rationale"
     SPECIAL_TOKEN = "special_token"
     NO_REPLY = "no_reply"
+    UNKNOWN_KEY = "unknown_key"
 
 
 HYGIENE = frozenset({Reason.DUPLICATE, Reason.CONTRADICTORY_LABEL, Reason.LEAK})
@@ -77,8 +78,13 @@ REMEDIES = {
     Reason.MISSING_FIELD: "name the fields in `columns` of the source: {prompt: ..., completion: ...} or"
     " {messages: ...} (jsonl), {a: ..., b: ..., label: ...} (pairs)",
     Reason.UNKNOWN_LABEL: "labels are 0, 1 or a word of matching.labels",
-    Reason.UNDECODABLE_BYTES: "save the file as UTF-8, e.g. iconv -f GB18030 -t UTF-8",
-    Reason.DUPLICATE_ID: "is a file listed twice, or an id given twice?",
+    Reason.UNDECODABLE_BYTES: "save the file as UTF-8: iconv -f ENCODING -t UTF-8 (each row has a guess)",
+    Reason.DUPLICATE_ID: "is a file listed twice, or an id given twice?"
+    " `columns: {id: null}` of the source numbers its rows",
+    Reason.UNKNOWN_KEY: "name what is no part of the prompt in `columns: {ignore: [...]}` of the source;"
+    " what changes training can't be left out in silence",
+    Reason.REFUSED_BY_TEMPLATE: "where the template knows no system role: `data.system: merge` (into the next"
+    " user turn) or drop; another template: `model.chat_template: NAME or FILE`",
     Reason.OVERLENGTH: "raise data.max_length, or set data.overlength: trim_prompt",
     Reason.WRONG_FIELD_COUNT: "is a tab or comma inside a text? use JSONL, or CSV with quotes",
     Reason.UNKNOWN_RELATION: "give each fact its own question",
@@ -107,6 +113,14 @@ class Change(StrEnum):
     MIXED_SCRIPTS = "mixed_scripts"
     FULL_WIDTH = "full_width"
     SPECIAL_IN_TEXT = "special_in_text"
+    PARTS_JOINED = "parts_joined"
+    COLUMN_LEFT_OUT = "column_left_out"
+    SYSTEM_FROM_COLUMN = "system_from_column"
+    SYSTEM_MERGED = "system_merged"
+    SYSTEM_DROPPED = "system_dropped"
+    QUOTES_READ = "quotes_read"
+    LABEL_SPELLING = "label_spelling"
+    JSON_LIST = "json_list"
 
 
 def printable(text: str, limit: int = EXCERPT_CHARACTERS) -> str:

@@ -17,7 +17,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from sftcore.data.chat import ChatRefused, ChatRenderer
+from sftcore.data.chat import SYSTEM_ROLES, ChatRefused, ChatRenderer, without_system
 from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
 from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.rationales import Order, compose_answer
@@ -41,6 +41,7 @@ from sftcore.errors import Problem, UserInputError
 __all__ = ["PromptOptions", "Prompter", "Refusal", "Sample", "Template", "load_template", "question_patterns"]
 
 BATCH_RECORDS = 1024  # encoded together; EntityQuestions: 0.3 MB of text
+SYSTEM_CHANGES = {"merge": Change.SYSTEM_MERGED, "drop": Change.SYSTEM_DROPPED}  # by `data.system`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,6 +95,7 @@ class Prompter:
         self.patterns = question_patterns(options.relations) if patterns is None else patterns
         self._chat: ChatRenderer | None = None
         self._special = SpecialTokens(self.codec, options.own_tokens)
+        self._special_in_chats: SpecialTokens | None = None
 
     def prompt_text(self, record: Record) -> str:
         """The prompt as text, without the tokenizer's own prefix.
@@ -107,9 +109,7 @@ class Prompter:
         if isinstance(draft, Refusal):
             where = f"{record.file}:{record.row}"
             raise UserInputError(Problem(what=f"no prompt can be made: {draft.detail}", where=where))
-        return (
-            self._renderer().prompt(record.content) if isinstance(record.content, Chat) else draft.pieces[0]
-        )
+        return "".join(draft.pieces[:-1])
 
     def prompt_ids(self, record: Record) -> list[int]:
         """Exactly what inference feeds."""
@@ -133,10 +133,18 @@ class Prompter:
 
     def reply_ids_batch(self, records: Sequence[Record]) -> list[list[int] | Refusal]:
         """What is trained last in each record, stop token included, cut nowhere; or why nothing is."""
+        encoded = self._encode([record.content for record in records])
         return [
-            encoded if isinstance(encoded, Refusal) else encoded.ids[slice(*encoded.trained[-1])]
-            for encoded in self._encode([record.content for record in records])
+            sample if isinstance(sample, Refusal) else self._closed(sample.ids[slice(*sample.trained[-1])])
+            for sample in encoded
         ]
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        """An answer's ids without the white space that a template may mark as trained behind its end."""
+        last = max(
+            (i for i, token in enumerate(ids) if token in self.codec.special_ids), default=len(ids) - 1
+        )
+        return ids[: last + 1]
 
     def label_ids(self, record: Record) -> tuple[list[int], list[int]]:
         """What would be trained after a pair's prompt for label 0 and for label 1, stop token included."""
@@ -199,6 +207,11 @@ class Prompter:
         for i in self._special.rows(contents):
             if isinstance(sample := fitted[i], Encoded):
                 fitted[i] = replace(sample, changes=(*sample.changes, Change.SPECIAL_IN_TEXT))
+        if (change := SYSTEM_CHANGES.get(self.options.system)) is not None:
+            for i, content in enumerate(contents):
+                if isinstance(content, Chat) and isinstance(sample := fitted[i], Encoded):
+                    if any(turn.role in SYSTEM_ROLES for turn in content.messages):
+                        fitted[i] = replace(sample, changes=(*sample.changes, change))
         return fitted
 
     def _encode(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
@@ -227,13 +240,7 @@ class Prompter:
 
     def _draft(self, content: Content) -> Draft | Refusal:
         if isinstance(content, Chat):
-            if found := self._special.find_in_chat(content):
-                detail = f"{found[0]!r} in a turn of role {found[1]}"
-                return Refusal(reason=Reason.SPECIAL_TOKEN, detail=detail)
-            try:
-                return Draft(pieces=self._renderer().pieces(content), is_bare=False)
-            except ChatRefused as error:
-                return Refusal(reason=Reason.REFUSED_BY_TEMPLATE, detail=str(error))
+            return self._chat_draft(content)
         if isinstance(content, Fact):
             content = with_question(content, self.patterns)
             if content.question is None and "question" in self.options.templates["any"].placeholders:
@@ -242,6 +249,23 @@ class Prompter:
         if isinstance(content, Pair):
             return self._pair_draft(content)
         return Draft(pieces=self._texts(content), is_bare=True)
+
+    def _chat_draft(self, chat: Chat) -> Draft | Refusal:
+        renderer = self._renderer()
+        if (
+            self._special_in_chats is None
+        ):  # a token of the recipe's own is forged where the template writes it
+            own = set(self.options.own_tokens) - renderer.own_tokens - set(self.codec.named_special)
+            self._special_in_chats = SpecialTokens(self.codec, own)
+        if found := self._special_in_chats.find_in_chat(chat):
+            detail = f"{found[0]!r} in a turn of role {found[1]}"
+            return Refusal(reason=Reason.SPECIAL_TOKEN, detail=detail)
+        try:
+            if self.options.system != "keep":
+                chat = without_system(chat, self.options.system)
+            return Draft(pieces=renderer.pieces(chat), is_bare=False)
+        except ChatRefused as error:
+            return Refusal(reason=Reason.REFUSED_BY_TEMPLATE, detail=str(error))
 
     def _pair_draft(self, pair: Pair) -> Draft | Refusal:
         is_explained = self.options.matching.rationale != "none"
@@ -252,7 +276,7 @@ class Prompter:
 
     def _renderer(self) -> ChatRenderer:
         if self._chat is None:
-            self._chat = ChatRenderer(self.codec)
+            self._chat = ChatRenderer(self.codec, self.options.today)
         return self._chat
 
     def _texts(self, content: Fact | Pair | Completion) -> tuple[str, str]:

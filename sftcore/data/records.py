@@ -280,19 +280,23 @@ def _label_test(labels: LabelWords) -> Callable[[str], bool]:
 def _contents(
     source: Source, file: Path, labels: LabelWords, note: Note, span: Span
 ) -> Iterator[Parsed | Rejection]:
-    rows = _raw_rows(source, file, labels, note, span)
+    rows, id_name = _raw_rows(source, file, labels, note, span), source.columns.id
     if source.format == "entityquestions":
-        return _with_subjects(file, _parsed(rows, file, parse_question, note))
+        return _with_subjects(file, _parsed(rows, file, parse_question, note, id_name))
     if source.format == "facts":
-        return _parsed(rows, file, parse_fact, note)
+        return _parsed(rows, file, parse_fact, note, id_name)
     if source.format == "pairs":
         numbers = label_numbers(labels)
-        return _parsed(rows, file, lambda fields: parse_pair(fields, numbers), note)
-    return _parsed(rows, file, lambda fields: parse_example(fields, source.columns), note)
+        return _parsed(rows, file, lambda fields: parse_pair(fields, numbers), note, id_name)
+    return _parsed(rows, file, lambda fields: parse_example(fields, source.columns), note, id_name)
 
 
 def _parsed(
-    rows: Iterator[RawRow | Rejection], file: Path, parse: Callable[[Fields], Content], note: Note
+    rows: Iterator[RawRow | Rejection],
+    file: Path,
+    parse: Callable[[Fields], Content],
+    note: Note,
+    id_name: str | None = "id",
 ) -> Iterator[Parsed | Rejection]:
     """Apply `parse` to each row; what it refuses becomes a `Rejection`."""
     for row in rows:
@@ -301,7 +305,7 @@ def _parsed(
             continue
         fields = Fields(row=row, file=str(file), note=note)
         try:
-            yield Parsed(id=parse_id(fields), row=row.number, content=parse(fields))
+            yield Parsed(id=parse_id(fields, id_name), row=row.number, content=parse(fields))
         except OddRow as odd:
             yield _rejected(row, file, odd)
         except RecursionError:  # nested as deep as a JSON reader goes, deeper than repr() does

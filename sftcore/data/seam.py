@@ -5,7 +5,8 @@ Invariant: the ids before each trained piece are those that inference feeds at t
 -100; each trained piece has a token before it and at least one of its own.
 Trade-off: the text up to each border is encoded by itself to see that the border falls between tokens. Where
 the tokenizer never looks across a space between two words (`Codec.last_cut`), only what follows the last such
-space is encoded again; else all of the prompt is.
+space is encoded again; in chats, what follows the last added token (400 turns cost twice one encoding); else
+all of the prompt is.
 
 One sample, prompt "Q: why? A:" and answer " so" (· marks -100):
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -109,15 +110,34 @@ def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]
     Where the ids of the text up to a border are a prefix of the ids of the whole, the whole is taken. Where a
     token straddles a border ("A: " + "Paris": " Paris" is one token), each piece is encoded by itself.
     """
-    stretches = [_stretches(codec, draft.pieces) for draft in drafts]
+    drafts = [_ended_once(codec, draft) for draft in drafts]
+    stretches = [_stretches(codec, draft) for draft in drafts]
     encoded = iter(codec.encode([text for group in stretches for pair in group for text in pair]))
     whole = [_join([(next(encoded), next(encoded)) for _ in group]) for group in stretches]
     torn = [i for i, found in enumerate(whole) if found is None]
-    apart = iter(codec.encode([piece for i in torn for piece in drafts[i].pieces]))
+    firsts = iter(codec.encode([drafts[i].pieces[0] for i in torn]))
+    others = iter(
+        codec.encode_continued([piece for i in torn for piece in drafts[i].pieces[1:]]) if torn else []
+    )
+    apart = {i: _chained([next(firsts), *(next(others) for _ in drafts[i].pieces[1:])]) for i in torn}
     return [
-        _finish(codec, draft, *(found or _chained(next(apart) for _ in draft.pieces)), is_apart=found is None)
-        for draft, found in zip(drafts, whole, strict=True)
+        _finish(codec, draft, *(found or apart[i]), is_apart=found is None)
+        for i, (draft, found) in enumerate(zip(drafts, whole, strict=True))
     ]
+
+
+def _ended_once(codec: Codec, draft: Draft) -> Draft:
+    """`draft` without what follows an answer's own stop token: white space, the token again."""
+    stop, answer = codec.stop_text, draft.pieces[-1]
+    if not draft.is_bare or stop not in answer:
+        return draft
+    end = len(answer.rstrip())
+    while end and answer.startswith(stop, end - len(stop)):
+        kept, end = end, len(answer[: end - len(stop)].rstrip())
+        if not end:
+            return draft
+        answer = answer[:kept]
+    return replace(draft, pieces=(*draft.pieces[:-1], answer))
 
 
 def encode_classified(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]:
@@ -139,16 +159,17 @@ def encode_joined(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]
     return [Encoded(ids=ids, label=draft.label) for ids, draft in zip(joined, drafts, strict=True)]
 
 
-def _stretches(codec: Codec, pieces: Sequence[str]) -> list[tuple[str, str]]:
+def _stretches(codec: Codec, draft: Draft) -> list[tuple[str, str]]:
     """For each border: what is new before its last cut, and what lies between that cut and the border.
 
     pieces       |Name it. Where is |it?| Here.|      cuts stand before " Where", " is" (a word on both sides)
     first        Name it. Where        + " is "
     second       ""                    + " is it?"    (the last border: all from the cut before)
     """
-    text, found, cut = "".join(pieces), [], 0
-    for border in accumulate(map(len, pieces)):
-        next_cut = codec.last_cut(text, cut, border) if border < len(text) else cut
+    text, found, cut = "".join(draft.pieces), [], 0
+    find_cut = codec.last_cut if draft.is_bare else codec.last_added
+    for border in accumulate(map(len, draft.pieces)):
+        next_cut = find_cut(text, cut, border) if border < len(text) else cut
         found.append((text[cut:next_cut], text[next_cut:border]))
         cut = next_cut
     return found

@@ -97,7 +97,7 @@ def object_rows(
     path: Path, columns: Columns, rows: Iterator[RawRow | Rejection]
 ) -> Iterator[RawRow | Rejection]:
     """The rows' objects with the names of `columns` replaced by a, b and label."""
-    names = columns.of_pair() | {"id": "id"}
+    names = columns.of_pair() | ({columns.id: columns.id} if columns.id else {})
     if not all(isinstance(name, str) for name in names.values()):
         remedy = f"name the fields in {'--a and --b' if columns.label is None else '`columns`'}"
         raise damaged(path, "columns by number need a TSV or CSV file", remedy=remedy)

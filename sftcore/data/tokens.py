@@ -10,6 +10,7 @@ EntityQuestions, SmolLM2, 2026-11) and can write out their whole state; models w
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import string
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 from tokenizers.models import BPE
 
+from sftcore.data.chat_template import choose_template
 from sftcore.data.words import SPLITS, Words, state_of, word_pattern
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
@@ -46,6 +48,17 @@ class Codec:
     stop_id: int
     special_ids: frozenset[int]
     is_local: bool = False
+
+    @cached_property
+    def stop_text(self) -> str:
+        """How a text spells the stop token."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.stop_id))
+
+    @cached_property
+    def named_special(self) -> frozenset[str]:
+        """Special tokens that have a part to play: bos, eos, pad, unk, ..."""
+        names = self.tokenizer.special_tokens_map.values()
+        return frozenset(str(n) for name in names for n in (name if isinstance(name, list) else [name]))
 
     @cached_property
     def longest_token(self) -> int | None:
@@ -82,6 +95,59 @@ class Codec:
         backend.no_truncation()
         backend.no_padding()
         return [found.ids for found in backend.encode_batch_fast(list(pairs), add_special_tokens=True)]
+
+    def encode_continued(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text behind another one: without the space that some tokenizers put in front of it.
+
+        One that the vocabulary can't spell so keeps the space.
+        """
+        plain = self.encode(texts)
+        if (backend := self._continuing) is None:
+            return plain
+        heads = [self._before_added(text) for text in texts]
+        bare = [found.ids for found in backend.encode_batch_fast(heads, add_special_tokens=False)]
+        rests = self.encode([text[len(head) :] for text, head in zip(texts, heads, strict=True)])
+        unknown = self.tokenizer.unk_token_id
+        return [
+            ids if unknown in head and unknown not in ids else [*head, *rest]
+            for ids, head, rest in zip(plain, bare, rests, strict=True)
+        ]
+
+    def _before_added(self, text: str) -> str:
+        """What stands before the first added token, at which a tokenizer starts again."""
+        found = self._added.search(text) if self._added else None
+        return text[: found.start()] if found else text
+
+    @cached_property
+    def _continuing(self) -> Any:
+        """The tokenizer without a space in front of texts; None if it puts none there."""
+        backend = self.tokenizer.backend_tokenizer
+        states = [state_of(backend.normalizer), state_of(backend.pre_tokenizer)]
+        if states == [_without_space(state) for state in states]:
+            return None
+        described = json.loads(backend.to_str())
+        for part in ("normalizer", "pre_tokenizer"):
+            described[part] = _without_space(described[part]) or None
+        return type(backend).from_str(json.dumps(described))
+
+    @cached_property
+    def _added(self) -> re.Pattern[str] | None:
+        """Added tokens before which a text can be cut; None where one of them looks around itself."""
+        tokens = self.tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        if any(token.lstrip or token.single_word for token in tokens):
+            return None
+        names = sorted((t.content for t in tokens if not t.normalized), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names))) if names else None
+
+    def last_added(self, text: str, start: int, end: int) -> int:
+        """The place of the last added token in text[start:end], or `start`; `start` has to be a cut itself.
+
+        Tokenizers take a text apart at these first of all, so ids(before) + ids(after) = ids(whole) there.
+        """
+        if self._added is None:
+            return start
+        places = [found.start() for found in self._added.finditer(text, start, end)]
+        return places[-1] if places else start
 
     def last_cut(self, text: str, start: int, end: int) -> int:
         """The last place in text[start:end] with ids(before) + ids(after) = ids(whole), or `start`.
@@ -162,6 +228,25 @@ def _splits_words(step: dict[str, Any]) -> bool:
     return False
 
 
+def _without_space(state: dict[str, Any]) -> dict[str, Any]:
+    """A normalizer's or pre-tokenizer's state without what puts a space before a text.
+
+    >>> _without_space({"type": "Sequence", "normalizers": [{"type": "Prepend"}, {"type": "NFC"}]})
+    {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]}
+    """
+    match state:
+        case {"type": "Prepend"}:
+            return {}
+        case {"type": "Metaspace"}:
+            return state | {"prepend_scheme": "never"}
+        case {"type": "ByteLevel", "add_prefix_space": True}:
+            return state | {"add_prefix_space": False}
+        case {"type": "Sequence"}:
+            steps = {key: value for key, value in state.items() if isinstance(value, list)}
+            return state | {k: [s for s in map(_without_space, steps[k]) if s] for k in steps}
+    return state
+
+
 def _own_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
     for probe in PROBES:
         bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
@@ -196,12 +281,17 @@ def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def load_tokenizer(
-    model_path: str, trust_remote_code: bool = False, *, add_tokens: Sequence[str] = ()
+    model_path: str,
+    trust_remote_code: bool = False,
+    *,
+    add_tokens: Sequence[str] = (),
+    chat_template: str | None = None,
 ) -> Tokenizer:
     """The fast tokenizer of a model folder or hub name.
 
     Args:
         add_tokens: special tokens that it gets beside its own.
+        chat_template: `model.chat_template`; None: its own.
 
     Raises:
         UserInputError: the path is a file's; the folder holds no usable tokenizer, or only a slow one.
@@ -226,6 +316,8 @@ def load_tokenizer(
             )
         )
     tokenizer.add_tokens(list(add_tokens), special_tokens=True)
+    if chat_template is not None:
+        tokenizer.chat_template = choose_template(tokenizer, chat_template)
     return tokenizer
 
 

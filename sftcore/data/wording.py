@@ -13,6 +13,7 @@ import difflib
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,8 @@ class PromptOptions:
         overlength: "reject", "trim_prompt" or "error" (an error is a rejection here; prepare raises it).
         relations: `data.relations`.
         own_tokens: `model.add_tokens`, special tokens that texts may hold.
+        system: "keep", "merge" or "drop": what becomes of the system's turns in chats.
+        today: the day that a chat template may ask for; None: none may.
     """
 
     task: str
@@ -183,6 +186,8 @@ class PromptOptions:
     overlength: str
     relations: str | None = None
     own_tokens: tuple[str, ...] = ()
+    system: str = "keep"
+    today: date | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> PromptOptions:
@@ -199,6 +204,8 @@ class PromptOptions:
             overlength=recipe.data.overlength,
             relations=recipe.data.relations,
             own_tokens=tuple(recipe.model.add_tokens),
+            system=recipe.data.system,
+            today=recipe.data.today,
         )
 
     @property
@@ -221,6 +228,8 @@ class PromptOptions:
             else None,
             "max_length": self.max_length,
             "own_tokens": sorted(self.own_tokens),
+            "system": self.system,
+            "today": self.today and self.today.isoformat(),
             "overlength": "trim_prompt" if self.overlength == "trim_prompt" else "reject",
         }
 

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from sftcore import dist
 from sftcore.config import Recipe
-from sftcore.data.chat import ChatRenderer
+from sftcore.data.chat import turn_ends
 from sftcore.data.tokens import codec_of
 from sftcore.errors import UserInputError
 from sftcore.fsio import atomic_folder, read_json, write_json
@@ -95,7 +95,7 @@ def _end_texts_with_turns(file: Path, tokenizer: Any) -> None:
     In the file, for transformers refuses to save a changed configuration with any odd key of the base's.
     """
     with contextlib.suppress(UserInputError):  # rows of prompt and completion don't need a verified template
-        turn = ChatRenderer(codec_of(tokenizer)).end_of_turn_id
+        turn, _ = turn_ends(codec_of(tokenizer))
         config = read_json(file)
         known = config.get("eos_token_id")
         ends = known if isinstance(known, list) else [] if known is None else [known]

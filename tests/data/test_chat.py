@@ -86,10 +86,22 @@ def test_end_of_turn_inside_a_generation_block():
     assert renderer(inside).pieces(chat("hi", "yo")) == renderer(MASKED).pieces(chat("hi", "yo"))
 
 
-def test_what_the_template_writes_inside_a_turn_is_trained():
+def test_what_the_template_writes_before_the_last_answer_only_is_context():
+    """Else one answer in n would train an empty thought; in a chat of one answer it is the same."""
     pieces = renderer(THINKING).pieces(chat("hi", "yo", "so", "bye"))
-    assert pieces[1] == "yo<|im_end|>"
-    assert pieces[3] == "<think>\n\n</think>\n\nbye<|im_end|>"
+    assert pieces[1] == "yo<|im_end|>" and pieces[3] == "bye<|im_end|>"
+    assert pieces[2].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert renderer(THINKING).pieces(chat("hi", "yo"))[1] == "yo<|im_end|>"
+
+
+def test_what_the_template_writes_before_every_answer_is_trained():
+    final = CHATML.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}final: {% endif %}{{ m.content }}"
+    )
+    assert renderer(final).pieces(chat("hi", "yo", "so", "bye"))[1::2] == (
+        "final: yo<|im_end|>",
+        "final: bye<|im_end|>",
+    )
 
 
 def test_space_around_a_turn_is_trained():
@@ -106,13 +118,18 @@ def test_pieces_are_what_inference_feeds_and_what_it_should_write(template, cont
     assert all(
         a.strip() in p and p.endswith("<|im_end|>") for a, p in zip(answers, pieces[1::2], strict=True)
     )
-    assert "".join(pieces[:-1]) == render.prompt(conversation)
+    assert "".join(pieces[:-1]).startswith(render.prompt(conversation))
+    if template is not THINKING:
+        assert "".join(pieces[:-1]) == render.prompt(conversation)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "not in the rendered text"),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+            "no end-of-turn token follows",
+        ),
         (
             CHATML.replace("assistant\n{% endif %}", "bot\n{% endif %}"),
             "not a prefix of the whole conversation",
@@ -120,7 +137,7 @@ def test_pieces_are_what_inference_feeds_and_what_it_should_write(template, cont
         (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "not in the rendered text"),
         (
             "{% for m in messages if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endfor %}",
-            "an assistant turn has no text before it",
+            "turn 1, of role user, is not in the rendered text",
         ),
         ("{{ raise_exception('no chats today') }}", "the template says: no chats today"),
         (
@@ -129,6 +146,10 @@ def test_pieces_are_what_inference_feeds_and_what_it_should_write(template, cont
         ),
         (
             MASKED.replace("{% generation %}{{ m.content }}", "{{ m.content }}{% generation %}"),
+            "marks no turn of this chat",
+        ),
+        (
+            MASKED.replace("{% generation %}{{ m.content }}", "So: {% generation %}{{ m.content }}"),
             "don't start where the generation prompt ends",
         ),
         ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", None),
@@ -155,7 +176,7 @@ def test_one_conversation_can_be_refused():
 
 
 def test_a_template_that_forgets_early_turns_is_refused():
-    """Of all but the last turns nothing is left: what inference fed for them is no prefix of the whole."""
+    """Of all but the last turns nothing is left, which would train on half a conversation."""
     window = CHATML.replace("in messages %}", "in messages[-4:] %}")
-    with pytest.raises(ChatRefused, match="not a prefix"):
+    with pytest.raises(ChatRefused, match="turn 1, of role user, is not in"):
         renderer(window).pieces(chat("a", "b", "c", "d", "e", "f"))
