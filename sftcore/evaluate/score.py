@@ -24,7 +24,7 @@ FEW_ITEMS = 30  # below this a 95 % interval at one half is wider than +-17 poin
 Z = 1.96  # standard deviations to either side of a 95 % interval
 FIELD_TYPES = {"id": (str, int), "prompt": (str,), "prediction": (str,), "correct": (bool,), "split": (str,)}
 MAX_PROBLEMS_SHOWN = 5
-CODE_VERSION = 1  # raise it when the same model and prompts give other rows or scores
+CODE_VERSION = 2  # raise it when the same model and prompts give other rows or scores
 
 
 def wilson_interval(correct: int, n: int, z: float = Z) -> tuple[float, float] | None:

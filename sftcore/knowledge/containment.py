@@ -2,17 +2,20 @@
 
 In: a model's text, a fact's gold answers, the alias table. Out: yes or no.
 Invariant: one more gold answer never turns a yes into a no.
-Trade-off: names are sought with `str.find` and their edges looked at only where they were found. A text of
-150 characters takes 2 to 4 us, 12 us if it isn't ASCII, most of that NFKC (two-core machine, November 2026).
+Trade-off: names are sought with `str.find` and what is around them looked at only where they were found. A
+text of 150 characters takes 2 us where no name's longest word stands in it, else 60 us for spelling it out
+(two-core machine beside other work, December 2026).
 
-METHODS.md M1 leaves containment open; decided here:
+METHODS.md M1 leaves containment open; decided here, in spelling.py, names.py and numbers.py:
 * Texts and names are compared after NFKC, case folding and one kind of quote, dash, space and middle dot
-  (列奥纳多・达・芬奇).
+  (列奥纳多・达・芬奇); a hyphen is a space, "St." is "Saint", J. R. R. is J.R.R. and JRR; a leading "The" or
+  the accents of Latin letters may be missing.
 * A name counts only as whole words in scripts that put spaces between words. Chinese, Japanese, Thai, Lao,
   Khmer and Burmese don't: plain substring there. Korean does, but glues particles to the end of a noun, so a
   name needs a word border before it and none before a following Hangul syllable.
 * The full stop that ends a name is optional: "Canon Inc." is found in "made by Canon Inc in Japan".
-* A name in capitals that folds to an everyday word ("US", "MIT") must stand in capitals in the text.
+* A name in capitals that folds to an everyday word ("US", "MIT") must stand in capitals in the text; one of
+  everyday words with capitals ("Nice") must have its capitals, and a part of another name doesn't count.
 * An alias may have near misses: "America" doesn't count inside "South America".
 """
 
@@ -20,22 +23,35 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import cache, lru_cache
 
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import fingerprint_of
+from sftcore.knowledge.aliases import ALIASES_PATH as ALIASES_PATH
+from sftcore.knowledge.aliases import HEADER as HEADER
+from sftcore.knowledge.aliases import AliasRow as AliasRow
+from sftcore.knowledge.aliases import AliasTable as AliasTable
+from sftcore.knowledge.names import (
+    READ_AHEAD,
+    Find,
+    common_words,
+    core,
+    is_opening,
+    is_part_of_another,
+    word_lists,
+    words_that_need_capitals,
+)
+from sftcore.knowledge.numbers import SETTLED_AFTER, number_pattern
+from sftcore.knowledge.spelling import WRITTEN_OUT, Spelling, Words, fold, spellings_of, tidy, words_of
+from sftcore.knowledge.spelling import normalise as normalise
 
-ALIASES_PATH = Path(__file__).parent.parent / "assets" / "aliases.tsv"
-HEADER = "canonical\taliases"
-NEAR_MISS_MARK = "!"
-MIN_NAME_LENGTH = 2  # characters of an alias
+FINAL_MARKS = ".!?"
+UNIVERSITY = "大学"  # 牛津大学 is no more Oxford than the University of Oxford is
 UNDECODED = "\ufffd"  # what a tokenizer puts for bytes that don't make a character yet
-MATCHERS_KEPT = 4096  # about 2 kB each; callers come fact by fact, so even 1 would do
+MATCHERS_KEPT = 4096  # about 4 kB each; callers come fact by fact, so even 1 would do
+INITIALISM_LETTERS = 4  # of an everyday word in capitals that is none ("WHO", "US"); longer ones are shouted
 
-_PLAIN_MARKS = str.maketrans("‘’ʼ“”‐‑‒–—・•‧∙⋅", "'''\"\"-----·····")
 _UNSPACED = (
     re.compile(  # Thai and Lao; Burmese; Khmer; radicals, kana, bopomofo, Han; kana and Han past 16 bits
         "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u3130\u3190-\u9fff\uf900-\ufaff"
@@ -43,31 +59,6 @@ _UNSPACED = (
     )
 )
 _HANGUL = re.compile("[\u1100-\u11ff\u3131-\u318f\ua960-\ua97f\uac00-\ud7ff]")
-_EVERYDAY_WORDS = frozenset(
-    "am an and are as at be but by can do for go had has he her him his if in is it its la may me mit my no "
-    "not now of off on one or our out see she so the to un up us was way we who you".split()
-)
-
-
-def tidy(text: str) -> str:
-    """NFKC, plain quotes, dashes and middle dots, single spaces; the case is kept."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)
-    return " ".join(text.split())
-
-
-def normalise(text: str) -> str:
-    """The form in which texts are compared: tidy and case-folded.
-
-    >>> normalise("  The  ﬁrst ‘Café’ of ŌSAKA ")
-    "the first 'café' of ōsaka"
-    """
-    return _fold(tidy(text))
-
-
-def _fold(tidied: str) -> str:
-    folded = tidied.casefold()
-    return folded if folded.isascii() else unicodedata.normalize("NFKC", folded)
 
 
 def is_unspaced(char: str) -> bool:
@@ -76,129 +67,107 @@ def is_unspaced(char: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AliasRow:
-    """One row of the alias table.
-
-    Args:
-        names: canonical name first, then its aliases; each stands for all the others.
-        near_misses: longer phrases in which a name of this row means something else.
-    """
-
-    names: tuple[str, ...]
-    near_misses: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class AliasTable:
-    """Rows of names that mean the same, found by any of their names.
-
-    Args:
-        rows: normalised name -> its row; every name of a row is a key.
-    """
-
-    rows: Mapping[str, AliasRow]
-
-    @classmethod
-    def load(cls, path: Path = ALIASES_PATH) -> AliasTable:
-        """Read a table: a header, then `canonical<TAB>alias|alias|!near miss` a line.
-
-        Raises:
-            UserInputError: with every line that is malformed or repeats a name of another line.
-        """
-        lines = path.read_text(encoding="utf-8").splitlines()
-        problems = [] if lines[:1] == [HEADER] else [_wrong_header(path, lines)]
-        rows: dict[str, AliasRow] = {}
-        for number, line in enumerate(lines[1:], start=2):
-            row = _parse_row(line)
-            keys = {normalise(name) for name in row.names}
-            faults = [
-                *_row_faults(row),
-                *(f"'{key}' stands in an earlier line too" for key in keys & rows.keys()),
-            ]
-            problems += [Problem(what=fault, where=f"{path}:{number}", got=line) for fault in sorted(faults)]
-            rows.update(dict.fromkeys(keys, row))
-        if problems:
-            raise UserInputError(*problems)
-        return cls(rows=rows)
-
-    def row_of(self, answer: str) -> AliasRow:
-        """The row that lists `answer`, or a row of `answer` alone."""
-        return self.rows.get(normalise(answer), AliasRow(names=(answer,), near_misses=()))
-
-    def fingerprint(self) -> str:
-        """Identity of what the table says, for the manifests of what was judged with it."""
-        return fingerprint_of({name: [row.names, row.near_misses] for name, row in self.rows.items()})
-
-
-def _wrong_header(path: Path, lines: Sequence[str]) -> Problem:
-    return Problem(what="wrong header", where=f"{path}:1", got=repr(lines[:1]), allowed=repr(HEADER))
-
-
-def _parse_row(line: str) -> AliasRow:
-    """`Mexico<TAB>México|!New Mexico` -> names (Mexico, México), near misses (New Mexico,)."""
-    canonical, _, aliases = line.partition("\t")
-    items = aliases.split("|")
-    names = (canonical, *(item for item in items if not item.startswith(NEAR_MISS_MARK)))
-    return AliasRow(
-        names=names, near_misses=tuple(item[1:] for item in items if item.startswith(NEAR_MISS_MARK))
-    )
-
-
-def _row_faults(row: AliasRow) -> Iterator[str]:
-    """What is wrong with one row taken by itself."""
-    if len(row.names) < 2:
-        yield "a row needs a canonical name and at least one alias"
-    for name in row.names:
-        if len(name.strip()) < MIN_NAME_LENGTH or name != name.strip():
-            yield f"name '{name}' is shorter than {MIN_NAME_LENGTH} characters or has spaces around it"
-    for phrase in row.near_misses:
-        if not any(normalise(name) in normalise(phrase) for name in row.names):
-            yield f"near miss '{phrase}' holds no name of its row"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Name:
     """One spelling to look for.
 
     Args:
-        text: normalised, or tidy if it must stand in capitals; without a final full stop.
+        text: as in `Words.folded`; without a final full stop.
+        key: a part of it that stands in any text that holds it, as the text has it; perhaps empty.
         dotted: a full stop was cut off its end.
         vetoes: (phrase, offset of `text` in it): a find with the phrase around it doesn't count.
+        spelling: whose words these are.
+        capitals: numbers of its words that must begin with a capital.
+        is_proper: it is written with a capital, so that it may be a part of a longer name.
+        is_function_word: it is one of those that open sentences ("It", "Who").
     """
 
     text: str
+    key: str
     dotted: bool
     vetoes: tuple[tuple[str, int], ...]
+    spelling: Spelling
+    capitals: frozenset[int]
+    is_proper: bool
+    is_function_word: bool
 
-    def occurs_in(self, text: str, *, settled: bool = False) -> bool:
-        """Whether the name stands in `text` (in the same form), as words and outside near misses.
+    def occurs_in(self, text: Words, *, settled: bool, anywhere: bool) -> bool:
+        """Whether the name stands in `text`, as words and outside other names.
 
         Args:
             text: what is searched.
-            settled: count only finds so far from the end that no continuation of `text` could undo them.
+            settled: count only finds that no continuation of `text` could undo.
+            anywhere: parts of other names count, too.
         """
-        last = len(text) - (self._settling_distance() if settled else 0)
-        start = text.find(self.text, 0, last)
-        while start >= 0:
-            if self._counts_at(text, start):
+        for start in word_finds(text.folded, self.text):
+            end = start + len(self.text)
+            is_hit = anywhere or self._is_meant(Find.at(text, start, end), start)
+            if is_hit and (not settled or self._is_settled(text, end)):
                 return True
-            start = text.find(self.text, start + 1, last)
         return False
 
-    def _settling_distance(self) -> int:
-        """Characters that must follow a find: its border, one that fixes that, what `_counts_at` reads."""
-        tails = (len(phrase) - offset - len(self.text) for phrase, offset in self.vetoes)
-        return 2 + self.dotted + max(tails, default=0)
-
-    def _counts_at(self, text: str, start: int) -> bool:
-        end = start + len(self.text)
-        if not (_starts_word(text, start) and _ends_word(text, end)):
+    def _is_meant(self, find: Find, start: int) -> bool:
+        """Whether a find has the capitals of the name and is not a part of something else."""
+        if any(not find.word(n)[:1].isupper() for n in self.capitals):
             return False
-        if self.dotted and text[end : end + 1] == "." and not _ends_word(text, end + 1, after=text[end - 1]):
-            return False  # "U.S." in "U.S.S.R."
-        return not any(
-            start >= offset and text.startswith(phrase, start - offset) for phrase, offset in self.vetoes
-        )
+        if not self._has_initials(find):
+            return False
+        folded = find.text.folded
+        if any(start >= at and folded.startswith(phrase, start - at) for phrase, at in self.vetoes):
+            return False
+        if self.is_function_word and is_opening(find):
+            return False
+        return not (self.is_proper and is_part_of_another(find, name=self.spelling.words))
+
+    def _has_initials(self, find: Find) -> bool:
+        """Whether initialisms are in capitals or have full stops, and none goes on ("U.S." in "U.S.S.R.")."""
+        text, spelling = find.text, self.spelling
+        for number in spelling.glued:
+            if not find.word(number)[: len(spelling.words[number])].isupper():
+                return False
+        for number in spelling.initials:
+            is_dotted = "." in text.joints[find.first + number : find.first + number + 2]
+            if not (is_dotted or find.word(number)[:1].isupper()):
+                return False
+        ends = (find.first, find.last + 1) if spelling.initials else ()
+        return not any(text.joints[n : n + 1] == (".",) for n in ends)
+
+    def _is_settled(self, text: Words, end: int) -> bool:
+        """Whether the words behind a find are enough to know that no more of them change it."""
+        folded = text.folded
+        tail = max((len(phrase) - at - len(self.text) for phrase, at in self.vetoes), default=0)
+        if len(folded) - end < 2 + self.dotted + tail:
+            return False
+        if is_unspaced(self.text[-1]):
+            return True
+        behind = text.cased[folded.count(" ", 0, end) + 1 :]
+        if not behind or (len(behind) == 1 and len(behind[0]) < 2):
+            return False
+        is_followed = self.is_proper and behind[0][:1].isupper()
+        return len(behind) > READ_AHEAD + 1 or not is_followed
+
+
+def word_finds(text: str, name: str) -> Iterator[int]:
+    """Where `name` stands in `text` as words.
+
+    >>> list(word_finds("oman, romania, 在oman的", "oman"))
+    [0, 16]
+    """
+    start = text.find(name)
+    while start >= 0:
+        if _starts_word(text, start) and _ends_word(text, start + len(name)):
+            yield start
+        start = text.find(name, start + 1)
+
+
+def _starts_word(text: str, start: int) -> bool:
+    return start == 0 or not (_is_spaced_letter(text[start - 1]) and _is_spaced_letter(text[start]))
+
+
+def _ends_word(text: str, end: int) -> bool:
+    """Whether a name may end before position `end`."""
+    if end == len(text) or _HANGUL.match(text[end]):
+        return True
+    return not (_is_spaced_letter(text[end - 1]) and _is_spaced_letter(text[end]))
 
 
 def _is_spaced_letter(char: str) -> bool:
@@ -206,27 +175,36 @@ def _is_spaced_letter(char: str) -> bool:
     return (char.isalnum() or unicodedata.category(char)[0] == "M") and not is_unspaced(char)
 
 
-def _starts_word(text: str, start: int) -> bool:
-    return start == 0 or not (_is_spaced_letter(text[start - 1]) and _is_spaced_letter(text[start]))
+@cache
+def _longer_names() -> tuple[str, ...]:
+    return tuple(words_of(name).folded for name in sorted(word_lists()["longer_names"]))
 
 
-def _ends_word(text: str, end: int, after: str = "") -> bool:
-    """Whether a name may end before position `end`; `after` replaces the character before it."""
-    if end == len(text) or _HANGUL.match(text[end]):
-        return True
-    return not (_is_spaced_letter(after or text[end - 1]) and _is_spaced_letter(text[end]))
+def _compile_names(name: str, near_misses: Sequence[str]) -> Iterator[_Name]:
+    """A name in all its spellings."""
+    own = words_of(name).folded
+    phrases = [words_of(phrase).folded for phrase in near_misses]
+    phrases += [phrase for phrase in _longer_names() if phrase not in own]
+    phrases += [own + UNIVERSITY] if is_unspaced(own[-1]) and not own.endswith(UNIVERSITY) else []
+    for spelling in spellings_of(name, is_common=common_words()):
+        full = words_of(" ".join(spelling.words)).folded
+        text = full.rstrip(FINAL_MARKS) or full
+        shouted = frozenset(n for n, word in enumerate(spelling.words) if _is_shouted_word(word))
+        yield _Name(
+            text=text,
+            key=max((word for word in text.split() if word not in WRITTEN_OUT), key=len, default=""),
+            dotted=text != full,
+            vetoes=tuple((p, i) for p in phrases for i in range(len(p)) if p.startswith(text, i)),
+            spelling=Spelling(spelling.words, spelling.initials, spelling.glued | shouted),
+            capitals=words_that_need_capitals(spelling.words),
+            is_proper=any(core(word)[:1].isupper() for word in spelling.words),
+            is_function_word=text in word_lists()["function_words"],
+        )
 
 
-def _needs_capitals(name: str) -> bool:
-    return name.isupper() and normalise(name) in _EVERYDAY_WORDS
-
-
-def _compile_name(name: str, near_misses: Sequence[str]) -> _Name:
-    full = tidy(name) if _needs_capitals(name) else normalise(name)
-    text = full.rstrip(".") or full
-    phrases = [normalise(phrase) for phrase in near_misses]
-    vetoes = tuple((p, i) for p in phrases for i in range(len(p)) if p.startswith(text, i))
-    return _Name(text=text, dotted=text != full, vetoes=vetoes)
+def _is_shouted_word(word: str) -> bool:
+    """Whether an everyday word is in capitals that it needs: an initialism like "WHO"."""
+    return len(word) in range(2, INITIALISM_LETTERS + 1) and word.isupper() and word.lower() in common_words()
 
 
 class AnswerMatcher:
@@ -235,14 +213,17 @@ class AnswerMatcher:
     Args:
         answers: gold answers; any of them counts.
         aliases: an answer that the table lists also counts under the other names of its row.
+        anywhere: an answer counts inside another name and in any case, too: it can be read off the text.
 
     Raises:
         UserInputError: there is no answer, or one is blank.
     """
 
-    __slots__ = ("_folded", "_in_capitals")
+    __slots__ = ("_anywhere", "_names", "_numbers")
 
-    def __init__(self, answers: Sequence[str], aliases: AliasTable | None = None) -> None:
+    def __init__(
+        self, answers: Sequence[str], aliases: AliasTable | None = None, *, anywhere: bool = False
+    ) -> None:
         if not answers or any(not normalise(answer) for answer in answers):
             raise UserInputError(
                 Problem(
@@ -252,12 +233,15 @@ class AnswerMatcher:
                 )
             )
         table = aliases or AliasTable(rows={})
-        self._folded: list[_Name] = []
-        self._in_capitals: list[_Name] = []
+        self._anywhere = anywhere
+        self._names: list[_Name] = []
+        self._numbers: list[re.Pattern[str]] = []
         for row in dict.fromkeys(table.row_of(answer) for answer in answers):
             for name in row.names:
-                kind = self._in_capitals if _needs_capitals(name) else self._folded
-                kind.append(_compile_name(name, row.near_misses))
+                if number := number_pattern(tidy(name)):
+                    self._numbers.append(number)
+                else:
+                    self._names += _compile_names(name, row.near_misses)
 
     def matches(self, text: str) -> bool:
         """Whether `text` holds one of the answers.
@@ -280,10 +264,13 @@ class AnswerMatcher:
 
     def _finds(self, text: str, *, settled: bool) -> bool:
         tidied = tidy(text)
-        folded = _fold(tidied)
-        return any(name.occurs_in(folded, settled=settled) for name in self._folded) or any(
-            name.occurs_in(tidied, settled=settled) for name in self._in_capitals
-        )
+        folded = fold(tidied)
+        names = [name for name in self._names if name.key in folded]
+        words = words_of(tidied) if names else None
+        if words and any(name.occurs_in(words, settled=settled, anywhere=self._anywhere) for name in names):
+            return True
+        last = len(tidied) - (SETTLED_AFTER if settled else 0)
+        return any(found.end() <= last for number in self._numbers for found in number.finditer(tidied))
 
 
 @lru_cache(maxsize=MATCHERS_KEPT)

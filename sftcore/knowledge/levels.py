@@ -17,7 +17,7 @@ from sftcore.errors import Problem, UserInputError
 
 MAX_LEVEL = 4
 LEVELS = range(MAX_LEVEL + 1)
-CODE_VERSION = 1  # raise it when the same model and facts give other hits: questions, sampling, containment
+CODE_VERSION = 2  # raise it when the same model and facts give other hits: questions, sampling, containment
 
 
 def level_of(hits: int, trials: int) -> int:

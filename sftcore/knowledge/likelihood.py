@@ -2,12 +2,15 @@
 
 In: prompts and the names that count for each. Out: a probability for each prompt.
 Invariant: it is the probability, under the probe's temperature, that a sampled completion begins with one of
-the names, in the ids that the tokenizer gives them behind this prompt; so it never exceeds the sampled
-recall's expectation by more than what goes on inside a word ("Oman" in "Omani").
+the names, perhaps behind an article ("the United States"), in the ids that the tokenizer gives them behind
+this prompt. No two of the beginnings that are added up can both come true (none begins with another), so the
+sum is a probability, and never exceeds the sampled recall's expectation by more than what goes on inside a
+word ("Oman" in "Omani") or into another name.
 What stands between prompt and name: a space ("is" + " Lima"), nothing between unspaced scripts ("首都是" +
 "北京"), and where just one of them is unspaced, either is counted.
-Trade-off: one forward of prompt and name instead of ten completions of 32 tokens; answers that come later
-("the city of Lima"), or in another spelling in tokens, are missed. docs/memory-levels.md compares the two.
+Trade-off: one forward of prompt and name, about three names an answer, instead of ten completions of 32
+tokens; answers that come later ("the city of Lima"), or in another spelling in tokens, are missed.
+docs/memory-levels.md compares the two.
 """
 
 from __future__ import annotations
@@ -21,18 +24,25 @@ from sftcore.data.contents import Fact
 from sftcore.data.seam import Draft, encode_drafts
 from sftcore.data.tokens import Codec
 from sftcore.knowledge.containment import AliasTable, is_unspaced
+from sftcore.knowledge.spelling import written_forms
 
 ROWS_PER_FORWARD = 32  # their logits are 270 MB for 8 tokens of a 262,144-word vocabulary
 
 
 def accepted_names(fact: Fact, aliases: AliasTable) -> list[str]:
-    """Every name that would count as a hit, each once.
+    """Every name that would count as a hit, in the forms in which it may begin a completion, each once.
 
     >>> accepted_names(Fact(relation="P36", subject="Peru", answers=("Lima", "Lima")), AliasTable(rows={}))
-    ['Lima']
+    ['Lima', 'the Lima']
     """
     names = [name for answer in fact.answers for name in (answer, *aliases.row_of(answer).names)]
-    return list(dict.fromkeys(names))
+    forms = [form for name in dict.fromkeys(names) for form in _forms(name)]
+    return list(dict.fromkeys(forms))
+
+
+def _forms(name: str) -> list[str]:
+    """A name in a script that puts no spaces between words has no article."""
+    return [name] if any(map(is_unspaced, name)) else written_forms(name)
 
 
 def answer_likelihoods(

@@ -126,6 +126,6 @@ def trivial_reason(fact: Fact, aliases: AliasTable) -> Reason | None:
     """
     if any(len(normalise(answer).rstrip(FINAL_MARKS)) < MIN_ANSWER_LETTERS for answer in fact.answers):
         return Reason.SHORT_ANSWER
-    if AnswerMatcher(fact.answers, aliases).matches(fact.subject):
+    if AnswerMatcher(fact.answers, aliases, anywhere=True).matches(fact.subject):
         return Reason.ANSWER_IN_SUBJECT
     return None

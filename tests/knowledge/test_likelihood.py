@@ -12,7 +12,7 @@ from sftcore.config import ModelSettings, ProbeSettings
 from sftcore.data.contents import Fact
 from sftcore.data.records import Record
 from sftcore.data.tokens import codec_of, load_tokenizer
-from sftcore.knowledge.containment import AliasTable
+from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.knowledge.likelihood import _spellings, accepted_names, answer_likelihoods
 from sftcore.knowledge.probe import Probe, probe_facts
 from sftcore.model.generate import Sampling, decode_batch
@@ -108,6 +108,56 @@ def test_aliases_count(parts):
     assert names[0] == "United States of America" and "USA" in names and len(set(names)) == len(names)
 
 
+def test_every_form_that_is_scored_counts_as_the_name():
+    aliases = AliasTable.load()
+    rows = {row.names: row for row in aliases.rows.values()}
+    num_forms = 0
+    for names in rows:
+        for form in accepted_names(Fact(relation="P17", subject="x", answers=names[:1]), aliases):
+            assert AnswerMatcher(names[:1], aliases).matches(f"{form}, they say."), form
+            num_forms += 1
+    assert num_forms > 2 * sum(map(len, rows)), "most have an article"
+
+
+@pytest.mark.parametrize(
+    ("answer", "form"),
+    [
+        ("United States", "the United States"),
+        ("The Gambia", "the Gambia"),
+        ("actor", "an actor"),
+        ("politician", "a politician"),
+        ("J. R. R. Tolkien", "J.R.R. Tolkien"),
+        ("J.K. Rowling", "J. K. Rowling"),
+        ("St. Louis", "Saint Louis"),
+        ("Procter & Gamble", "Procter and Gamble"),
+    ],
+)
+def test_forms_by_hand(answer, form):
+    assert form in accepted_names(Fact(relation="P17", subject="x", answers=(answer,)), AliasTable(rows={}))
+
+
+def test_scripts_without_spaces_have_no_article():
+    fact = Fact(relation="P36", subject="法国", answers=("巴黎",))
+    assert accepted_names(fact, AliasTable(rows={})) == ["巴黎"]
+
+
+def test_an_answer_behind_an_article_adds_its_share(parts):
+    """What is drawn as "the Rome" counts as often as it is drawn, beside "Rome"."""
+    model, tokenizer = parts
+    prompt, forms = (
+        "Ann was born in",
+        accepted_names(Fact(relation="P19", subject="Ann", answers=("Rome",)), AliasTable(rows={})),
+    )
+    with_article, bare = (
+        answer_likelihoods(*coded(parts), [prompt], [names], temperature=3.0, max_new_tokens=8)[0]
+        for names in (forms, ["Rome"])
+    )
+    spellings = [tokenizer(f" {form}")["input_ids"] for form in forms]
+    assert 1 < max(map(len, spellings)) and with_article > bare > 0
+    alone = answer_likelihoods(*coded(parts), [prompt], [["the Rome"]], temperature=3.0, max_new_tokens=8)
+    assert with_article == pytest.approx(bare + alone[0], rel=1e-5)
+
+
 def test_levels_by_likelihood_say_so_and_count_expected_hits(parts, tiny_model_folder, tmp_path):
     model, tokenizer = parts
     settings = ProbeSettings(estimator="likelihood", templates=2, samples=1000, max_new_tokens=4)
@@ -118,6 +168,7 @@ def test_levels_by_likelihood_say_so_and_count_expected_hits(parts, tiny_model_f
     probe = Probe.of([record], tokenizer, settings, seed=1, model_fingerprint=fingerprint, dtype="float32")
     level = probe_facts(probe, lambda: model, run=tmp_path)[0]
     prompts = [trial.prompt for trial in probe.trials()]
-    chances = answer_likelihoods(*coded(parts), prompts, [["Rome"]] * 2, temperature=0.7, max_new_tokens=4)
+    names = [["Rome", "the Rome"]] * 2
+    chances = answer_likelihoods(*coded(parts), prompts, names, temperature=0.7, max_new_tokens=4)
     assert level.hits == round(1000 * sum(chances)) > 0 and level.trials == 2000
     assert '"estimator": "likelihood"' in (tmp_path / "levels.manifest.json").read_text()
