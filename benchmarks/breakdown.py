@@ -31,8 +31,9 @@ from sftcore.config import Recipe
 from sftcore.data.prepare import prepare_store
 from sftcore.data.tokens import load_tokenizer
 from sftcore.model.forward import decode_states, output_head
-from sftcore.model.load import LossModel, load_for_training
+from sftcore.model.load import load_for_training
 from sftcore.model.loss import TrainedTokenHead
+from sftcore.model.ours import LossModel
 
 REPEATS = 3
 

@@ -31,8 +31,8 @@ from sftcore.data.prompts import Sample
 from sftcore.model.adapters import add_adapter
 from sftcore.model.attention import choose_attention
 from sftcore.model.cost import measure_recipe
-from sftcore.model.load import LossModel, checkpoint_activations, install_head, slim_layers
 from sftcore.model.loss import choose_head
+from sftcore.model.ours import LossModel, checkpoint_activations, install_head, slim_layers
 from sftcore.train.devices import device_here
 from sftcore.train.memory import predict_bytes
 

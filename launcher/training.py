@@ -42,7 +42,8 @@ from sftcore.model.classifier import load_classifier_for_training
 from sftcore.model.cost import measure_recipe
 from sftcore.model.demands import check_demands
 from sftcore.model.encoder import load_encoder_for_training
-from sftcore.model.load import LossModel, checkpoint_activations, load_config, load_for_training
+from sftcore.model.load import load_config, load_for_training
+from sftcore.model.ours import LossModel, checkpoint_activations
 from sftcore.model.proof import prove_head_and_packs
 from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file

@@ -24,7 +24,8 @@ from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
 from sftcore.model.adapters import CLASSIFIER
 from sftcore.model.forward import decode_states, output_head
-from sftcore.model.load import LossModel, load_trainable
+from sftcore.model.load import load_trainable
+from sftcore.model.ours import LossModel
 from sftcore.settings import NUM_CLASSES
 
 CLASSIFIER_FILE = "classifier.safetensors"

@@ -28,8 +28,9 @@ from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings, Recipe
 from sftcore.model.adapters import add_adapter
 from sftcore.model.attention.needs import head_sizes
-from sftcore.model.load import load_config, slim_layers
+from sftcore.model.load import load_config
 from sftcore.model.loss import columns_per_block
+from sftcore.model.ours import slim_layers
 from sftcore.model.proof import BROKEN, refusing
 from sftcore.settings import NUM_CLASSES
 

@@ -24,7 +24,8 @@ from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length
-from sftcore.model.load import LossModel, load_config, load_for_decoding, load_pretrained
+from sftcore.model.load import load_config, load_for_decoding, load_pretrained
+from sftcore.model.ours import LossModel
 from sftcore.model.positions import position_limit
 from sftcore.precision import torch_dtype
 from sftcore.settings import NUM_CLASSES

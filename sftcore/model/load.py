@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +24,6 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sftcore import dist
-from sftcore.batching.collate import Batch
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.heap import forget_old_kernels, keep_freed_memory
@@ -38,34 +36,16 @@ from sftcore.model.adapters import (
 )
 from sftcore.model.attention import choose_attention
 from sftcore.model.demands import check_demands, warn_of_ignored
-from sftcore.model.forward import decode_states, output_head, placed_on
-from sftcore.model.gates import slim_gates
+from sftcore.model.forward import placed_on
 from sftcore.model.identity import base_of
-from sftcore.model.loss import TrainedTokenHead, choose_head
-from sftcore.model.norms import slim_norms
-from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing, unfit
+from sftcore.model.loss import choose_head
+from sftcore.model.ours import LossModel, install_head, slim_layers
+from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 from sftcore.model.vocabulary import grow_vocabulary
 from sftcore.precision import DTYPES, dtype_of, torch_dtype
 
 log = logging.getLogger(__name__)
-
-
-class LossModel(nn.Module):
-    """A causal LM that maps a `Batch` to the pack's share of the step's loss.
-
-    Hidden states of all positions come from the decoder; only trained ones meet the head.
-    """
-
-    def __init__(self, causal_lm: PreTrainedModel) -> None:
-        super().__init__()
-        self.causal_lm = causal_lm
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Scalar float32 loss."""
-        hidden_1TD = decode_states(self.causal_lm, batch)
-        trained_KD = hidden_1TD[0].index_select(0, batch.trained_index)
-        return output_head(self.causal_lm)(trained_KD, batch.targets, batch.weights)
 
 
 def load_for_training(recipe: Recipe, *, sharded_by: dict[str, Any] | None = None) -> LossModel:
@@ -124,34 +104,6 @@ def load_trainable(
         if recipe.train.init_adapter is not None:
             continue_adapter(model, Path(recipe.train.init_adapter), recipe.adapter)
     return LossModel(model)
-
-
-def slim_layers(model: PreTrainedModel) -> tuple[int, int]:
-    """Let norms and gated MLPs keep less for backward; how many do. Call it once for a model."""
-    return slim_norms(model), slim_gates(model)
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only each layer's input for backward and compute the rest again.
-
-    Never torch's older, reentrant way: what layers hand on to later ones past the hidden states (keys and
-    values in Gemma 3n and 4) gets no gradient there, in silence. The newer one compares what is kept with what
-    is computed again, and finds weights that ZeRO-3 has cut up in between: hence no comparison.
-
-    Raises:
-        UserInputError: the model's code can't do it.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise UserInputError(
-            Problem(
-                what=f"model type {model.config.model_type!r} can't compute activations again",
-                where="train.activation_checkpointing",
-                got="full",
-                remedy="set train.activation_checkpointing: none",
-            )
-        )
-    options = {"use_reentrant": False, "determinism_check": "none"}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def load_for_decoding(
@@ -240,31 +192,3 @@ def _not_loadable(path: str, error: Exception) -> UserInputError | MissingEnviro
             remedy="fetch it where there is a network (sftcore model pull NAME --to DIR), give the folder",
         )
     )
-
-
-def install_head(model: PreTrainedModel, *, z_loss: float, label_smoothing: float, kind: str) -> None:
-    """Put the trained-token head in the place of the output layer, with its weights.
-
-    Args:
-        kind: as `choose_head` gives it.
-
-    Raises:
-        UserInputError: the output layer is not linear.
-    """
-    linear = output_head(model)
-    if not isinstance(linear, nn.Linear):
-        what = f"{NOT_PACKED}: its output layer is a {type(linear).__name__}, not a linear layer"
-        raise unfit(model.config.model_type, what)
-    is_causal_lm = model.get_output_embeddings() is not None
-    text = model.config.get_text_config().to_dict()
-    head = TrainedTokenHead.from_linear(
-        linear,
-        softcap=text.get("final_logit_softcapping") if is_causal_lm else None,
-        z_loss=z_loss,
-        label_smoothing=label_smoothing,
-        kind=kind,
-    )
-    if is_causal_lm:
-        model.set_output_embeddings(head)
-    else:
-        model.score = head

@@ -43,8 +43,8 @@ from sftcore.config import Recipe
 from sftcore.errors import TrainingFailed
 from sftcore.heap import keep_freed_memory
 from sftcore.model.forward import output_head
-from sftcore.model.load import LossModel
 from sftcore.model.loss import TrainedTokenHead
+from sftcore.model.ours import LossModel
 from sftcore.model.quantise import keep_trainable_layout
 from sftcore.model.tied import share_gradient
 from sftcore.train.builds import await_other_builds, put_own_programs_first

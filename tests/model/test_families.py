@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.config import Recipe
-from sftcore.model.load import LossModel, load_for_training
+from sftcore.model.load import load_for_training
 from sftcore.model.miniature import BEYOND
+from sftcore.model.ours import LossModel
 from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import Engine, init_process_group

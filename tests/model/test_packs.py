@@ -16,8 +16,8 @@ from sftcore.model.attention import choose_attention
 from sftcore.model.attention.sdpa_docs import group_documents
 from sftcore.model.forward import decode_states
 from sftcore.model.gates import slim_gates
-from sftcore.model.load import LossModel, install_head
 from sftcore.model.norms import slim_norms
+from sftcore.model.ours import LossModel, install_head
 from sftcore.model.proof import prove_head_and_packs
 from sftcore.model.tied import share_gradient
 

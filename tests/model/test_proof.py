@@ -15,7 +15,8 @@ from sftcore.model.attention import choose_attention, needs
 from sftcore.model.classifier import load_classifier_for_training
 from sftcore.model.cost import measure_model
 from sftcore.model.likelihood import load_for_scoring
-from sftcore.model.load import install_head, load_for_training
+from sftcore.model.load import load_for_training
+from sftcore.model.ours import install_head
 from sftcore.model.proof import probe_ids, prove_head_and_packs
 
 SMALL = TINY | {"max_position_embeddings": 256}

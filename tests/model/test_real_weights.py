@@ -12,7 +12,8 @@ from packaged import packaged_model
 from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
-from sftcore.model.load import LossModel, load_for_training
+from sftcore.model.load import load_for_training
+from sftcore.model.ours import LossModel
 
 TEXTS = (
     ("Where is the Eiffel Tower?", " Paris, France"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sftcore.batching.collate import collate
 from sftcore.model.attention import choose_attention
-from sftcore.model.load import LossModel, install_head
+from sftcore.model.ours import LossModel, install_head
 from sftcore.model.tied import add_rows_, share_gradient
 
 PAD = 0  # of tiny models; embeddings give its row no gradient

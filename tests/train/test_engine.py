@@ -14,7 +14,7 @@ from sftcore import dist
 from sftcore.batching.collate import UNTRAINED, Batch, collate
 from sftcore.config import Recipe
 from sftcore.data.prompts import Sample
-from sftcore.model import load
+from sftcore.model import ours
 from sftcore.model.load import load_for_training
 from sftcore.recipe import deepspeed_file
 from sftcore.train import engine as engine_module
@@ -105,8 +105,8 @@ def test_what_is_added_in_place_is_what_deepspeed_would_add(tiny_recipe, monkeyp
     norm, sums = sums_after_two_packs(recipe)
     monkeypatch.setattr(engine_module, "add_without_copies", lambda optimizer: False)
     monkeypatch.setattr(engine_module, "share_gradient", lambda model: False)
-    monkeypatch.setattr(load, "slim_norms", lambda model: 0)
-    monkeypatch.setattr(load, "slim_gates", lambda model: 0)
+    monkeypatch.setattr(ours, "slim_norms", lambda model: 0)
+    monkeypatch.setattr(ours, "slim_gates", lambda model: 0)
     expected_norm, expected = sums_after_two_packs(recipe)
     assert norm == pytest.approx(expected_norm, rel=1e-2)
     assert sums.keys() == expected.keys()
