@@ -43,6 +43,7 @@ from sftcore.config import Recipe
 from sftcore.errors import TrainingFailed
 from sftcore.heap import keep_freed_memory
 from sftcore.model.forward import output_head
+from sftcore.model.kept import kept_pattern, persistent_buffers
 from sftcore.model.loss import TrainedTokenHead
 from sftcore.model.ours import LossModel
 from sftcore.model.quantise import keep_trainable_layout
@@ -132,6 +133,11 @@ def _unlink_reduce_buffer() -> None:
     parts = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], dist.rank())
     name = "_".join(map(str, ("deepspeed_allreduce_buffer", *parts)))
     Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def whole_size(parameter: torch.nn.Parameter) -> int:
+    """Elements of a parameter, whether or not ZeRO-3 has cut it up."""
+    return int(vars(parameter).get("ds_numel", parameter.numel()))
 
 
 class Engine:
@@ -229,7 +235,7 @@ class Engine:
         self.deepspeed.eval()
         keep_trainable_layout(self.deepspeed.modules())
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             for batch in batches:
                 total += self.deepspeed(batch.to(self.device))
         (loss,), _ = dist.sums_and_maxima([float(total)], [])
@@ -259,18 +265,25 @@ class Engine:
                 state["step"] = state["step"].clone()
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The causal LM's weights (of an adapter run, the trained ones) by name, in the recipe's dtype.
+        """The causal LM's weights and buffers (of an adapter run, the trained ones) by name, as loaded in.
 
-        They come on rank 0's CPU, one after another; other ranks get none, but must come along to the end:
-        under ZeRO-3 each parameter is gathered in turn.
+        That is the recipe's dtype, but float32 for what transformers keeps in it. They come on rank 0's CPU,
+        one after another; other ranks get none, but must come along to the end: under ZeRO-3 each parameter
+        is gathered in turn.
         """
-        for name, parameter in self.loss_model.causal_lm.named_parameters():
+        model = self.loss_model.causal_lm
+        kept = kept_pattern(model)
+        for name, parameter in model.named_parameters():
             if self.trains_adapter and not parameter.requires_grad:
                 continue
+            dtype = torch.float32 if kept is not None and kept.search(name) else self.save_dtype
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                whole = parameter.detach().to("cpu", self.save_dtype, copy=True) if dist.rank() == 0 else None
+                whole = parameter.detach().to("cpu", dtype, copy=True) if dist.rank() == 0 else None
             if whole is not None:
                 yield name, whole
+        if dist.rank() == 0 and not self.trains_adapter:
+            for name, buffer in persistent_buffers(model).items():
+                yield name, buffer.detach().to("cpu", copy=True)
 
     def close(self) -> None:
         """Give up DeepSpeed's buffers and the model's weights; neither is of use any more.
@@ -303,13 +316,14 @@ class Engine:
 
     def _forward_backward(self, batch: Batch, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        with self._autocast():
+        with self.autocast():
             loss = self.deepspeed(batch.to(self.device))
         self.deepspeed.backward(loss * dist.world_size(), scale_wrt_gas=False)
         self._after_backward()
         return loss.detach()
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """How forwards are computed: in bfloat16 from float32 weights at stage 0, else as the weights are."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocasts)
 
     def _finite_grad_norm(self) -> float:

@@ -5,14 +5,16 @@ peft folder with the tokenizer and a card.
 Invariant: the folder appears whole, by rename, after everything in it was written and flushed; only copies
 are edited: model, configuration and tokenizer stay as they are, for training may go on.
 Trade-off: weights are gathered and written one shard at a time, so rank 0 holds at most `SHARD_BYTES` of them
-(2 GB) beside its own, whatever the model's size.
+(2 GB, or one layer) beside its own, whatever the model's size; then `reload` proves what was written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,47 +28,65 @@ from sftcore.data.chat import turn_ends
 from sftcore.data.tokens import codec_of
 from sftcore.errors import UserInputError
 from sftcore.fsio import atomic_folder, read_json, write_json
-from sftcore.model.adapters import write_adapter
+from sftcore.model.adapters import ADAPTER_WEIGHTS, write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
+from sftcore.model.code import copy_code, local_folder
 from sftcore.model.merge import GENERATION_CONFIG
 from sftcore.precision import dtype_of
 from sftcore.settings import MATCHING_FILE
 from sftcore.train.engine import Engine
 from sftcore.train.model_card import write_card
+from sftcore.train.reload import check_export, check_files, digest_of, fits_again, observe
 
 SHARD_BYTES = 2 * 10**9
+WHOLE_FILE = "model.safetensors"
+LAYER = re.compile(r"\D*\.\d+\.|.*")  # of "model.layers.3.mlp.up_proj.weight": "model.layers.3."
+CODE_FILES = ("*.py", "*.json")
 Named = tuple[str, torch.Tensor]
 
 
 def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Path) -> None:
-    """Write what was trained into `folder`; all ranks must call it.
+    """Write what was trained into `folder`, load it again and compare; all ranks must call it.
 
     Raises:
         MissingEnvironmentError: the disk is full; nothing is left there.
-        TrainingFailed: an adapter's weights are empty or missing.
+        TrainingFailed: weights are missing, or what is loaded is not what was trained; likewise.
     """
-    weights, model = engine.gathered_weights(), engine.loss_model.causal_lm
+    if recipe.classifies:
+        tokenizer = _with_pad_token(tokenizer)
+    config = _saved_config(engine, tokenizer, recipe)
+    trained = observe(engine, config, recipe)
+    weights = trained.noting(engine.gathered_weights())
     if dist.rank() == 0:
         with atomic_folder(folder) as temporary:
-            if recipe.classifies:
-                tokenizer = _with_pad_token(tokenizer)
-            if engine.trains_adapter:
-                write_adapter(model, dict(weights), temporary)
-            else:
-                _saved_config(engine, tokenizer, recipe).save_pretrained(temporary)
-                _write_model(engine, weights, temporary, recipe)
-            if model.can_generate():
-                model.generation_config.save_pretrained(temporary)
-                if recipe.task == "chat" and tokenizer.chat_template:
-                    _end_texts_with_turns(temporary / GENERATION_CONFIG, tokenizer)
-            tokenizer.save_pretrained(temporary)
+            _write_texts(engine, tokenizer, recipe, config=config, folder=temporary)
+            fits = fits_again(recipe, trained)
+            written = _write_weights(engine, weights, temporary, recipe, notes_digests=not fits)
             write_card(recipe, temporary)
-            if recipe.task == "matching":
-                write_json(temporary / MATCHING_FILE, _what_inference_needs(recipe))
+            if fits:
+                check_export(temporary, recipe, trained)
+            else:
+                check_files(temporary, written)
     else:
         for _ in weights:
             pass
     dist.barrier()
+
+
+def _write_texts(engine: Engine, tokenizer: Any, recipe: Recipe, *, config: Any, folder: Path) -> None:
+    """All of an export but its weights and its card."""
+    model = engine.loss_model.causal_lm
+    if not engine.trains_adapter:
+        config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+        if recipe.task == "chat" and tokenizer.chat_template:
+            _end_texts_with_turns(folder / GENERATION_CONFIG, tokenizer)
+    tokenizer.save_pretrained(folder)
+    if recipe.model.trust_remote_code:
+        copy_code(local_folder(recipe.model.path, CODE_FILES), folder)
+    if recipe.task == "matching":
+        write_json(folder / MATCHING_FILE, _what_inference_needs(recipe))
 
 
 def _what_inference_needs(recipe: Recipe) -> dict[str, Any]:
@@ -132,32 +152,53 @@ def _saved_config(engine: Engine, tokenizer: Any, recipe: Recipe) -> Any:
     return config
 
 
-def _write_model(engine: Engine, weights: Iterable[Named], folder: Path, recipe: Recipe) -> None:
+def _write_weights(
+    engine: Engine, weights: Iterable[Named], folder: Path, recipe: Recipe, *, notes_digests: bool
+) -> list[tuple[str, dict[str, str]]]:
+    """Write a whole model's weights, or a peft folder; each file's digests, if they are to be noted."""
     model = engine.loss_model.causal_lm
+    if engine.trains_adapter:
+        named = write_adapter(model, dict(weights), folder)
+        return [(ADAPTER_WEIGHTS, _digests(named))] if notes_digests else []
     is_whole = recipe.matching.has_plain_classifier
     classifier: dict[str, torch.Tensor] = {}
     shards = shards_of(weights if is_whole else take_classifier(weights, classifier), SHARD_BYTES)
-    write_shards((revert_weight_conversion(model, shard) for shard in shards), folder)
+    noted: list[dict[str, str]] = []
+
+    def saved() -> Iterator[dict[str, torch.Tensor]]:
+        for shard in shards:
+            converted = revert_weight_conversion(model, shard)
+            noted.append(_digests(converted) if notes_digests else {})
+            yield converted
+
+    files = write_shards(saved(), folder)
     if classifier:
         save_file(classifier, folder / CLASSIFIER_FILE, metadata={"format": "pt"})
+    return list(zip(files, noted, strict=True)) if notes_digests else []
+
+
+def _digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: digest_of(tensor) for name, tensor in tensors.items()}
 
 
 def shards_of(weights: Iterable[Named], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Runs of weights of at most `max_bytes` (a larger weight alone)."""
+    """Runs of weights of at most `max_bytes`; a layer's stay together, for files may hold them joined."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
-    for name, tensor in weights:
-        if shard and size + tensor.nbytes > max_bytes:
+    for _, layer in groupby(weights, key=lambda named: LAYER.match(named[0])[0]):  # type: ignore[index]
+        held = dict(layer)
+        num_bytes = sum(tensor.nbytes for tensor in held.values())
+        if shard and size + num_bytes > max_bytes:
             yield shard
             shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
+        shard |= held
+        size += num_bytes
     if shard:
         yield shard
 
 
-def write_shards(shards: Iterable[dict[str, torch.Tensor]], folder: Path) -> None:
-    """Write model.safetensors, or numbered files and their index, named as transformers does."""
+def write_shards(shards: Iterable[dict[str, torch.Tensor]], folder: Path) -> list[str]:
+    """Write model.safetensors, or numbered files and their index, named as transformers does; their names."""
     written: list[tuple[Path, list[str], int]] = []
     for number, shard in enumerate(shards, 1):
         file = folder / f"part-{number}.safetensors"
@@ -165,8 +206,8 @@ def write_shards(shards: Iterable[dict[str, torch.Tensor]], folder: Path) -> Non
         save_file(contiguous, file, metadata={"format": "pt"})
         written.append((file, list(shard), sum(tensor.nbytes for tensor in shard.values())))
     if len(written) == 1:
-        written[0][0].rename(folder / "model.safetensors")
-        return
+        written[0][0].rename(folder / WHOLE_FILE)
+        return [WHOLE_FILE]
     weight_map: dict[str, str] = {}
     for number, (file, names, _) in enumerate(written, 1):
         target = folder / f"model-{number:05d}-of-{len(written):05d}.safetensors"
@@ -177,3 +218,4 @@ def write_shards(shards: Iterable[dict[str, torch.Tensor]], folder: Path) -> Non
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": weight_map},
     )
+    return sorted(set(weight_map.values()))
