@@ -16,9 +16,10 @@ from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder
 from sftcore.model.adapters import is_adapter
+from sftcore.model.code import local_folder
 from sftcore.model.identity import base_of
 from sftcore.model.merge import merge_adapter
-from sftcore.precision import torch_dtype
+from sftcore.train.model_card import write_card
 
 
 def export_run(run: Path, to: Path, *, merge: bool) -> None:
@@ -31,6 +32,7 @@ def export_run(run: Path, to: Path, *, merge: bool) -> None:
     if not (run / "recipe.yaml").is_file():
         raise UserInputError(Problem(what="not a run folder (no recipe.yaml)", where=str(run)))
     recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+    recipe = recipe.model_copy(update={"run": str(run)})
     result = run / recipe.result_folder.name
     if not result.is_dir():
         remedy = "finish it: sftcore train RECIPE"
@@ -40,23 +42,14 @@ def export_run(run: Path, to: Path, *, merge: bool) -> None:
     if not merge:
         with atomic_folder(to) as temporary:
             shutil.copytree(result, temporary, dirs_exist_ok=True)
+            write_card(recipe, temporary)  # again: the run may have been evaluated since
         return
     if not is_adapter(result):
         remedy = "leave --merge out"
         raise UserInputError(Problem(what="this run trained all weights", where=str(run), remedy=remedy))
+    base = local_folder(base_of(result), ("*.json", "*.safetensors", "*.py"))
+    settings = recipe.model.model_copy(update={"path": str(base)})
+    quantised = recipe.adapter.kind == "qlora"
     merge_adapter(
-        result,
-        _local_base(base_of(result)),
-        to,
-        dtype=torch_dtype(recipe.model),
-        quantised=recipe.adapter.kind == "qlora",
+        result, to, settings, quantised=quantised, describe=lambda folder: write_card(recipe, folder)
     )
-
-
-def _local_base(name: str) -> Path:
-    """The base model's folder; a hub name's is the one in the hub's cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))

@@ -11,7 +11,6 @@ the class they know; the price is peft's "base_model.model." prefix, added here 
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -39,30 +38,90 @@ CLASSIFIES = "SEQ_CLS"  # peft's word for it
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, seed: int) -> None:
+def add_adapter(
+    model: PreTrainedModel, settings: AdapterSettings, *, seed: int, saved: Path | None = None
+) -> None:
     """Freeze the model and put a trainable adapter beside its target layers, in place.
 
-    Raises:
-        UserInputError: a target names no linear layer, or the output layer.
-    """
-    from peft import LoraConfig  # 3 s, and it loads bitsandbytes: only adapter runs pay
+    Args:
+        saved: a peft folder to go on from: its configuration holds, with ranks and scales of single layers.
 
+    Raises:
+        UserInputError: a target names no linear layer, or the output layer; peft can't adapt such layers so,
+            or would not find them again; or the saved adapter was trained with other settings.
+    """
     _check_targets(model, settings)
     torch.manual_seed(seed)
-    config = LoraConfig(
+    config = _fresh_config(model, settings) if saved is None else _saved_config(saved, settings)
+    config.task_type = CLASSIFIES if is_classifier(model) else "CAUSAL_LM"
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        what = f"an adapter can't be put into model type {model.config.model_type!r}: {error}"
+        remedy = (
+            "set adapter.dropout: 0 and dora: false, or list in adapter.targets layers outside of the experts"
+        )
+        raise UserInputError(Problem(what=what, where="adapter", remedy=remedy)) from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+    _check_names(model)
+
+
+def _fresh_config(model: PreTrainedModel, settings: AdapterSettings) -> Any:
+    from peft import LoraConfig  # 3 s, and it loads bitsandbytes: only adapter runs pay
+
+    return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.targets,
+        exclude_modules=_odd_layers(model) or None,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
-        task_type=CLASSIFIES if is_classifier(model) else "CAUSAL_LM",
         bias="none",
     )
-    model.add_adapter(config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(model.dtype)
+
+
+def _odd_layers(model: PreTrainedModel) -> list[str]:
+    """Linear layers that compute something else, as some routers: nothing can be added to their product."""
+    return [name for name, module in model.named_modules() if _is_odd(module)]
+
+
+def _is_odd(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        isinstance(module, nn.Linear)
+        and kind.forward is not nn.Linear.forward
+        and kind.__name__ not in ("Linear4bit", "TrainedTokenHead")
+    )
+
+
+def _check_names(model: PreTrainedModel) -> None:
+    """Refuse an adapter that peft would not load again: it renames weights of files by patterns.
+
+    Raises:
+        UserInputError: with the layers.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    updates = {name: p.data for name, p in model.named_parameters() if is_update(name)}
+    if not all(tensor.numel() for tensor in updates.values()):
+        return  # cut up over the ranks
+    saved = get_peft_model_state_dict(model, state_dict=updates)
+    result: Any = set_peft_model_state_dict(model, saved)
+    lost = sorted({name.partition(".lora_")[0] for name in result.missing_keys if is_update(name)})
+    if lost:
+        layers = ", ".join(sorted({name.rpartition(".")[2] for name in lost}))
+        raise UserInputError(
+            Problem(
+                what=f"peft would not find the adapter of these layers of model type "
+                f"{model.config.model_type!r} again: it renames them while loading",
+                where="adapter.targets",
+                got=", ".join(lost[:3]),
+                remedy=f"list others than {layers} in adapter.targets",
+            )
+        )
 
 
 def train_whole_layers(model: PreTrainedModel, *, vocabulary: bool) -> None:
@@ -87,36 +146,60 @@ def is_classifier(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings() is None
 
 
-def continue_adapter(model: PreTrainedModel, folder: Path, settings: AdapterSettings) -> None:
-    """Overwrite the fresh adapter of `model` (see `add_adapter`) with a saved one, in place.
+def _saved_config(folder: Path, settings: AdapterSettings) -> Any:
+    """The configuration of a saved adapter, to be trained on; keys that its peft did not know have defaults.
 
     Raises:
-        UserInputError: it was trained with other settings, or for another model.
+        UserInputError: it was trained with other settings than the recipe's, or can't be trained on.
     """
-    saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    config: Any = model.peft_config["default"]
-    ours = config.to_dict()
-    differing = [key for key in COMPARED if _plain(saved.get(key)) != _plain(ours[key])]
-    if differing:
-        raise UserInputError(
-            *(
-                Problem(
-                    what=f"the adapter to go on from has another {name}",
-                    where=str(folder),
-                    got=str(_plain(saved.get(key))),
-                    allowed=str(_plain(ours[key])),
-                    remedy=f"set adapter.{name} as it was trained",
-                )
-                for key in differing
-                for name in (COMPARED[key],)
-            )
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if problems := _differences(config, settings, folder) + _untrainable(config, folder):
+        raise UserInputError(*problems)
+    config.inference_mode = False
+    config.lora_dropout = settings.dropout
+    config.modules_to_save = None  # as the recipe asks for them; the file's overwrite the model's own
+    return config
+
+
+def _differences(config: Any, settings: AdapterSettings, folder: Path) -> list[Problem]:
+    """What the recipe says otherwise than the saved adapter, whose targets are listed one by one."""
+    given, found = settings.model_dump(), config.to_dict()
+    pairs = [(name, found[key], given[name]) for key, name in COMPARED.items()]
+    return [
+        Problem(
+            what=f"the adapter to go on from has another {name}",
+            where=str(folder),
+            got=str(_plain(saved)),
+            allowed=str(_plain(ours)),
+            remedy=f"set adapter.{name} as it was trained",
         )
-    _fill_adapter(model, folder)
+        for name, saved, ours in pairs
+        if _plain(saved) != _plain(ours) and ours != "all-linear"
+    ]
 
 
 def _plain(value: Any) -> Any:
     """A peft setting as it can be compared: sets and lists alike."""
     return sorted(value) if isinstance(value, set | list | tuple) else value
+
+
+def _untrainable(config: Any, folder: Path) -> list[Problem]:
+    odd = {
+        "peft_type": str(config.peft_type.value) != "LORA",
+        "bias": config.bias != "none",
+        "init_lora_weights": isinstance(config.init_lora_weights, str)
+        and config.init_lora_weights != "gaussian",
+        "trainable_token_indices": bool(config.trainable_token_indices),
+        "layer_replication": bool(config.layer_replication),
+    }
+    return [
+        Problem(what="an adapter of this kind can't be trained on", where=f"{folder}: {key}", got=str(value))
+        for key, is_odd in odd.items()
+        if is_odd
+        for value in (vars(config)[key],)
+    ]
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -133,10 +216,10 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     config.inference_mode = True
     config.modules_to_save = None  # layers trained whole overwrite the model's own, ties and all
     inject_adapter_in_model(config, model)
-    _fill_adapter(model, folder)
+    fill_adapter(model, folder)
 
 
-def _fill_adapter(model: PreTrainedModel, folder: Path) -> None:
+def fill_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Load a folder's weights into the adapter that `model` has.
 
     Raises:
@@ -209,8 +292,10 @@ def trained_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def write_adapter(model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write a peft folder: adapter_config.json and adapter_model.safetensors.
+def write_adapter(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path
+) -> dict[str, torch.Tensor]:
+    """Write a peft folder: adapter_config.json and adapter_model.safetensors; returns what is in the latter.
 
     Args:
         weights: the trained parameters by their names in `model`, whole (not sharded).
@@ -227,14 +312,14 @@ def write_adapter(model: PreTrainedModel, weights: dict[str, torch.Tensor], fold
     if (
         whole and model.config.tie_word_embeddings and not is_classifier(model)
     ):  # peft keeps a copy of each: both have to be in the file
-        (tied,) = whole.values()
+        (tied,) = (tensor for name, tensor in whole.items() if name.endswith(".weight"))
         named |= {f"{module}.weight": tied.clone() for module in vocabulary_modules(model)}
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    save_file(
-        {PREFIX + name: tensor.contiguous() for name, tensor in named.items()}, folder / ADAPTER_WEIGHTS
-    )
+    written = {PREFIX + name: tensor.contiguous() for name, tensor in named.items()}
+    save_file(written, folder / ADAPTER_WEIGHTS)
+    return written
 
 
 def check_complete(weights: dict[str, torch.Tensor], *, wanted: int) -> None:
@@ -256,7 +341,9 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def merge_weight(weight: torch.Tensor, parts: dict[str, torch.Tensor], config: Any) -> torch.Tensor:
+def merge_weight(
+    weight: torch.Tensor, parts: dict[str, torch.Tensor], config: Any, *, name: str
+) -> torch.Tensor:
     """W + s B A, or DoRA's m (W + s B A) / ||W + s B A|| by rows (arXiv 2402.09353); float32 inside.
 
     s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
@@ -265,10 +352,15 @@ def merge_weight(weight: torch.Tensor, parts: dict[str, torch.Tensor], config: A
         weight: (out, in) of the base layer.
         parts: lora_A (r, in), lora_B (out, r) and, for DoRA, lora_magnitude_vector (out,).
         config: adapter_config.json as a dictionary.
+        name: the layer's, by which patterns give it an alpha of its own.
     """
-    r = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(r) if config["use_rslora"] else r)
+    from peft.utils.other import get_pattern_key
+
+    r = len(parts["lora_A"])
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"])
+    scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     merged = weight.float() + scale * (parts["lora_B"].float() @ parts["lora_A"].float())
-    if config["use_dora"]:
+    if config.get("use_dora"):
         merged = merged * (parts["lora_magnitude_vector"].float() / merged.norm(dim=1))[:, None]
     return merged.to(weight.dtype)

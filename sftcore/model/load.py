@@ -30,7 +30,7 @@ from sftcore.heap import forget_old_kernels, keep_freed_memory
 from sftcore.model.adapters import (
     add_adapter,
     attach_adapter,
-    continue_adapter,
+    fill_adapter,
     is_adapter,
     train_whole_layers,
 )
@@ -99,10 +99,11 @@ def load_trainable(
         with placed_on(model, dist.device()):
             prove_head_and_packs(model)
     if recipe.adapter.kind != "none":
-        add_adapter(model, recipe.adapter, seed=recipe.training_seed)
+        saved = Path(recipe.train.init_adapter) if recipe.train.init_adapter else None
+        add_adapter(model, recipe.adapter, seed=recipe.training_seed, saved=saved)
         train_whole_layers(model, vocabulary=bool(settings.add_tokens))
-        if recipe.train.init_adapter is not None:
-            continue_adapter(model, Path(recipe.train.init_adapter), recipe.adapter)
+        if saved is not None:
+            fill_adapter(model, saved)
     return LossModel(model)
 
 

@@ -1,18 +1,21 @@
 """Merging: a base model's files + an adapter -> a whole Hugging Face folder, one shard after another.
 
-In: the base folder, the adapter folder, the dtype that was trained in, whether the base was held in 4 bits.
+In: the base's model section, the adapter folder, whether the base was held in 4 bits.
 Out: a folder that plain transformers loads, with the logits of base and adapter together.
-Invariant: every adapter weight is used exactly once, else nothing is written.
-Trade-off: weights are read and written by name from the safetensors files, without building the model: peak
-memory is one shard and one layer in float32 (5 GB for shards of 5 GB, whatever the model's size); a base
-without safetensors files is refused.
+Invariant: the merged folder gives the logits of base and adapter, which are compared where memory allows,
+else nothing is written; every adapter weight is used exactly once.
+Trade-off: where weights have one name in the base's files and in the model, they are read and written from
+file to file: peak memory is one shard and one layer in float32 (5 GB for shards of 5 GB, whatever the model's
+size). Else (fused experts, transposed or renamed weights) the model is held once, by `fold`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from sftcore.config import ModelSettings
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder, read_json, write_json
 from sftcore.model.adapters import (
@@ -34,11 +44,19 @@ from sftcore.model.adapters import (
     is_update,
     merge_weight,
 )
+from sftcore.model.code import copy_code
+from sftcore.model.fold import check_logits, fold_model, logits_with_adapter
 from sftcore.model.identity import ADAPTER_CONFIG
-from sftcore.model.quantise import round_trip
+from sftcore.model.kept import kept_pattern
+from sftcore.model.quantise import quantisation_settings, round_trip
+from sftcore.precision import torch_dtype
 
 INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
+ODD_KEYS = (  # of adapter_config.json: more than W + s B A for whole linear layers
+    *("target_parameters", "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config"),
+)
 COPIED_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -58,6 +76,7 @@ class Merge:
         parts: base weight's name -> {lora_A, lora_B, lora_magnitude_vector} -> tensor.
         whole: name -> a weight that was trained whole and takes the base's place.
         dtype: of the result, and of the base while it was trained.
+        kept: what the names of weights hold that stay float32.
         quantised: names of the weights that were held in 4 bits.
         used: filled with the names that were merged.
     """
@@ -66,6 +85,7 @@ class Merge:
     parts: dict[str, dict[str, torch.Tensor]]
     whole: dict[str, torch.Tensor]
     dtype: torch.dtype
+    kept: re.Pattern[str] | None
     quantised: frozenset[str]
     used: set[str] = field(default_factory=set)
 
@@ -90,57 +110,112 @@ class Merge:
             self.used.add(name)
             return self.whole[name].to(self.dtype).contiguous()
         if weight.is_floating_point():
-            weight = weight.to(self.dtype)
+            is_kept = self.kept is not None and self.kept.search(name)
+            weight = weight.to(torch.float32 if is_kept else self.dtype)
         if name in self.quantised:
             weight = round_trip(weight)
         if name in self.parts:
             self.used.add(name)
-            weight = merge_weight(weight, self.parts[name], self.config)
+            weight = merge_weight(weight, self.parts[name], self.config, name=name.removesuffix(".weight"))
         return weight.contiguous()
 
 
-def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: torch.dtype, quantised: bool) -> None:
+def merge_adapter(
+    adapter: Path,
+    folder: Path,
+    settings: ModelSettings,
+    *,
+    quantised: bool,
+    describe: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write base + adapter as a whole model into `folder`.
+
+    Args:
+        settings: the model section that was trained with; its path is the base's folder.
+        describe: writes a card into the folder.
 
     Raises:
         UserInputError: the base has no safetensors files, or the adapter names weights that it lacks.
+        TrainingFailed: the merged model is another one; nothing is written.
         MissingEnvironmentError: the disk is full; or bitsandbytes is missing for a 4-bit base.
     """
+    base, dtype = Path(settings.path), torch_dtype(settings)
     shards = _shards(base)
     weights = {name.removeprefix(PREFIX): t for name, t in load_file(adapter / ADAPTER_WEIGHTS).items()}
+    skeleton = skeleton_of(settings)
     merge = Merge(
         config=read_json(adapter / ADAPTER_CONFIG),
         parts=_parts(weights),
-        whole=_whole(weights, base, shards),
+        whole=_whole(weights, skeleton, shards),
         dtype=dtype,
-        quantised=linear_weights(base) if quantised else frozenset(),
+        kept=kept_pattern(skeleton) if dtype == torch.bfloat16 else None,
+        quantised=linear_weights(skeleton) if quantised else frozenset(),
     )
+    kind = AutoModelForSequenceClassification if merge.classifies else AutoModelForCausalLM
+    num_bytes = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+    wanted = logits_with_adapter(adapter, settings, kind, quantised=quantised, num_bytes=num_bytes)
     with atomic_folder(folder) as temporary:
-        for shard in shards:
-            tensors = dict(_merged(shard, merge)) | (merge.classifier if shard == shards[-1] else {})
-            save_file(tensors, temporary / shard.name, metadata={"format": "pt"})
-        left = sorted((merge.parts.keys() | merge.whole.keys()) - merge.used - merge.classifier.keys())
-        if left:
-            raise UserInputError(
-                Problem(
-                    what="the adapter names weights that the base model lacks",
-                    where=str(adapter),
-                    got=", ".join(left[:3]),
-                    remedy=f"is {base} the model that it was trained on?",
-                )
-            )
-        _copy_the_rest(base, adapter, temporary, merge)
+        if has_same_names(merge, skeleton, shards):
+            _merge_files(shards, merge, temporary)
+            _write_configuration(settings, adapter, temporary, merge)
+        else:
+            config_keys = _classifier_keys(settings, adapter) if merge.classifies else {}
+            fold_model(adapter, temporary, settings, kind, quantised=merge.quantised, config_keys=config_keys)
+        _copy_the_rest(base, adapter, temporary)
+        if settings.trust_remote_code:
+            copy_code(base, temporary)
+        describe(temporary)
+        if wanted is not None:
+            check_logits(temporary, settings, kind, wanted)
 
 
-def linear_weights(base: Path) -> frozenset[str]:
-    """Names of the weights that QLoRA holds in 4 bits: of all linear layers but the output layer."""
+def skeleton_of(settings: ModelSettings) -> PreTrainedModel:
+    """The base as a causal LM without weights."""
+    trust = settings.trust_remote_code
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    head = model.get_output_embeddings()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(settings.path, trust_remote_code=trust), trust_remote_code=trust
+        )
+    return model
+
+
+def has_same_names(merge: Merge, skeleton: PreTrainedModel, shards: list[Path]) -> bool:
+    """Whether each weight that the adapter changes has one name and one shape in model and files."""
+    held = _held_names(shards)
+    linear = {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    plain = all(not merge.config.get(key) for key in ODD_KEYS)
+    changed = merge.parts.keys() & linear
+    wanted = merge.parts.keys() | (merge.whole.keys() - merge.classifier.keys()) | merge.quantised
+    return plain and changed == merge.parts.keys() and wanted <= held
+
+
+def _held_names(shards: list[Path]) -> set[str]:
+    held: set[str] = set()
+    for shard in shards:
+        with safe_open(shard, framework="pt") as tensors:
+            held.update(tensors.keys())
+    return held
+
+
+def _merge_files(shards: list[Path], merge: Merge, folder: Path) -> None:
+    for shard in shards:
+        tensors = dict(_merged(shard, merge)) | (merge.classifier if shard == shards[-1] else {})
+        save_file(tensors, folder / shard.name, metadata={"format": "pt"})
+    left = sorted((merge.parts.keys() | merge.whole.keys()) - merge.used - merge.classifier.keys())
+    assert not left, left
+
+
+def linear_weights(skeleton: PreTrainedModel) -> frozenset[str]:
+    """Names of the weights that QLoRA holds in 4 bits: transformers' own choice."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    skipped = [*get_keys_to_not_convert(skeleton), *(skeleton._keep_in_fp32_modules or ())]
+    copied = copy.deepcopy(skeleton)
+    settings = quantisation_settings(torch.bfloat16)
+    replace_with_bnb_linear(copied, modules_to_not_convert=skipped, quantization_config=settings)
     return frozenset(
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        f"{name}.weight" for name, module in copied.named_modules() if type(module).__name__ == "Linear4bit"
     )
 
 
@@ -154,15 +229,14 @@ def _parts(weights: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor
     return parts
 
 
-def _whole(weights: dict[str, torch.Tensor], base: Path, shards: list[Path]) -> dict[str, torch.Tensor]:
+def _whole(
+    weights: dict[str, torch.Tensor], skeleton: PreTrainedModel, shards: list[Path]
+) -> dict[str, torch.Tensor]:
     """Weights that take the base's place; of a tied pair the one that the base's files hold."""
     whole = {name: tensor for name, tensor in weights.items() if not is_update(name)}
-    if not AutoConfig.from_pretrained(base).get_text_config().tie_word_embeddings:
+    if not skeleton.config.get_text_config().tie_word_embeddings:
         return whole
-    held: set[str] = set()
-    for shard in shards:
-        with safe_open(shard, framework="pt") as tensors:
-            held.update(tensors.keys())
+    held = _held_names(shards)
     tied = {name for name in whole if not name.startswith(f"{CLASSIFIER}.")}
     return {name: tensor for name, tensor in whole.items() if name in held or name not in tied}
 
@@ -182,22 +256,17 @@ def _merged(shard: Path, merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, merge.apply(name, tensors.get_tensor(name))
 
 
-def _copy_the_rest(base: Path, adapter: Path, folder: Path, merge: Merge) -> None:
-    """Configurations of the base in the new dtype, the adapter's tokenizer, the index of the shards."""
+def _write_configuration(settings: ModelSettings, adapter: Path, folder: Path, merge: Merge) -> None:
+    """The base's configuration in the new dtype, and the index of its shards."""
+    base = Path(settings.path)
     config = read_json(base / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = str(merge.dtype).removeprefix("torch.")
     for name in merge.whole.keys() - merge.classifier.keys():  # the embedding, with rows for added tokens
         config.get("text_config", config)["vocab_size"] = merge.whole[name].shape[0]
     if merge.classifies:
-        config |= _classifier_keys(base, adapter)
+        config |= _classifier_keys(settings, adapter)
     write_json(folder / "config.json", config)
-    for source in (base, adapter):  # the adapter's knows what ends a turn of its chats
-        if (source / GENERATION_CONFIG).is_file():
-            shutil.copy(source / GENERATION_CONFIG, folder)
-    for pattern in COPIED_FILES:
-        for file in adapter.glob(pattern):
-            shutil.copy(file, folder)
     if (base / INDEX).is_file():
         index = json.loads((base / INDEX).read_text(encoding="utf-8"))
         files = sorted(folder.glob("*.safetensors"))
@@ -208,12 +277,23 @@ def _copy_the_rest(base: Path, adapter: Path, folder: Path, merge: Merge) -> Non
         write_json(folder / INDEX, index | {"weight_map": places})
 
 
-def _classifier_keys(base: Path, adapter: Path) -> dict[str, Any]:
+def _copy_the_rest(base: Path, adapter: Path, folder: Path) -> None:
+    """The adapter's tokenizer, and what ends a text: the adapter's knows what ends a turn of its chats."""
+    for source in (base, adapter):
+        if (source / GENERATION_CONFIG).is_file():
+            shutil.copy(source / GENERATION_CONFIG, folder)
+    for pattern in COPIED_FILES:
+        for file in adapter.glob(pattern):
+            shutil.copy(file, folder)
+
+
+def _classifier_keys(settings: ModelSettings, adapter: Path) -> dict[str, Any]:
     """What makes a base's config.json a classifier's; rows are padded with the tokenizer's pad token."""
-    config = AutoConfig.from_pretrained(base)
+    trust = settings.trust_remote_code
+    config = AutoConfig.from_pretrained(settings.path, trust_remote_code=trust)
     kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     words = read_json(adapter / "matching.json")["matching"]["labels"]["en"]
-    pad = AutoTokenizer.from_pretrained(adapter).pad_token_id
+    pad = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust).pad_token_id
     return {
         "architectures": [kind.__name__],
         "id2label": {str(number): word for number, word in enumerate(words)},

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import atomic_folder, disk_errors_explained, sha256_of_file, write_json
+from sftcore.model.origin import ORIGIN
 
 log = logging.getLogger(__name__)
 MODELS = Path(".cache/models")
-ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +231,7 @@ def _pull_from_hub(name: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
     try:
         with atomic_folder(folder) as temporary:
             snapshot_download(name, local_dir=temporary, allow_patterns=patterns)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sftcore.config import ModelSettings
 from sftcore.data.tokens import load_tokenizer
+from sftcore.errors import Problem, UserInputError
 
 
 def new_token_ids(settings: ModelSettings) -> list[int]:
@@ -30,17 +31,40 @@ def new_token_ids(settings: ModelSettings) -> list[int]:
 
 
 def grow_vocabulary(model: PreTrainedModel, settings: ModelSettings) -> None:
-    """Give the tokens that the model does not know yet a row each."""
+    """Give the tokens that the model does not know yet a row each.
+
+    Raises:
+        UserInputError: the model has other tables by token, which can't grow.
+    """
     ids = new_token_ids(settings)
     if not ids:
         return
     num_rows = vocabulary_rows(model)
+    if short := [f"{name} ({rows} rows)" for name, rows in _other_tables(model) if ids[-1] >= rows]:
+        raise UserInputError(
+            Problem(
+                what=f"tokens can't be added to model type {model.config.model_type!r}: its layers look "
+                "tokens up in a table of their own, too, which has no rows for them",
+                where="model.add_tokens",
+                got=", ".join(short),
+                remedy="leave model.add_tokens out, and write what they stand for in tokens that it knows",
+            )
+        )
     if ids[-1] >= num_rows:
         model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
     first_unused = min(ids[0], num_rows)  # models often have spare rows, which nothing has trained
     with torch.no_grad():
         for weight in vocabulary_weights(model).values():
             weight[ids] = weight[:first_unused].float().mean(0).to(weight.dtype)
+
+
+def _other_tables(model: PreTrainedModel) -> list[tuple[str, int]]:
+    """Embeddings of tokens besides the first layer's, with their rows (those of each layer in Gemma-3n)."""
+    own: Any = model.get_input_embeddings()
+    text = model.config.get_text_config().to_dict()
+    sizes = {own.num_embeddings, text.get("vocab_size"), text.get("vocab_size_per_layer_input")}
+    tables = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not own]
+    return [(name, table.num_embeddings) for name, table in tables if table.num_embeddings in sizes]
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
@@ -51,9 +75,9 @@ def vocabulary_rows(model: PreTrainedModel) -> int:
 
 
 def vocabulary_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The embedding's weight and the output layer's by name; one of them where they are tied."""
+    """The embedding's and the output layer's parameters by name, biases too; tied ones once."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    wanted = {id(layer.weight) for layer in layers if layer is not None}
+    wanted = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 

@@ -1,7 +1,8 @@
 """The model card: README.md of an exported folder, from the recipe and what the run has measured.
 
-In: a recipe and its run folder. Out: Markdown with the front matter that hubs read.
-Invariant: every number in it stands in a file of the run folder; what was not measured is not mentioned.
+In: a recipe, its run folder, the folder to describe. Out: Markdown with the front matter that hubs read.
+Invariant: every number in it stands in a file of the run folder; what was not measured is not mentioned, and
+no path of this machine is; the code in it runs in the folder.
 Trade-off: the recipe is included whole (2 kB), so that a folder copied elsewhere still says how it was made.
 """
 
@@ -11,10 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sftcore.config import Recipe
+from sftcore.display import masked
 from sftcore.fsio import atomic_file, read_json, read_jsonl
 from sftcore.model.adapters import is_adapter
-from sftcore.recipe import dump_recipe
+from sftcore.model.origin import base_licence, base_name, is_on_hub
+from sftcore.train.usage import usage_of
 
 
 def write_card(recipe: Recipe, folder: Path) -> None:
@@ -25,18 +30,56 @@ def write_card(recipe: Recipe, folder: Path) -> None:
 
 def card(recipe: Recipe, *, is_peft: bool) -> str:
     """The text of the card."""
-    base = Path(recipe.model.path).name if recipe.model.path.startswith("/") else recipe.model.path
-    front = ["---", f"base_model: {base}", f"library_name: {'peft' if is_peft else 'transformers'}"]
-    front += ["pipeline_tag: text-generation", "tags:", "- sftcore", "---"]
+    base = base_name(recipe.model.path)
     parts = [
-        "\n".join(front),
+        f"---\n{yaml.safe_dump(_front_matter(recipe, base, is_peft=is_peft), sort_keys=False)}---",
         f"# {recipe.name}",
-        f"Fine-tuned from `{base}` with sftcore {metadata.version('sftcore')}.",
+        f"{_kind_of(recipe, is_peft=is_peft)} `{base}`, by sftcore {metadata.version('sftcore')}.",
+        f"## Use\n\n{usage_of(recipe, is_peft=is_peft)}",
         *_training(recipe.run_folder),
         *_results(recipe.run_folder),
-        f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
+        f"## Recipe\n\n```yaml\n{_portable_recipe(recipe)}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(recipe: Recipe, base: str, *, is_peft: bool) -> dict[str, Any]:
+    """What hubs read; https://huggingface.co/docs/hub/model-cards."""
+    made_by = ["sftcore"] + ([recipe.adapter.kind] if recipe.adapter.kind != "none" else [])
+    # of a folder on somebody's disk a hub would look for a model of that name
+    known = {"base_model": base} if is_on_hub(base) else {}
+    relation = "adapter" if is_peft else "finetune"
+    return {
+        **known,
+        **({"base_model_relation": relation} if known else {}),
+        **base_licence(recipe.model.path),
+        "library_name": "peft" if is_peft else "transformers",
+        "pipeline_tag": "text-classification" if recipe.classifies else "text-generation",
+        "tags": made_by,
+    }
+
+
+def _kind_of(recipe: Recipe, *, is_peft: bool) -> str:
+    if is_peft:
+        return "An adapter for"
+    return "Fine-tuned from" if recipe.adapter.kind == "none" else "An adapter merged into"
+
+
+def _portable_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, of paths on this machine only the last name."""
+    values = recipe.model_dump(mode="json")
+    values["model"]["path"] = base_name(recipe.model.path)
+    return yaml.safe_dump(_without_paths(values), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return Path(value).name if value.startswith(("/", "~")) and "\n" not in value else masked(value)
 
 
 def _training(run: Path) -> list[str]:

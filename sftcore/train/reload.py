@@ -27,7 +27,8 @@ from sftcore.model.adapters import attach_adapter
 from sftcore.model.classifier import restore_classifier
 from sftcore.model.encoder import EncoderLossModel, padded_logits
 from sftcore.model.forward import pack_arguments
-from sftcore.model.load import LossModel, load_pretrained
+from sftcore.model.load import load_pretrained
+from sftcore.model.ours import LossModel
 from sftcore.model.proof import bare_batch
 from sftcore.model.quantise import quantisation_settings
 from sftcore.model.sameness import distance, has_room_for, is_same, plain_logits, probe_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -140,21 +139,29 @@ def test_an_empty_or_partial_adapter_is_refused():
 
 
 def test_the_merge_refuses_another_base_and_writes_nothing(tiny_recipe, tmp_path):
-    from safetensors.torch import save_file
-
     from sftcore.model.merge import merge_adapter
 
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({"r": 1, "lora_alpha": 1, "use_rslora": False, "use_dora": False})
-    )
-    name = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"
-    save_file({name: torch.ones(1, 32)}, adapter / "adapter_model.safetensors")
-    base = Path(tiny_recipe["model"]["path"])
-    with pytest.raises(UserInputError, match="layers.7.mlp.up_proj"):
-        merge_adapter(adapter, base, tmp_path / "out", dtype=torch.float32, quantised=False)
+    path = write_recipe(tiny_recipe, "small", adapter={"kind": "lora", "r": 4}, train={"epochs": 1})
+    run_cells([path], ranks=1)
+    config = tiny_config("llama")
+    config.num_hidden_layers = 1
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    settings = ModelSettings(path=str(tmp_path / "other"), dtype="float32")
+    with pytest.raises(UserInputError, match=r"(?s)does not fit its base.*layers.1"):
+        merge_adapter(Path("runs/small/adapter"), tmp_path / "out", settings, quantised=False)
     assert not (tmp_path / "out").exists()
     (tmp_path / "bare").mkdir()
+    settings = ModelSettings(path=str(tmp_path / "bare"), dtype="float32")
     with pytest.raises(UserInputError, match="no safetensors"):
-        merge_adapter(adapter, tmp_path / "bare", tmp_path / "out", dtype=torch.float32, quantised=False)
+        merge_adapter(Path("runs/small/adapter"), tmp_path / "out", settings, quantised=False)
+
+
+def test_a_merge_that_gives_another_model_is_not_written(tiny_recipe, tmp_path, monkeypatch):
+    from sftcore.model import merge
+
+    path = write_recipe(tiny_recipe, "broken", adapter={"kind": "lora", "r": 4}, train={"epochs": 1})
+    run_cells([path], ranks=1)
+    monkeypatch.setattr(merge, "merge_weight", lambda weight, *_, **__: weight)
+    with pytest.raises(TrainingFailed, match="is not the one that was trained"):
+        export_run(Path("runs/broken"), tmp_path / "out", merge=True)
+    assert not (tmp_path / "out").exists()
