@@ -18,6 +18,8 @@ from launcher.attempts import begin_stage
 from launcher.precision import settle
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
+from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import folder_fault
 from sftcore.recipe import load_recipe
 from sftcore.run_recipe import check_beside_recipe
 
@@ -239,7 +241,16 @@ def load(
     machines: Machines | None = None,
     has_gpu: bool = False,
 ) -> Recipe:
-    """A recipe with `--set` and `--run` applied, and its dtype decided (see `settle`)."""
-    recipe = with_run(load_recipe(path, overrides), run)
+    """A recipe with `--set` and `--run` applied, and its dtype decided (see `settle`).
+
+    Raises:
+        UserInputError: a mistake in it, or no folder for the run.
+    """
+    recipe = load_recipe(path, overrides)
+    folder = Path(run) if run else recipe.run_folder
+    if fault := folder_fault(folder):
+        what, remedy = f"can't be a run folder: {fault}", "choose another: --run DIR"
+        raise UserInputError(Problem(what=what, where=str(folder), remedy=remedy))
+    recipe = with_run(recipe, run)
     check_beside_recipe(recipe.run_folder, [path])
     return settle(recipe, machines, has_gpu=has_gpu)

@@ -16,6 +16,7 @@ import io
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -23,6 +24,8 @@ from sftcore.display import inert
 from sftcore.errors import EXIT_DONE, MissingEnvironmentError, Problem, SftError, UserInputError
 
 MAX_OPEN_FILES = 65536  # a limit to raise the process's own to, where the machine allows it
+THREADS, THREADS_A_CORE, MAX_THREADS = 32, 3, 128  # a compiler's processes; OpenBLAS's, OpenMP's, rayon's
+MIN_OPEN_FILES = 64  # a run of one process has about 30
 COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 YOURS = {  # errors of a path that was given
     errno.ENOENT: "",
@@ -50,9 +53,16 @@ THE_MACHINES = {
     errno.ENODEV: "",
     errno.ENXIO: "",
 }
-NO_THREAD = "can't start new thread"
-NO_MEMORY = ("can't allocate memory", "not enough memory", "failed to map segment")
-NO_FILE = "Too many open files"
+SAID = {  # by libraries in errors of their own kinds
+    "can't start new thread": errno.EAGAIN,
+    "resource temporarily unavailable": errno.EAGAIN,
+    "can't allocate memory": errno.ENOMEM,
+    "not enough memory": errno.ENOMEM,
+    "failed to map segment": errno.ENOMEM,
+    "too many open files": errno.EMFILE,
+    "no space left on device": errno.ENOSPC,
+    "symlink loop": errno.ELOOP,
+}
 
 
 class _Inert(io.TextIOWrapper):
@@ -73,6 +83,7 @@ def run_command(command: Callable[[], object]) -> None:
             try:
                 allow_open_files()
                 check_current_folder()
+                check_threads()
                 command()
             finally:
                 _flush()
@@ -97,7 +108,11 @@ def prepare_streams() -> None:
 
 
 def allow_open_files() -> None:
-    """Raise this process's own limit on open files as far as the machine's allows."""
+    """Raise this process's own limit on open files as far as the machine's allows.
+
+    Raises:
+        MissingEnvironmentError: that is too few for anything.
+    """
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -105,6 +120,9 @@ def allow_open_files() -> None:
         wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        if wanted < MIN_OPEN_FILES:
+            what = f"only {wanted} files may be open at a time"
+            raise MissingEnvironmentError(Problem(what=what, remedy=THE_MACHINES[errno.EMFILE]))
 
 
 def check_current_folder() -> None:
@@ -121,6 +139,23 @@ def check_current_folder() -> None:
         ) from error
 
 
+def check_threads() -> None:
+    """Start as many threads as the libraries will, for a moment (1 ms on two cores): without them OpenBLAS
+    sends an interrupt, and the tokenizers' library panics.
+
+    Raises:
+        RuntimeError: the machine refuses one.
+    """
+    num_threads = min(MAX_THREADS, THREADS + THREADS_A_CORE * (os.cpu_count() or 1))
+    done, threads = threading.Event(), []
+    try:
+        for _ in range(num_threads):
+            threads.append(threading.Thread(target=done.wait))
+            threads[-1].start()
+    finally:
+        done.set()
+
+
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
     """Turn what the operating system refuses into an `SftError`.
@@ -131,7 +166,7 @@ def explained() -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, MemoryError, RuntimeError, ImportError, RecursionError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError, UnicodeEncodeError) as error:
         told = explain(error)
         if told is None:
             raise
@@ -142,17 +177,17 @@ def explained() -> Iterator[None]:
 
 def explain(error: BaseException) -> SftError | None:
     """What an error of the machine means for the user; None for one that is ours."""
-    text = str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_os_error(error)
-    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+    if isinstance(error, MemoryError):
         return MissingEnvironmentError(Problem(what="out of memory", remedy=THE_MACHINES[errno.ENOMEM]))
-    if NO_THREAD in text:
-        return MissingEnvironmentError(Problem(what=text, remedy=THE_MACHINES[errno.EAGAIN]))
-    if NO_FILE in text:
-        return MissingEnvironmentError(Problem(what=NO_FILE.lower(), remedy=THE_MACHINES[errno.EMFILE]))
     if isinstance(error, RecursionError):
         return UserInputError(Problem(what="something that was given is nested too deeply"))
+    text = str(error)
+    if numbers := [number for words, number in SAID.items() if words in text.lower()]:
+        return _of_number(numbers[0], text)
+    if isinstance(error, UnicodeEncodeError):
+        return UserInputError(Problem(what=f"a name or text that is not UTF-8: {text}"))
     if isinstance(error, ImportError):
         remedy = "sftcore doctor names what is missing or broken"
         return MissingEnvironmentError(Problem(what=f"a package can't be imported: {text}", remedy=remedy))
@@ -160,9 +195,12 @@ def explain(error: BaseException) -> SftError | None:
 
 
 def _explain_os_error(error: OSError) -> SftError | None:
-    number = error.errno or 0
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-    what = (error.strerror or str(error)).lower()
+    return _of_number(error.errno or 0, (error.strerror or str(error)).lower(), where)
+
+
+def _of_number(number: int, what: str, where: str = "") -> SftError | None:
+    """What an error number of the operating system means; None for one that is not foreseen."""
     if number in YOURS:
         return UserInputError(Problem(what=what, where=where, remedy=YOURS[number]))
     if number in THE_MACHINES:

@@ -56,6 +56,21 @@ def file_fault(path: Path | str) -> str:
     return SPECIAL_FILES.get(kind, "")
 
 
+def folder_fault(path: Path) -> str:
+    """Why a path can't be a folder, or become one; empty if it can."""
+    try:
+        str(path).encode()
+        return "" if stat.S_ISDIR(os.stat(path).st_mode) else f"{path} is a file, not a folder"
+    except UnicodeEncodeError:
+        return "its name is not UTF-8 text"
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            return f"{path} is a link that leads nowhere"
+        return folder_fault(path.parent) if path.parent != path else ""
+    except (OSError, ValueError) as error:  # too long a name, links in a circle, a NUL in the name
+        return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+
+
 @contextlib.contextmanager
 def disk_errors_explained(path: Path) -> Iterator[None]:
     """Turn "no space left" and "read-only" into a message that names the folder and the remedy.

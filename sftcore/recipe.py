@@ -184,6 +184,8 @@ def _explain(item: Any, where: str) -> Problem:
         return Problem(what="unknown key", where=where, allowed=", ".join(allowed), remedy=remedy)
     if item["type"] == "missing":
         return Problem(what="required key is missing", where=where)
+    if item["type"] == "string_unicode":
+        return Problem(what="this is not UTF-8 text", where=where, got=shown_value(item.get("input")))
     got = "" if isinstance(item.get("input"), dict | BaseModel) else shown_value(item.get("input"))
     return Problem(what=item["msg"].removeprefix("Value error, "), where=where, got=got)
 
