@@ -17,6 +17,7 @@ from typing import Any
 
 from launcher.run_folder import open_run
 from sftcore.config import Recipe
+from sftcore.data.bounded import bounded
 from sftcore.data.contents import Pair
 from sftcore.data.draws import draw_selected
 from sftcore.data.ledger import Ledger
@@ -181,6 +182,13 @@ def _as_asked(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     if tokenizer.chat_template is None:
         return codec_of(tokenizer).encode_prompts(prompts)
     turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    return [
-        list(tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False)) for t in turns
-    ]
+    try:
+        return [_asked(tokenizer, turn) for turn in turns]
+    except Exception as error:  # the template is somebody else's program
+        what = f"the teacher's chat template fails: {type(error).__name__}: {error}"
+        raise UserInputError(Problem(what=what, where="matching.teacher.model")) from error
+
+
+def _asked(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
+    with bounded():
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))

@@ -15,14 +15,20 @@ from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
+from sftcore.data.bounded import TookTooMuch, bounded
 from sftcore.data.contents import Message
+from sftcore.data.rows import has_surrogates
+from sftcore.display import shown
 from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import file_fault
 
 DAY = date(2024, 7, 26)  # of templates that take a day from outside (`date_string`), Llama 3's own default
 DAY_FORMAT = "%d %b %Y"
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CLOCK = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 OTHER_CLOCK = re.compile(r"strftime_now\s*\(")
+MAX_SAID, MAX_RENDERED = 200, 2**26  # letters
+MAX_ENDED = 3  # of chats that are ended by force, 10 s each
 READS_CLOCK = "the template reads the clock, so samples would depend on the day: set data.today: YYYY-MM-DD"
 Block = tuple[int, int]
 Rendered = tuple[list[str], list[list[Block]]]  # of each chat
@@ -45,6 +51,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, today: date | None = None) -> None:
         self.source = template_of(tokenizer)
+        self._num_ended = 0  # chats that took too much
         self.has_blocks = bool(GENERATION_TAG.search(self.source))
         self._dated = _without_clock(self.source, today)
         self._values = dict(tokenizer.special_tokens_map) | {
@@ -73,13 +80,29 @@ class ChatTemplate:
         }
         chat = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            texts, blocks = cast(Rendered, render_jinja_template([chat], **values))
+            with bounded():
+                texts, blocks = cast(Rendered, render_jinja_template([chat], **values))
         except TemplateError as error:
-            said = str(error)
+            said = shown(str(error), MAX_SAID)
             raise ChatRefused(said if said == READS_CLOCK else f"the template says: {said}") from error
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise ChatRefused(f"the template fails: {type(error).__name__}: {error}") from error
-        return texts[0], blocks[0] if marks else []
+        except TookTooMuch as error:
+            self._num_ended += 1
+            if self._num_ended >= MAX_ENDED:
+                what = f"{MAX_ENDED} chats took the chat template too much: {error}"
+                raise UserInputError(Problem(what=what, where="model.chat_template")) from error
+            raise ChatRefused(f"the template takes too much: {error}") from error
+        except Exception as error:  # a program of somebody else's may raise anything
+            said = f"{type(error).__name__}: {shown(str(error), MAX_SAID)}"
+            raise ChatRefused(f"the template fails: {said}") from error
+        return _checked(texts[0]), blocks[0] if marks else []
+
+
+def _checked(text: str) -> str:
+    if len(text) > MAX_RENDERED:
+        raise ChatRefused(f"the template writes {len(text):,} letters")
+    if has_surrogates(text):
+        raise ChatRefused("the template writes half a character (\\ud800 to \\udfff)")
+    return text
 
 
 def _without_clock(source: str, today: date | None) -> str:
@@ -128,16 +151,18 @@ def choose_template(tokenizer: Any, setting: str) -> str:
     named = own if isinstance(own, dict) else {"default": own} if own else {}
     if setting in named:
         return str(named[setting])
-    file = Path(setting)
+    fault = file_fault(setting)
     try:
-        return file.read_text(encoding="utf-8")
+        if not fault:
+            return Path(setting).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        names = ", ".join(sorted(named)) or "none"
-        raise UserInputError(
-            Problem(
-                what="no such chat template",
-                where="model.chat_template",
-                got=setting,
-                allowed=f"a Jinja file, or a name of this tokenizer's: {names}",
-            )
-        ) from error
+        fault = f"can't be read: {error}"
+    names = ", ".join(sorted(named)) or "none"
+    raise UserInputError(
+        Problem(
+            what=f"no such chat template ({fault})",
+            where="model.chat_template",
+            got=setting,
+            allowed=f"a Jinja file, or a name of this tokenizer's: {names}",
+        )
+    )
