@@ -19,7 +19,7 @@ from launcher.precision import settle
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import folder_fault
+from sftcore.paths import folder_fault
 from sftcore.recipe import load_recipe
 from sftcore.run_recipe import check_beside_recipe
 

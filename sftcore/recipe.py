@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 from sftcore.config import Recipe, Source
 from sftcore.display import shown_value
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import file_fault
+from sftcore.paths import file_fault
 from sftcore.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 
 ASSETS = Path(__file__).parent / "assets"

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import file_fault
+from sftcore.paths import file_fault
 
 MAX_BYTES = 2**20  # our longest file has 4 kB
 MAX_DEPTH = 30  # a recipe's deepest key stands at 7

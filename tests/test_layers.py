@@ -12,6 +12,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.display",
     "sftcore.errors",
     "sftcore.leftovers",
+    "sftcore.paths",
     "sftcore.fsio",
     "sftcore.log",
     "sftcore.yaml_text",
@@ -37,6 +38,7 @@ ORDER = [  # a module imports from its own group or an earlier one
 ]
 TORCH_FREE = [
     "sftcore.display",
+    "sftcore.paths",
     "sftcore.yaml_text",
     "sftcore.settings",
     "sftcore.sources",

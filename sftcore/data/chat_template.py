@@ -20,7 +20,7 @@ from sftcore.data.contents import Message
 from sftcore.data.rows import has_surrogates
 from sftcore.display import shown
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import file_fault
+from sftcore.paths import file_fault
 
 DAY = date(2024, 7, 26)  # of templates that take a day from outside (`date_string`), Llama 3's own default
 DAY_FORMAT = "%d %b %Y"
