@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sftcore.config import AdapterSettings
 from sftcore.errors import Problem, TrainingFailed, UserInputError
+from sftcore.fsio import read_json
 from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.vocabulary import vocabulary_modules, vocabulary_weights
 
@@ -194,11 +195,12 @@ def _untrainable(config: Any, folder: Path) -> list[Problem]:
         "trainable_token_indices": bool(config.trainable_token_indices),
         "layer_replication": bool(config.layer_replication),
     }
+    found = {key: vars(config)[key] for key, is_odd in odd.items() if is_odd}
+    written = read_json(folder / ADAPTER_CONFIG)  # what this peft does not know, it would leave out
+    found |= {key: value for key, value in written.items() if value and key not in vars(config)}
     return [
         Problem(what="an adapter of this kind can't be trained on", where=f"{folder}: {key}", got=str(value))
-        for key, is_odd in odd.items()
-        if is_odd
-        for value in (vars(config)[key],)
+        for key, value in found.items()
     ]
 
 
