@@ -108,9 +108,9 @@ def why_not_trainable(recipe: Recipe, device: Device) -> SftError | None:
         lambda: check_tracker(recipe),
         lambda: choose_head("chunked" if recipe.classifies else model.head, device=kind),
     ]
+    config = load_config(model)
+    checks.append(lambda: check_demands(recipe, config))
     if not is_encoder:
-        config = load_config(model)
-        checks.append(lambda: check_demands(recipe, config))
         checks.append(lambda: choose_attention(config, model.attention, dtype=dtype, device=kind))
     if recipe.adapter.kind == "qlora":
         checks.append(lambda: require_bitsandbytes("adapter.kind: qlora"))

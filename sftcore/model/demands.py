@@ -14,6 +14,7 @@ from typing import Any
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.model.positions import position_limit
+from sftcore.model.prequantised import already_quantised
 
 log = logging.getLogger(__name__)
 ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef")
@@ -21,14 +22,15 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attent
 
 
 def check_demands(recipe: Recipe, config: Any) -> None:
-    """Refuse a decoder that training would not treat as its configuration says (`encoder` checks its own).
+    """Refuse a model that training would not treat as its configuration says (`encoder` checks more).
 
     Raises:
-        UserInputError: samples may be longer than it has positions, or its routers have a loss of their own.
+        UserInputError: its weights are quantised, samples may be longer than it has positions, or its
+            routers have a loss of their own.
     """
-    if recipe.task == "matching" and recipe.matching.mode == "encoder":
-        return
-    if problems := [problem for check in (_short_table, _router_loss) if (problem := check(recipe, config))]:
+    is_encoder = recipe.task == "matching" and recipe.matching.mode == "encoder"
+    checks = (already_quantised,) if is_encoder else (already_quantised, _short_table, _router_loss)
+    if problems := [problem for check in checks if (problem := check(recipe, config))]:
         raise UserInputError(*problems)
 
 

@@ -6,15 +6,18 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from launcher_commands import save
+from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
 
 from launcher.outlook import why_not_trainable
 from launcher.training import train_recipe
 from sftcore.errors import UserInputError
+from sftcore.fsio import read_json, write_json
 from sftcore.model.demands import check_demands
-from sftcore.model.load import load_for_training
+from sftcore.model.load import load_config, load_for_training
 from sftcore.recipe import load_recipe
 from sftcore.train.devices import Device
 
@@ -98,3 +101,40 @@ def test_nothing_is_said_of_a_plain_model(tiny_recipe, caplog):
     with caplog.at_level(logging.WARNING):
         load_for_training(recipe_with(tiny_recipe, tiny_config("llama")))
     assert "config.json" not in caplog.text
+
+
+QUANTISED = {
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "config_groups": {}},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_quantised_base_is_refused_before_anything_is_made(tiny_recipe, method, adapter):
+    recipe = recipe_with(tiny_recipe, tiny_config("llama"), adapter={"kind": adapter})
+    config = Path("other/config.json")
+    write_json(config, read_json(config) | {"quantization_config": QUANTISED[method]})
+    refusal = why_not_trainable(recipe, CPUS)
+    assert refusal is not None
+    for found in (str(refusal), message_of(lambda: train_recipe(recipe))):
+        assert f"quantised already ({method})" in found and "in 16 bits" in found
+    assert not Path(".cache/stores").exists(), "nothing was tokenised"
+
+
+def test_quantised_weights_are_known_without_a_word_in_the_configuration(tiny_recipe):
+    recipe = recipe_with(tiny_recipe, tiny_config("llama"))
+    file = Path("other/model.safetensors")
+    plain = load_file(file)
+    plain["model.layers.0.self_attn.bias"] = torch.ones(4, dtype=torch.uint8)  # masks of old files
+    save_file(plain, file, metadata={"format": "pt"})
+    check_demands(recipe, load_config(recipe.model))
+    weights = {"model.layers.0.mlp.up_proj.qweight": torch.ones(4, 4, dtype=torch.int32)}
+    weights8 = {"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}
+    for few in (weights, weights8):
+        save_file(plain | few, file, metadata={"format": "pt"})
+        with pytest.raises(UserInputError, match=r"quantised already \(model.layers.0.mlp.up_proj"):
+            check_demands(recipe, load_config(recipe.model))
