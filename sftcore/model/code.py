@@ -26,6 +26,11 @@ def local_folder(path: str, patterns: tuple[str, ...]) -> Path:
     return Path(snapshot_download(path, allow_patterns=list(patterns)))
 
 
+def is_trusted(config: Any) -> bool:
+    """Whether a configuration (see `load_config`) stands for a model's own code, which the user trusts."""
+    return bool(vars(config).get("auto_map"))
+
+
 def copy_code(base: Path, folder: Path) -> None:
     """Copy a model's code next to what was made of it, and let the configurations there name it."""
     for file in sorted(base.rglob("*.py")):

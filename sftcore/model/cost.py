@@ -28,6 +28,7 @@ from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings, Recipe
 from sftcore.model.adapters import add_adapter
 from sftcore.model.attention.needs import head_sizes
+from sftcore.model.code import is_trusted
 from sftcore.model.load import load_config
 from sftcore.model.loss import columns_per_block
 from sftcore.model.ours import slim_layers
@@ -185,9 +186,10 @@ def measure_model(
 def _measure(config: Any, adapter: AdapterSettings | None, num_classes: int | None) -> ModelCost:
     with torch.device("meta"):
         if num_classes is None:
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted(config))
         else:
-            model = AutoModelForSequenceClassification.from_config(config)
+            kind = AutoModelForSequenceClassification
+            model = kind.from_config(config, trust_remote_code=is_trusted(config))
     output = model.get_output_embeddings()  # a classifier has none; its own few weights count as body
     outside = {
         id(p): p.numel()

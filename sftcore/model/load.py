@@ -148,9 +148,12 @@ def load_config(settings: ModelSettings) -> Any:
         UserInputError: there is none, or it is not a causal LM's.
     """
     try:
-        return AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _not_loadable(settings.path, error) from error
+    if not settings.trust_remote_code:
+        vars(config).pop("auto_map", None)  # transformers' own code is taken, wherever the model is built
+    return config
 
 
 def load_pretrained(

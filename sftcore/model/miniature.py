@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sftcore.model.code import is_trusted
+
 SWITCH = 8  # tokens: what lengths are shrunk to
 BELOW, BEYOND = 5, 13  # tokens of a document on either side of it; two windows of SWITCH don't reach as far
 FAR = 2**20
@@ -124,7 +126,9 @@ def build(config: Any, kind: Any, *, seed: int = 0, **options: Any) -> PreTraine
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = kind.from_config(config, dtype=torch.float32, **options)
+        model: PreTrainedModel = kind.from_config(
+            config, dtype=torch.float32, trust_remote_code=is_trusted(config), **options
+        )
         with torch.no_grad():
             for tensor in model.state_dict().values():
                 if tensor.is_floating_point():

@@ -143,6 +143,8 @@ def _saved_config(engine: Engine, tokenizer: Any, recipe: Recipe) -> Any:
     config.dtype = engine.save_dtype
     config._attn_implementation = "sdpa"
     config._name_or_path = recipe.name
+    if not recipe.model.trust_remote_code:
+        vars(config).pop("auto_map", None)  # transformers' own code was trained
     whole = model if recipe.matching.has_plain_classifier else model.get_decoder()
     config.architectures = [type(whole).__name__]
     if recipe.classifies:
