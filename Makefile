@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
-quickstart: $(STAMP) ## the whole story on this machine: memory levels, 60 samples, training, report
+quickstart: $(STAMP) ## the whole story on this machine: memory levels, 48 samples, training, report
 	$(BIN)/sftcore quickstart
 
 lint: $(STAMP)       ## ruff, formatting, types of the pure core

@@ -1,4 +1,4 @@
-"""`sftcore quickstart`: raw facts -> memory levels -> 60 samples -> a trained model -> a report.
+"""`sftcore quickstart`: raw facts -> memory levels -> 48 samples -> a trained model -> a report.
 
 In: nothing but this package and a package index. Out: a run folder with report.html.
 Invariant: it is the ordinary path (a recipe and its stages); nothing here trains, probes or scores by
