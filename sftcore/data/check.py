@@ -14,6 +14,7 @@ import numpy as np
 
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
+from sftcore.display import shown
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 NUM_BINS = 20
@@ -90,6 +91,13 @@ def _histogram_lines(histogram: dict[str, Any]) -> list[str]:
 
 def draw_check(report: dict[str, Any], path: Path) -> None:
     """The report as a picture: lengths, what became of the rows, tokens per source."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a file's name may hold $ signs
+        _draw_check(report, path)
+
+
+def _draw_check(report: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,7 +118,7 @@ def draw_check(report: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axes: Any, counts: dict[str, int], title: str) -> None:
-    bars = axes.barh([name[:30] for name in counts], list(counts.values()))
+    bars = axes.barh([shown(name, 30) for name in counts], list(counts.values()))
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.2)

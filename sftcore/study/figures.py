@@ -20,8 +20,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from sftcore.display import inert
 from sftcore.evaluate.score import FEW_ITEMS, LEVELS
 
 WIDTH_INCHES = 5.3  # 382 units: a 10-unit label is 13 px in half a 1200 px page, 9.5 px on a phone
@@ -32,6 +34,7 @@ LEVEL_COLOURS = ("#c6d4e1", "#9dbcd8", "#6c9fc9", "#3579b1", "#0b4f8a")  # one h
 MAX_POINTS = 600  # about one per drawn pixel; longer runs are averaged in bins
 SMOOTHED_FROM_STEPS = 60
 STYLE: dict[Any, object] = {
+    "text.parse_math": False,  # names may hold $ signs
     "svg.fonttype": "none",
     "svg.hashsalt": "sftcore",
     "font.size": 10,
@@ -218,6 +221,8 @@ def page_style() -> Iterator[None]:
 def svg_of(figure: Figure, name: str, title: str) -> str:
     """The figure as an element for an HTML page; `title` is read out by screen readers."""
     FigureCanvasSVG(figure)
+    for text in figure.findobj(Text):
+        text.set_text(inert(text.get_text()))  # of data's names: XML has no control characters
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)

@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
 from sftcore.config import Recipe
-from sftcore.errors import Problem, UserInputError
+from sftcore.errors import MAX_PROBLEMS, Problem, UserInputError
+from sftcore.paths import file_fault
 from sftcore.recipe import load_recipe
-from sftcore.settings import FolderName, Settings
+from sftcore.settings import MAX_COUNT, FolderName, PathText, Settings
+from sftcore.yaml_text import read_yaml
 
 DRAW = "select.draw"
 MAX_VALUE_LETTERS = 24
+MAX_RUNS = 10_000  # 100 s to check; nobody runs more
 ONCE_EACH = "give all grids of the list the same keys, and each combination once"
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 OWN_FOLDERS = ("recipes", "logs", "shared", "slurm")  # of a study's folder, beside its runs
@@ -40,12 +43,12 @@ class StudySettings(Settings):
     """A STUDY.yaml."""
 
     name: FolderName = Field("study", description="the study's name; its folder is runs/NAME")
-    base: str = Field(description="recipe; relative to the study, then to here")
+    base: PathText = Field(description="recipe; relative to the study, then to here")
     set: dict[str, Any] = Field({}, description="dotted recipe key -> its value in all runs; not in names")
     grid: Annotated[list[Grid], Field(min_length=1), BeforeValidator(_as_list)] = Field(
         [{}], description="dotted recipe key -> values; every combination is a run. A list: of each, in turn"
     )
-    draws: Annotated[int, Field(gt=0)] = Field(
+    draws: Annotated[int, Field(gt=0, le=MAX_COUNT)] = Field(
         1, description="runs per combination, with select.draw = 0, 1, ..."
     )
     keep_models: bool = Field(
@@ -74,12 +77,9 @@ def read_study(path: Path) -> StudySettings:
     Raises:
         UserInputError: no such file, not YAML, unknown keys or wrong values (all of them), no such base.
     """
-    if not path.is_file():
+    if file_fault(path) == "no such file":
         raise UserInputError(Problem(what="no such study", where=str(path)))
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserInputError(Problem(what=f"not valid YAML: {error}", where=str(path))) from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserInputError(Problem(what="a study is a YAML mapping", where=str(path)))
     try:
@@ -87,7 +87,7 @@ def read_study(path: Path) -> StudySettings:
     except ValidationError as error:
         raise UserInputError(*(_explain(item, path) for item in error.errors())) from error
     candidates = [path.resolve().parent / settings.base, Path(settings.base).resolve()]
-    found = [candidate for candidate in candidates if candidate.is_file()]
+    found = [candidate for candidate in candidates if not file_fault(candidate)]
     if not found:
         raise UserInputError(Problem(what="no such recipe", where=f"{path}: base", got=settings.base))
     return settings.model_copy(update={"base": str(found[0])})
@@ -108,7 +108,9 @@ def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:
     Raises:
         UserInputError: every mistake of any run's recipe, each once.
     """
-    runs, problems = [], []
+    runs: list[StudyRun] = []
+    problems: list[Problem] = []
+    _check_size(settings)
     cells = [named for grid in settings.grid for named in expand_cells(grid, settings.draws)]
     _check_common_keys(settings)
     twice = sorted(name for name, count in Counter(name for name, _ in cells).items() if count > 1)
@@ -117,15 +119,30 @@ def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:
             Problem(what="runs of the same name", where="grid", got=", ".join(twice), remedy=ONCE_EACH)
         )
     for name, cell in cells:
-        overrides = [f"{key}={json.dumps(value)}" for key, value in (settings.set | cell).items()]
+        overrides = [f"{key}={_as_yaml(value)}" for key, value in (settings.set | cell).items()]
         overrides += [f"name={json.dumps(name)}", f"run={json.dumps(str(folder / name))}"]
         try:
             runs.append(StudyRun(name=name, cell=cell, recipe=load_recipe(Path(settings.base), overrides)))
         except UserInputError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+        if len(problems) > MAX_PROBLEMS:
+            break
     if problems:
         raise UserInputError(*problems)
     return runs
+
+
+def _check_size(settings: StudySettings) -> None:
+    """Refuse more runs than anybody means, before they are expanded."""
+    num_runs = settings.draws * sum(math.prod(map(len, grid.values())) for grid in settings.grid)
+    if num_runs > MAX_RUNS:
+        got, allowed = f"{num_runs:,} runs", f"{MAX_RUNS:,}"
+        raise UserInputError(Problem(what="too many runs", where="grid, draws", got=got, allowed=allowed))
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as an override says it: JSON, in which YAML finds what it does not know (a date) as text."""
+    return json.dumps(value, default=str)
 
 
 def _check_common_keys(settings: StudySettings) -> None:
