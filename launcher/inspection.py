@@ -62,19 +62,25 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
     parts of one character are shown together. A class stands behind the text.
     """
     trained = _trained_tokens(sample)
-    text, pending = "", []
+    text, pending, before = "", [], list[int]()
     for position, token in enumerate(sample.input_ids.tolist()):
         pending.append(token)
-        piece = tokenizer.decode(pending)
+        piece = _decoded_behind(before, pending, tokenizer)
         is_last = position + 1 == len(trained) or trained[position + 1] != trained[position]
         if piece.endswith(REPLACEMENT) and not is_last:
             continue
         piece = CONTROL.sub(lambda found: repr(found[0])[1:-1], piece)  # else a sample could colour itself
         text += f"{mark[0]}{piece}{mark[1]}" if trained[position] else piece
-        pending = []
+        before, pending = pending, []
     if sample.labels[-1] != UNTRAINED:
         text += f" -> class {mark[0]}{sample.labels[-1]}{mark[1]}"
     return text
+
+
+def _decoded_behind(before: list[int], ids: list[int], tokenizer: Any) -> str:
+    """The text of some tokens behind others: SentencePiece's decoders drop the space in front of a text."""
+    text, context = tokenizer.decode([*before, *ids]), tokenizer.decode(before) if before else ""
+    return str(text[len(context) :]) if text.startswith(context) else str(tokenizer.decode(ids))
 
 
 def _trained_tokens(sample: Any) -> list[bool]:
@@ -87,7 +93,7 @@ def _token_lines(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> Iterator
     ids = sample.input_ids.tolist()
     names = tokenizer.convert_ids_to_tokens(ids)
     for place, (token, name, is_trained) in enumerate(zip(ids, names, _trained_tokens(sample), strict=True)):
-        text = tokenizer.decode([token])
+        text = _decoded_behind(ids[max(0, place - 1) : place], [token], tokenizer)
         shown = repr(name if REPLACEMENT in text else text)
         yield f"  {place:>6} {token:>7}  {f'{mark[0]}{shown}{mark[1]}' if is_trained else shown}"
 

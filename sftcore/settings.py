@@ -23,7 +23,7 @@ def _path_text(text: str) -> str:
     """Refuse what can't be a path anywhere."""
     if "\0" in text:
         raise ValueError("a path holds no NUL character")
-    if len(text.encode()) > MAX_PATH_BYTES:
+    if len(text.encode("utf-8", "surrogateescape")) > MAX_PATH_BYTES:
         raise ValueError(f"a path of {len(text):,} letters: {MAX_PATH_BYTES} bytes are possible")
     return text
 

@@ -1,9 +1,9 @@
 """Rows of Parquet files and of Hugging Face data sets, on disk (`save_to_disk`) or by name.
 
 In: a Parquet file, a data set folder, or a `hub:` name. Out: `RawRow`s whose values are objects; identities.
-Invariant: a data set is known by the bytes of its Arrow files, and which of their rows were asked for, so a
-cache key never depends on when or how it was loaded (trl#6206: a hash that never repeats; datasets' own
-fingerprint is another for the same file elsewhere).
+Invariant: only columns that are read are decoded; a data set is known by the bytes of its Arrow files, and
+which of their rows were asked for, so a cache key never depends on when or how it was loaded (trl#6206: a
+hash that never repeats; datasets' own fingerprint is another for the same file elsewhere).
 Trade-off: rows become Python objects, 1,000 at a time (1 MB at 1 kB a row), so that all formats share one set
 of checks.
 """
@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from sftcore.config import Source
-from sftcore.data.rows import RawRow, Span, damaged, read_errors_explained
+from sftcore.data.arrow_values import python_rows
+from sftcore.data.ledger import Alteration, Change
+from sftcore.data.rows import Note, RawRow, Span, damaged, ignore, read_errors_explained
+from sftcore.data.turns import SHAREGPT, SYSTEM_NAMES, is_metadata
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import sha256_of_file
 from sftcore.recipe import HUB_PREFIX
@@ -40,48 +43,34 @@ def _is_parquet(file: Path) -> bool:
     return file.suffix.lower() == PARQUET
 
 
-def arrow_rows(source: Source, file: Path, span: Span) -> Iterator[RawRow]:
-    """The rows of a span: of row groups (Parquet) or rows (data sets).
+def arrow_rows(source: Source, file: Path, span: Span, note: Note = ignore) -> Iterator[RawRow]:
+    """The rows of a span: of row groups (Parquet) or rows (data sets), with the columns that are read.
 
     Raises:
-        UserInputError: the file is damaged, or no data set.
+        UserInputError: the file is damaged, no data set, or has two columns of one name.
         MissingEnvironmentError: a name that is neither cached nor reachable.
     """
-    batches = _parquet_batches(file, span) if _is_parquet(file) else _dataset_batches(source, file, span)
+    batches = _parquet_batches if _is_parquet(file) else _dataset_batches
     number = span.first_row
-    for batch in batches:
-        for value in batch:
+    for batch in batches(source, file, span, note):
+        for value in python_rows(batch):
             yield RawRow(number=number, value=value)
             number += 1
 
 
-def _parquet_batches(file: Path, span: Span) -> Iterator[list[dict[str, Any]]]:
+def _parquet_batches(source: Source, file: Path, span: Span, note: Note) -> Iterator[Any]:
     import pyarrow as pa
 
     parquet = _open_parquet(file)
     groups = range(span.start, parquet.num_row_groups if span.end is None else span.end)
     with read_errors_explained(file), parquet:
+        names = _columns_read(source, file, parquet.schema_arrow, span, note)
         try:
-            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(groups), use_threads=False):
-                yield _objects(batch)
+            yield from parquet.iter_batches(
+                BATCH_ROWS, row_groups=list(groups), columns=names, use_threads=False
+            )
         except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(file, f"damaged Parquet file: {error}", remedy="fetch it again") from error
-
-
-def _objects(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a batch; bytes that are not UTF-8 become lone surrogates, which checks of texts find."""
-    import pyarrow as pa
-
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-    except UnicodeDecodeError:
-        plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-        fields = [(field.name, plain.get(field.type, field.type)) for field in batch.schema]
-        rows = batch.cast(pa.schema(fields)).to_pylist()
-        texts = [field.name for field in batch.schema if field.type in plain]
-        for row in rows:
-            row |= {n: row[n].decode(errors="surrogateescape") for n in texts if row[n] is not None}
-    return rows
 
 
 def _open_parquet(file: Path) -> Any:
@@ -95,12 +84,62 @@ def _open_parquet(file: Path) -> Any:
             raise damaged(file, f"not a Parquet file: {error}", remedy="fetch it again") from error
 
 
-def _dataset_batches(source: Source, file: Path, span: Span) -> Iterator[list[dict[str, Any]]]:
+def _dataset_batches(source: Source, file: Path, span: Span, note: Note) -> Iterator[Any]:
+    """Arrow tables, whatever format the data set was saved with; its own decoders are not run."""
     dataset = open_dataset(str(file), source.subset, source.split)
+    names = _columns_read(source, file, dataset.features.arrow_schema, span, note)
+    tables = dataset.select_columns(names).with_format("arrow")
     end = len(dataset) if span.end is None else span.end
     for start in range(span.start, end, BATCH_ROWS):
-        columns = dataset[start : min(start + BATCH_ROWS, end)]
-        yield [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        yield tables[start : min(start + BATCH_ROWS, end)]
+
+
+def _columns_read(source: Source, file: Path, schema: Any, span: Span, note: Note) -> list[str]:
+    """Names of the columns that a source reads, or has to look into before they are left out.
+
+    Bytes (sounds, pictures) are never looked into unless the recipe names their column; that is noted.
+    """
+    names = list(schema.names)
+    asked = _asked(source)
+    if twice := [name for name in asked if names.count(name) > 1]:
+        raise damaged(file, f"two columns are named {twice[0]!r}", remedy="rename one of them")
+    if source.format != "jsonl":
+        return [name for name in names if name in asked] or names
+    left = {"*"} & set(source.columns.ignore)
+    read = []
+    for name in dict.fromkeys(names):
+        if name in asked:
+            read.append(name)
+        elif left or name in source.columns.ignore or is_metadata(name):
+            continue
+        elif names.count(name) == 1 and not _is_bytes(schema.field(name).type):
+            read.append(name)
+        elif span.first_row == 1:
+            note(Alteration(file=str(file), row=1, change=Change.COLUMN_LEFT_OUT, detail=name))
+    return read or [name for name in names if names.count(name) == 1]
+
+
+def _asked(source: Source) -> frozenset[str]:
+    columns = source.columns
+    own = {"id"} if columns.id == "id" else {str(columns.id)}
+    match source.format:
+        case "pairs":
+            return frozenset({str(name) for name in columns.of_pair().values()} | own)
+        case "facts" | "entityquestions":
+            return frozenset({"relation", "subject", "answers", "question"} | own)
+    texts = [columns.prompt, columns.completion, columns.input, columns.messages or "messages", SHAREGPT]
+    return frozenset({*filter(None, texts), *SYSTEM_NAMES, *own})
+
+
+def _is_bytes(kind: Any) -> bool:
+    """Whether a column holds bytes, or bytes with a path (how data sets keep sounds and pictures)."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(_is_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 @lru_cache(maxsize=8)

@@ -16,10 +16,11 @@ from functools import lru_cache
 from typing import Any
 
 from sftcore.data.ledger import Alteration, Change, Reason
-from sftcore.data.rows import Note, RawRow, has_surrogates
+from sftcore.data.rows import Note, RawRow, has_surrogates, likely_encoding
 from sftcore.settings import BARE_LABELS, LabelWords
 
 UNKNOWN_LABEL = -1
+OTHER_LABELS = {"0.0": "0", "false": "0", "1.0": "1", "true": "1"}  # of files that know no whole numbers
 FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")
 
 
@@ -126,7 +127,7 @@ class Fields:
         if "\0" in value:
             raise OddRow(Reason.NUL_CHARACTER, f"in {name!r}", value)
         if has_surrogates(value):
-            raise OddRow(Reason.UNDECODABLE_BYTES, f"{name!r} is not UTF-8", value)
+            raise OddRow(Reason.UNDECODABLE_BYTES, f"{name!r} is not UTF-8{likely_encoding(value)}", value)
         text: str = value if verbatim else value.strip()
         if text != value:
             self.changed(Change.WHITESPACE_TRIMMED, name)
@@ -190,15 +191,29 @@ def label_numbers(labels: LabelWords) -> dict[str, int]:
     return {bare: number for number, bare in enumerate(BARE_LABELS)} | words
 
 
+def read_label(label: Any, labels: Mapping[str, int]) -> int | None:
+    """The number that a label stands for, also as 1.0, true or a full-width digit; None: it stands for none.
+
+    >>> [read_label(label, label_numbers(LabelWords())) for label in ("Same", 1.0, "\uff10", True, "2")]
+    [1, 1, 0, 1, None]
+    """
+    spelling = str(label).strip().casefold()
+    if spelling not in labels:
+        spelling = unicodedata.normalize("NFKC", spelling).strip()
+        spelling = OTHER_LABELS.get(spelling, spelling)
+    return labels.get(spelling)
+
+
 def parse_pair(fields: Fields, labels: Mapping[str, int]) -> Pair:
     """A row of a `pairs` file; `labels` is from `label_numbers`."""
     a, b = _sides(fields)
     label = fields.get("label")
-    spelling = "" if isinstance(label, bool) else str(label).strip().casefold()
-    if spelling not in labels:
+    if (number := read_label(label, labels)) is None:
         raise OddRow(Reason.UNKNOWN_LABEL, f"label {label!r}")
+    if str(label).strip().casefold() not in labels:
+        fields.changed(Change.LABEL_SPELLING, f"label {label!r}")
     rationale = fields.text("rationale") if fields.has("rationale") else None
-    pair = Pair(a=a, b=b, label=labels[spelling], rationale=rationale or None)
+    pair = Pair(a=a, b=b, label=number, rationale=rationale or None)
     _note_oddities(pair, fields)
     return pair
 

@@ -1,8 +1,9 @@
 """Checksums of files that are asked for again and again.
 
 In: paths. Out: their SHA-256, read from the file's bytes or remembered.
-Invariant: a remembered checksum is used only while size, inode and modification time are those of then, and
-only if the file was at least 2 s old when it was read (a change within one tick of the clock can't hide).
+Invariant: a remembered checksum is used only while size, inode, and the times of the last modification and of
+the last change of any kind (which no tool sets back) are those of then, and only if the file was at least 2 s
+old when it was read (a change within one tick of the clock can't hide).
 Trade-off: bits that rot on the disk without a write are not seen again after the first look; in return a
 ready store of 10 GB opens in milliseconds instead of 10 s. What this process wrote itself is not read again.
 """
@@ -79,4 +80,4 @@ def _key(file: Path) -> str:
 
 
 def _state(stat: os.stat_result) -> list[int]:
-    return [stat.st_size, stat.st_ino, stat.st_mtime_ns]
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]

@@ -15,35 +15,33 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
+from sftcore.data.cells import num_named, table_rows, without_tail
 from sftcore.data.contents import Chat, Completion, Fields, Message, OddRow
 from sftcore.data.ledger import Change, Reason, Rejection, printable
-from sftcore.data.rows import WHOLE, Note, RawRow, Span, csv_rows, damaged, ignore, suffix_of, tsv_rows
-from sftcore.data.turns import parse_message, refuse_unknown, says_nothing
+from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore
+from sftcore.data.turns import SHAREGPT, SYSTEM_NAMES, parse_message, refuse_unknown, says_nothing
 from sftcore.sources import Columns
 
-SYSTEM_NAMES = ("system", "system_prompt", "system_message")  # a first turn that some corpora keep apart
 REDUNDANT = frozenset(
     {"text", "chosen", "rejected"}
 )  # a rendering of the row; what other objectives train on
-SHAREGPT = "conversations"
 MAX_KEYS_SHOWN = 5
 Table = Iterator[RawRow | Rejection]
 
 
-def named_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Table:
+def named_rows(path: Path, quotes: str = "auto", note: Note = ignore, span: Span = WHOLE) -> Table:
     """The rows of a TSV or CSV file as objects; the first line names the columns, and does not count.
 
     Raises:
         UserInputError: the first line can't be read, or names two columns alike.
     """
-    read = csv_rows if suffix_of(path) == ".csv" else tsv_rows
-    rows = read(path, note, span)
-    first = next(rows if span.start == 0 else read(path, ignore, WHOLE), None)
+    rows = table_rows(path, quotes, note, span)
+    first = next(rows if span.start == 0 else table_rows(path, quotes), None)
     if first is None:
         return
     if isinstance(first, Rejection):
         raise damaged(path, f"the first line can't be read: {first.detail}", got=first.excerpt)
-    names = [cell.strip() for cell in first.value]
+    names = [cell.strip() for cell in first.value[: num_named(first.value)]]
     if len(set(names)) < len(names):
         raise damaged(path, "the first line names two columns alike", got=printable(" | ".join(names)))
     for row in rows:
@@ -53,8 +51,8 @@ def named_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Table:
 def _named(path: Path, row: RawRow | Rejection, names: list[str]) -> RawRow | Rejection:
     if isinstance(row, Rejection):
         return replace(row, row=row.row - 1)
-    if len(row.value) == len(names):
-        return RawRow(number=row.number - 1, value=dict(zip(names, row.value, strict=True)))
+    if len(cells := without_tail(row.value, len(names))) == len(names):
+        return RawRow(number=row.number - 1, value=dict(zip(names, cells, strict=True)))
     return Rejection(
         file=str(path),
         row=row.number - 1,

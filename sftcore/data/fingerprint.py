@@ -67,6 +67,7 @@ def _sources_identity(
             {
                 "format": source.format,
                 "limit": source.limit,
+                "quotes": source.quotes,
                 "columns": source.columns.model_dump(),
                 "files": files,
             }

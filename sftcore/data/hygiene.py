@@ -2,8 +2,9 @@
 
 In: training and held-out records. Out: per training record, the reason to drop it, or None.
 Invariant: a training item that reads like a held-out one (Unicode NFKC, case-folded, white space collapsed,
-a pair in either order) is dropped, whatever its answer; so is a chat if any of its trained turns answers what
-a held-out chat asks last; of a pair with both labels no copy stays.
+unseen characters and system turns aside, a pair in either order) is dropped, whatever its answer; so is a
+chat if any of its trained turns answers what a held-out chat asks last; of a pair with both labels no copy
+stays.
 Trade-off: texts are compared by 64-bit hashes in numpy arrays: 33 bytes a record instead of its text (330 MB
 for 10 million; 16 more for each earlier assistant turn of a chat), and one false match in 2^65 / n^2
 (n = 10 million: 1 in 370,000).
@@ -11,32 +12,40 @@ for 10 million; 16 more for each earlier assistant turn of a chat), and one fals
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
+from sftcore.data.contents import Chat, Completion, Content, Fact, Message, Pair
 from sftcore.data.ledger import Reason
 from sftcore.data.records import Record
 
+# Unicode's format characters (Cf) that text is sprinkled with: soft hyphen, zero-width, direction, byte-order
+UNSEEN = re.compile(
+    "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff]"
+)
+SYSTEM_ROLES = ("system", "developer")  # what they say is no part of the question
 Hashes = NDArray[np.uint64]
 Render = Callable[[Content], str | None]  # the prompt that a held-out record becomes, where that is known
 
 
 def normalised(text: str) -> str:
-    r"""`text` as leaks are compared: NFKC, case-folded, runs of white space as one space.
+    r"""`text` as leaks are compared: NFKC, case-folded, runs of white space as one space, nothing unseen.
 
-    >>> normalised("Where is  ＰＡＲＩＳ?\n")
+    >>> normalised("Where is  ＰＡ\u200bＲ\u00adＩＳ?\n")
     'where is paris?'
     """
     if text.isascii():
         return " ".join(text.lower().split())  # the same, at a third of the time
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    seen = UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+    return " ".join(seen.casefold().split())
 
 
 def item_texts(content: Content) -> tuple[str, str]:
@@ -50,10 +59,13 @@ def item_texts(content: Content) -> tuple[str, str]:
         case Completion():
             text = normalised(content.prompt)
         case Chat():
-            turns = content.messages
-            last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
-            text = _joined(*(normalised(turn.content) for turn in turns[:last]))
+            text = _joined(*_said(content.messages[: content.answers[-1]]))
     return text, text
+
+
+def _said(turns: Sequence[Message]) -> list[str]:
+    """What was said, the system's words aside: the same question behind another system text is the same."""
+    return [normalised(turn.content) for turn in turns if turn.role not in SYSTEM_ROLES]
 
 
 def sample_text(content: Content) -> str:
@@ -66,7 +78,11 @@ def sample_text(content: Content) -> str:
         case Completion():
             return _joined(content.prompt, content.completion)
         case Chat():
-            return _joined(*(text for turn in content.messages for text in (turn.role, turn.content)))
+            return _joined(*(text for turn in content.messages for text in _written(turn)))
+
+
+def _written(turn: Message) -> tuple[str, str]:
+    return (turn.role if turn.is_trained else f"{turn.role}, not trained"), turn.content
 
 
 def _joined(*texts: str) -> str:
@@ -115,10 +131,10 @@ def hash_earlier(content: Content) -> list[int]:
     """Hashes of what comes before each assistant turn of a chat but the last, as `item_texts` has it."""
     if not isinstance(content, Chat):
         return []
-    turns = content.messages
-    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"][:-1]
-    texts = [normalised(turn.content) for turn in turns[: answers[-1]]] if answers else []
-    return [_hash(_joined(*texts[:i])) for i in answers]
+    turns, answers = content.messages, content.answers[:-1]
+    texts = _said(turns[: answers[-1]]) if answers else []
+    num_said = [0, *accumulate(turn.role not in SYSTEM_ROLES for turn in turns)]
+    return [_hash(_joined(*texts[: num_said[i]])) for i in answers]
 
 
 def _unrendered(_: Content) -> None:

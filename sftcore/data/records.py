@@ -34,6 +34,7 @@ from sftcore.data.contents import (
     parse_pair,
     parse_question,
     parse_unlabelled,
+    read_label,
 )
 from sftcore.data.examples import named_rows, parse_example
 from sftcore.data.ledger import (
@@ -261,20 +262,21 @@ def _raw_rows(
     source: Source, file: Path, labels: LabelWords, note: Note, span: Span
 ) -> Iterator[RawRow | Rejection]:
     if is_arrow(file):
-        rows = arrow_rows(source, file, span)
+        rows = arrow_rows(source, file, span, note)
         return object_rows(file, source.columns, rows) if source.format == "pairs" else rows
     if source.format == "entityquestions":
         return json_list_rows(file, note)
     if source.format == "pairs":
-        return pair_rows(file, source.columns, is_label=_label_test(labels), note=note, span=span)
+        is_label = _label_test(labels)
+        return pair_rows(file, source.columns, is_label=is_label, quotes=source.quotes, note=note, span=span)
     if source.format == "jsonl" and suffix_of(file) in (".csv", ".tsv"):
-        return named_rows(file, note, span)
+        return named_rows(file, source.quotes, note, span)
     return json_rows(file, note, span)
 
 
 def _label_test(labels: LabelWords) -> Callable[[str], bool]:
     numbers = label_numbers(labels)
-    return lambda text: text.strip().casefold() in numbers
+    return lambda text: read_label(text, numbers) is not None
 
 
 def _contents(

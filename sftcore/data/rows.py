@@ -1,9 +1,8 @@
-"""From a file's bytes to its rows: gzip, byte-order marks, line ends, JSON, tables.
+"""From a file's bytes to its rows: gzip, byte-order marks, line ends, JSON.
 
-In: a path. Out: `RawRow`s in file order (a JSON value, or a table's cells), and `Rejection`s for rows that
-don't parse.
+In: a path. Out: `RawRow`s in file order, and `Rejection`s for rows that don't parse.
 Invariant: a row ends at "\\n" and nowhere else (not at U+2028 or a lone "\\r", which str.splitlines would
-take); one bad row never swallows its neighbours: a stray CSV quote costs the row that it stands in.
+take); one bad row never swallows its neighbours.
 Trade-off: bytes that are not UTF-8 survive decoding as lone surrogates, so one pass over the file finds them
 row by row; only JSON lists are held whole (EntityQuestions' largest file is 0.9 MB; a list of 100 MB takes
 250 MB while it is read: make JSON lines of larger ones).
@@ -11,12 +10,11 @@ row by row; only JSON lists are held whole (EntityQuestions' largest file is 0.9
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import re
+import zipfile
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +38,18 @@ FOREIGN_STARTS = {  # the longer of two that begin alike first
     b"BZh": ("bzip2 data", "unpack it: bzip2 -d"),
     b"PAR1": ("a Parquet file", "let its name end in .parquet"),
     b"PK\x03\x04": ("a zip archive", "unpack it"),  # "PK" alone may begin a text
+    b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "save the sheet as CSV, in UTF-8"),
+    b"ARROW1": ("an Arrow file", "give the folder that `Dataset.save_to_disk` wrote, or Parquet"),
+    b"\x93NUMPY": ("a NumPy file", "write JSON lines"),
+    b"SQLite format 3": ("an SQLite database", "write JSON lines"),
+    b"%PDF": ("a PDF", "extract its text"),
 }
-LONGEST_START = max(map(len, FOREIGN_STARTS))
+OFFICE = {  # what the archive of an office program holds
+    "xl/workbook.xml": ("an Excel workbook", "save the sheet as CSV, in UTF-8"),
+    "word/document.xml": ("a Word document", "save it as text"),
+    "content.xml": ("an OpenDocument file", "save the sheet as CSV, in UTF-8"),
+}
+ZEROS_OF_TEXT = 0.1  # more NULs than this share of a first line: two or four bytes a character
 PEEKED_BYTES = 2**12
 LONG_NUMBER = re.compile(r"\d{19}")
 Note = Callable[[Alteration], None]
@@ -99,28 +107,47 @@ def read_errors_explained(path: Path) -> Iterator[None]:
 
 
 def _decoded(path: Path, line: bytes, *, number: int, note: Note) -> str:
-    """A line as text, without byte-order mark and line end."""
+    """A line as text, without byte-order mark."""
     text = line.decode("utf-8", "surrogateescape")
     if text.startswith(BOM):
         note(Alteration(file=str(path), row=number, change=Change.BYTE_ORDER_MARK))
         text = text.removeprefix(BOM)
-    return text.rstrip("\r\n")
+    return text
 
 
 def _refuse_foreign(path: Path, start: bytes) -> None:
     for magic, (name, remedy) in FOREIGN_STARTS.items():
         if start.startswith(magic):
+            name, remedy = _office(path) or (name, remedy)
             raise damaged(path, f"this is {name}, not UTF-8 text", remedy=remedy)
+    if start[:PEEKED_BYTES].count(0) > ZEROS_OF_TEXT * len(start[:PEEKED_BYTES]):
+        remedy = "convert it: iconv -f UTF-16LE -t UTF-8 (or UTF-16BE, UTF-32LE)"
+        raise damaged(path, "this is UTF-16 or UTF-32 text without a mark, not UTF-8 text", remedy=remedy)
+
+
+def _office(path: Path) -> tuple[str, str] | None:
+    """What a zip archive is that an office program wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return None
+    return next((about for name, about in OFFICE.items() if name in names), None)
 
 
 def text_lines(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[str]:
     """The lines of a span, without line ends; undecodable bytes become lone surrogates."""
+    return (line.rstrip("\r\n") for line in whole_lines(path, note, span))
+
+
+def whole_lines(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[str]:
+    """The lines of a span with their ends, as in `text_lines`."""
     with read_errors_explained(path), open_binary(path) as handle:
         handle.seek(span.start)
         position = span.start
         for number, line in enumerate(handle, span.first_row):
             if number == 1:
-                _refuse_foreign(path, line[:LONGEST_START])
+                _refuse_foreign(path, line)
             yield _decoded(path, line, number=number, note=note)
             position += len(line)
             if span.end is not None and position >= span.end:
@@ -137,21 +164,33 @@ def suffix_of(path: Path) -> str:
 
 
 def is_json_list(path: Path) -> bool:
-    """Whether a file named .json holds one list, which can't be read line by line."""
-    if suffix_of(path) != ".json":
-        return False
+    """Whether a file holds one list, which can't be read line by line.
+
+    One named .json does if it starts like a list; another (.jsonl) if all of it is one.
+    """
     with read_errors_explained(path), open_binary(path) as handle:
         while line := handle.readline(PEEKED_BYTES):
             if start := line.removeprefix(BOM.encode()).lstrip():
-                return start.startswith(b"[")
+                if not start.startswith(b"["):
+                    return False
+                return suffix_of(path) == ".json" or _is_one_list(start + handle.read())
     return False
 
 
+def _is_one_list(text: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(text), list)
+    except orjson.JSONDecodeError:  # lines of lists, or a damaged one, which costs its row
+        return False
+
+
 def json_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[RawRow | Rejection]:
-    """JSON lines, or the elements of a .json file that is one list (then `span` is the whole file)."""
+    """JSON lines, or the elements of a file that is one list (then `span` is the whole file)."""
     if not is_json_list(path):
         return json_line_rows(path, note, span)
     assert span == WHOLE
+    if suffix_of(path) != ".json":
+        note(Alteration(file=str(path), row=1, change=Change.JSON_LIST))
     return json_list_rows(path, note)
 
 
@@ -182,7 +221,7 @@ def json_line_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Itera
         try:
             yield RawRow(number=number, value=_parsed(line))
         except (ValueError, RecursionError) as error:
-            yield _unparsed(path, number, line, str(error))
+            yield unparsed(path, number, line, str(error))
 
 
 def _parsed(line: str) -> Any:
@@ -201,8 +240,11 @@ def _is_flat_text(value: Any) -> bool:
     return type(value) is dict and set(map(type, value.values())) == {str}
 
 
-def _unparsed(path: Path, number: int, line: str, detail: str) -> Rejection:
-    reason = Reason.UNDECODABLE_BYTES if has_surrogates(line) else Reason.UNREADABLE_LINE
+def unparsed(path: Path, number: int, line: str, detail: str) -> Rejection:
+    """The rejection of a row that is no JSON, or no row of a table."""
+    reason = Reason.UNREADABLE_LINE
+    if has_surrogates(line):
+        reason, detail = Reason.UNDECODABLE_BYTES, f"not UTF-8{likely_encoding(line)}"
     return Rejection(
         file=str(path), row=number, reason=reason, excerpt=printable(line), detail=printable(detail)
     )
@@ -217,43 +259,23 @@ def has_surrogates(text: str) -> bool:
     return False
 
 
-def tsv_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[RawRow | Rejection]:
-    """Cells split at tabs; quotes are text. The first row, a header or not, has number 1."""
-    for number, line in enumerate(text_lines(path, note, span), span.first_row):
-        if line:
-            yield RawRow(number=number, value=line.split("\t"))
+def likely_encoding(text: str) -> str:
+    """A guess at what undecodable bytes were meant as, for a message; empty where they tell nothing.
 
+    Chinese comes in runs of bytes beyond ASCII, Western European letters one at a time.
 
-def csv_rows(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[RawRow | Rejection]:
-    r"""Cells of a comma-separated file with quotes (RFC 4180); the first row has number 1.
-
-    A row that does not parse is rejected by its first line alone; the lines that it had swallowed in search
-    of a closing quote are read again as rows of their own (the search ends after csv's 131,072 characters).
-    A table with quotes is never cut: `span` must be the whole file.
+    >>> likely_encoding("caf\\udce9 cr\\udce8me"), likely_encoding("\\udcb1\\udcb1\\udcbe\\udca9")
+    (' (WINDOWS-1252?)', ' (GB18030?)')
     """
-    assert span == WHOLE
-    pending: deque[str] = deque()
-    taken: list[str] = []
-    lines = text_lines(path, note)
-
-    def feed() -> Iterator[str]:
-        while (line := pending.popleft() if pending else next(lines, None)) is not None:
-            taken.append(line)
-            yield line + "\n"
-
-    number = 0
-    reader = csv.reader(feed(), strict=True)
-    while True:
-        taken.clear()
-        number += 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield _unparsed(path, number, taken[0], str(error))
-            pending.extendleft(reversed(taken[1:]))
-            reader = csv.reader(feed(), strict=True)
-            continue
-        if cells:
-            yield RawRow(number=number, value=cells)
+    try:
+        raw = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a \\ud800 escape pair
+        return ""
+    runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", raw)]
+    if not runs:
+        return ""
+    try:
+        raw.decode("gb18030")
+    except UnicodeDecodeError:
+        return " (WINDOWS-1252?)"
+    return " (GB18030?)" if 2 * sum(n for n in runs if n > 1) > sum(runs) else " (WINDOWS-1252?)"

@@ -14,24 +14,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sftcore.data.cells import SEPARATORS, num_named, table_rows, without_tail
 from sftcore.data.ledger import REMEDIES, Alteration, Change, Reason, Rejection, printable
 from sftcore.data.rows import (
     WHOLE,
     Note,
     RawRow,
     Span,
-    csv_rows,
     damaged,
     has_surrogates,
     ignore,
     json_rows,
     suffix_of,
-    tsv_rows,
 )
 from sftcore.errors import UserInputError
 from sftcore.sources import PRESETS, Columns
 
-EXTENSIONS = {".tsv": tsv_rows, ".txt": tsv_rows, ".csv": csv_rows, ".jsonl": json_rows, ".json": json_rows}
+EXTENSIONS = (".tsv", ".txt", ".csv", ".jsonl", ".json")
 KNOWN_NAMES = frozenset((names["a"], names["b"]) for names in PRESETS.values())
 
 
@@ -57,6 +56,7 @@ def pair_rows(
     columns: Columns,
     *,
     is_label: Callable[[str], bool],
+    quotes: str = "auto",
     note: Note = ignore,
     span: Span = WHOLE,
 ) -> Iterator[RawRow | Rejection]:
@@ -71,11 +71,11 @@ def pair_rows(
     if suffix not in EXTENSIONS:
         allowed = ", ".join(EXTENSIONS)
         raise damaged(path, f"pairs are read from {allowed} (also .gz)", got=suffix or "no extension")
-    rows = EXTENSIONS[suffix](path, note, span)
-    if EXTENSIONS[suffix] is json_rows:
-        return object_rows(path, columns, rows)
+    if suffix not in SEPARATORS:
+        return object_rows(path, columns, json_rows(path, note, span))
+    rows = table_rows(path, quotes, note, span)
     if span.start:
-        layout = find_layout(path, _first_cells(EXTENSIONS[suffix](path, ignore, WHOLE)), columns, is_label)
+        layout = find_layout(path, _first_cells(table_rows(path, quotes)), columns, is_label)
         return _rows_in_layout(path, layout, rows)
     return _table_rows(path, columns, is_label, rows, note)
 
@@ -88,7 +88,9 @@ def _first_cells(rows: Iterator[RawRow | Rejection]) -> list[str]:
 def choose_columns(path: Path, layouts: Sequence[Columns]) -> Columns:
     """The first of some layouts whose two texts the first row of a file names, else the first of all."""
     suffix = suffix_of(path)
-    first = next(EXTENSIONS[suffix](path, ignore, WHOLE), None) if suffix in EXTENSIONS else None
+    if suffix not in EXTENSIONS:
+        return layouts[0]
+    first = next(table_rows(path) if suffix in SEPARATORS else json_rows(path), None)
     names = [str(name).strip() for name in first.value] if isinstance(first, RawRow) else []
     return next((layout for layout in layouts if layout.a in names and layout.b in names), layouts[0])
 
@@ -142,7 +144,7 @@ def _pair_of(path: Path, row: RawRow | Rejection, layout: Layout, *, number: int
     """One row's cells by field; `number` leaves the header out of the count."""
     if isinstance(row, Rejection):
         return replace(row, row=number)
-    if len(row.value) != layout.num_cells:
+    if len(cells := without_tail(row.value, layout.num_cells)) != layout.num_cells:
         return Rejection(
             file=str(path),
             row=number,
@@ -150,7 +152,7 @@ def _pair_of(path: Path, row: RawRow | Rejection, layout: Layout, *, number: int
             excerpt=printable(" | ".join(row.value)),
             detail=f"{len(row.value)} fields, not {layout.num_cells}",
         )
-    return RawRow(number=number, value={field: row.value[place] for field, place in layout.positions.items()})
+    return RawRow(number=number, value={field: cells[place] for field, place in layout.positions.items()})
 
 
 def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callable[[str], bool]) -> Layout:
@@ -163,6 +165,7 @@ def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callab
     Raises:
         UserInputError: a named or numbered column is not there.
     """
+    cells = cells[: num_named(cells)]
     wanted = columns.of_pair()
     optional = wanted.pop("rationale")
     header = [cell.strip() for cell in cells]
@@ -176,6 +179,9 @@ def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callab
         )
     if missing:
         raise _no_column(path, missing[0], cells, columns)
+    if twice := [name for name in wanted.values() if isinstance(name, str) and header.count(name) > 1]:
+        what = f"the first line names two columns {twice[0]!r}"
+        raise damaged(path, what, remedy="set `columns` of the source to their 0-based numbers")
     if _is_there(optional, header):
         wanted["rationale"] = optional
     positions = {f: header.index(name) if isinstance(name, str) else name for f, name in wanted.items()}

@@ -24,6 +24,8 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+SHAREGPT = "conversations"
+SYSTEM_NAMES = ("system", "system_prompt", "system_message")  # a first turn that some corpora keep apart
 TRAINED_IF_TRUE = frozenset(
     "loss loss_mask loss_weight weight train trained training trainable is_trained is_trainable compute_loss"
     " train_on_turn learn".split()
@@ -32,6 +34,7 @@ TRAINED_IF_FALSE = frozenset("masked is_masked mask_loss ignore_loss no_loss".sp
 IDLE = {"prefix": False, "enabled": True, "partial": False}  # the value that asks for nothing
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 NOTHING = ("", "[]", "{}", "null")
+UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
 DECIDES = re.compile(  # names that are never taken for meta data
     r"loss|mask|weight|train|learn|system|developer|instruct|tool|function|think|thought|reason|image|video|audio"
     r"|history|context|persona|kwargs|persist",
@@ -85,9 +88,14 @@ def refuse_unknown(
     for name, value in values.items():
         if name in known or name in ignored or says_nothing(value):
             continue
-        if "*" in ignored or is_metadata(str(name)) or _is_idle(name, value):
+        if "*" in ignored or is_metadata(name) or _is_idle(name, value) or _numbers_rows(name, value):
             continue
         raise OddRow(Reason.UNKNOWN_KEY, f"{what} with {name!r}, which is not read")
+
+
+def _numbers_rows(name: str, value: Any) -> bool:
+    """Whether this is the nameless column of row numbers that pandas writes."""
+    return UNNAMED.fullmatch(name) is not None and str(value).isdigit()
 
 
 def _is_idle(name: str, value: Any) -> bool:

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from sftcore.config import Source
 from sftcore.data.arrow import arrow_spans, dataset_files, is_arrow, is_dataset
+from sftcore.data.cells import SEPARATORS, is_quoted
 from sftcore.data.records import shares_of
-from sftcore.data.rows import WHOLE, Span, is_json_list, read_errors_explained
+from sftcore.data.rows import WHOLE, Span, is_json_list, read_errors_explained, suffix_of
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.settings import LabelWords
@@ -94,7 +95,10 @@ def _cut_file(source: Source, file: Path, part_bytes: int, left: int) -> list[tu
         return [(WHOLE, _num_bytes(source, file))]
     if is_arrow(file):
         return arrow_spans(source, file, part_bytes)
-    if file.suffix.lower() not in LINE_FORMATS or is_json_list(file):
+    if file.suffix.lower() not in LINE_FORMATS:
+        return [(WHOLE, _num_bytes(source, file))]
+    is_table = suffix_of(file) in SEPARATORS and (source.format == "pairs" or suffix_of(file) != ".txt")
+    if is_quoted(file, source.quotes) if is_table else is_json_list(file):
         return [(WHOLE, _num_bytes(source, file))]
     with read_errors_explained(file):
         return _cut_lines(file, part_bytes, left)

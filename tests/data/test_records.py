@@ -129,12 +129,20 @@ def test_bytes_that_are_not_utf8_reject_their_row_only(write, read):
 
 
 def test_pairs_labels_are_numbers_strings_or_words(write, read):
-    labels = [0, "1", " 1 ", "Same", "different", "相同", "不同", 2, True, "1.0", None]
+    labels = [0, "1", " 1 ", "Same", "different", "相同", "不同", 2, 0.5, "yes", None]
     path = write("p.jsonl", [{"sentence1": "a", "sentence2": "b", "label": label} for label in labels])
     records, rejections, _ = read("pairs", path)
     assert [r.content for r in records] == [Pair(a="a", b="b", label=n) for n in (0, 1, 1, 1, 0, 1, 0)]
     assert [r.reason for r in rejections] == [Reason.UNKNOWN_LABEL] * 3 + [Reason.MISSING_FIELD]
     assert rejections[0].detail == "label 2"
+
+
+def test_other_spellings_of_the_numbers_are_labels_and_counted(write, read):
+    labels = [1.0, "0.0", True, "False", "\uff11", 1]
+    path = write("p.jsonl", [{"sentence1": "a", "sentence2": "b", "label": label} for label in labels])
+    records, rejections, ledger = read("pairs", path)
+    assert [r.content.label for r in records] == [1, 0, 1, 0, 1, 1] and rejections == []
+    assert ledger.altered_by_reason[Change.LABEL_SPELLING] == 5
 
 
 def test_empty_texts_of_pairs_are_rejected(write, read):

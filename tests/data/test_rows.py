@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sftcore.data.cells import csv_rows, split_rows
 from sftcore.data.ledger import Change, Reason, Rejection
-from sftcore.data.rows import RawRow, csv_rows, json_line_rows, json_list_rows, text_lines, tsv_rows
+from sftcore.data.rows import RawRow, json_line_rows, json_list_rows, text_lines
 from sftcore.errors import UserInputError
 
 CELLS = st.text(
@@ -127,7 +128,7 @@ def test_a_folder_or_a_missing_file_is_named(tmp_path):
 
 def test_quotes_in_tsv_are_text(write):
     path = write("a.tsv", 'he said "hi"\t"b\t1\n"x"\ty\t0\n')
-    assert values(tsv_rows(path)) == [['he said "hi"', '"b', "1"], ['"x"', "y", "0"]]
+    assert values(split_rows(path, "\t")) == [['he said "hi"', '"b', "1"], ['"x"', "y", "0"]]
 
 
 def test_quotes_in_csv_are_quotes(write):
