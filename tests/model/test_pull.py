@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaged import packaged_model
 
 from sftcore.errors import MissingEnvironmentError, UserInputError
 from sftcore.fsio import read_json
@@ -69,11 +69,11 @@ def test_the_hub_is_not_asked_when_offline(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
-def test_real_packages_give_models_that_know_the_capital_of_france(name, tmp_path):
+def test_real_packages_give_models_that_know_the_capital_of_france(name):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = pull_model(name, to=Path(os.environ.get("SFTCORE_TEST_MODELS", tmp_path)) / name)
+    folder = packaged_model(name)
     assert (folder / "origin.json").is_file() and list(folder.glob("LICENSE*"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
