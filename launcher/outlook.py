@@ -28,7 +28,9 @@ from sftcore.model.cost import measure_recipe
 from sftcore.model.demands import check_demands
 from sftcore.model.load import load_config
 from sftcore.model.loss import choose_head
+from sftcore.model.proof import NOT_PACKED, refusing
 from sftcore.model.quantise import require_bitsandbytes
+from sftcore.model.trial import try_recipe
 from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.train.devices import Device
@@ -53,9 +55,13 @@ def look_ahead(recipe: Recipe, *, world: int, device: Device, mfu: float) -> tup
     """
     check_scorable(recipe)
     tokenizer, store = prepare(recipe)
-    schedule = make_schedule(recipe, store, world=world, cost=measure_recipe(recipe).coefficients)
-    plan = describe_plan(recipe, store, schedule, device)
     refusal = why_not_trainable(recipe, device)
+    try:
+        cost = measure_recipe(recipe).coefficients
+    except SftError as error:  # what can't be trained need not be countable: the reason is why it can't
+        raise refusal or error from error
+    schedule = make_schedule(recipe, store, world=world, cost=cost)
+    plan = describe_plan(recipe, store, schedule, device)
     stop = describe_stop(recipe, store, tokenizer)
     outlook = describe_outlook(recipe, plan, device=device, mfu=mfu, stop=stop, refusal=refusal)
     return plan, outlook, refusal
@@ -111,7 +117,7 @@ def why_not_trainable(recipe: Recipe, device: Device) -> SftError | None:
     config = load_config(model)
     checks.append(lambda: check_demands(recipe, config))
     if not is_encoder:
-        checks.append(lambda: choose_attention(config, model.attention, dtype=dtype, device=kind))
+        checks.append(lambda: _check_packs(recipe, config, dtype=dtype, device=kind))
     if recipe.adapter.kind == "qlora":
         checks.append(lambda: require_bitsandbytes("adapter.kind: qlora"))
     if recipe.train.optimizer == "adamw-8bit":
@@ -122,6 +128,12 @@ def why_not_trainable(recipe: Recipe, device: Device) -> SftError | None:
         return None
     is_lack = all(isinstance(error, MissingEnvironmentError) for error in errors)
     return MissingEnvironmentError(*problems) if is_lack else UserInputError(*problems)
+
+
+def _check_packs(recipe: Recipe, config: Any, *, dtype: str, device: str) -> None:
+    try_recipe(recipe, config)
+    with refusing(config.model_type, NOT_PACKED):
+        choose_attention(config, recipe.model.attention, dtype=dtype, device=device)
 
 
 def _error_of(check: Callable[[], object]) -> SftError | None:

@@ -45,6 +45,7 @@ from sftcore.model.encoder import load_encoder_for_training
 from sftcore.model.load import load_config, load_for_training
 from sftcore.model.ours import LossModel, checkpoint_activations
 from sftcore.model.proof import prove_head_and_packs
+from sftcore.model.trial import try_recipe
 from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.train.checkpoint import (
@@ -166,7 +167,9 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
     ds_config = read_ds_config(deepspeed_file(recipe))
     check_engine(ds_config, recipe.train.optimizer)
     check_tracker(recipe)
-    check_demands(recipe, load_config(recipe.model))
+    config = load_config(recipe.model)
+    check_demands(recipe, config)
+    try_recipe(recipe, config)
     with handling(request.signals, _stop_at_once):  # ranks have not met: there is nothing to agree on
         start = _checkpoint_to_resume(run, request.resume)
         tokenizer, store = prepare(recipe)
@@ -225,7 +228,8 @@ def _make_engine(recipe: Recipe, ds_config: dict[str, Any], *, is_resized: bool 
         checkpoint_activations(model.causal_lm)
     engine = Engine(model, recipe, ds_config, loads_universal=is_resized and stage > 0)
     if is_sharded:
-        prove_head_and_packs(engine.loss_model.causal_lm)
+        with engine.gathering():
+            prove_head_and_packs(engine.loss_model.causal_lm)
     return engine
 
 

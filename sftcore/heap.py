@@ -39,3 +39,13 @@ def keep_freed_memory() -> None:
     libc.malloc_trim(0)  # a ZeRO-3 rank of two held nearly a whole model's bytes in freed pieces
     libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
     libc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python could not get memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text or "std::bad_alloc" in text
+    )

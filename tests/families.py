@@ -27,10 +27,10 @@ OVERRIDES: dict[
     | {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16, "num_hidden_layers": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128, "num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 8},
-    "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
 }
 # Their default configurations don't build, need packages that we don't install, or are not loaded again by an
@@ -46,7 +46,7 @@ UNBUILDABLE = frozenset(
         "gemma4_assistant",
         "gemma4_unified_assistant",
     }
-    | {"musicgen", "musicgen_melody", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"}
+    | {"musicgen", "musicgen_melody", "reformer", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"}
 )
 TRAINED = (
     *("afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "biogpt", "bitnet", "cohere_compass_text"),
@@ -59,8 +59,47 @@ TRAINED = (
     *("mellum", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral"),
     *("moshi", "moss_transcribe_diarize", "nanochat", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
     *("persimmon", "phi", "phi3", "phi4_multimodal", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
-    *("seed_oss", "smollm3", "solar_open", "starcoder2", "youtu"),
+    *("seed_oss", "smollm3", "solar_open", "starcoder2", "whisper", "youtu"),
 )
+
+
+ON_GPUS = ("gemma2", "vaultgemma")  # soft caps on attention, which no backend on CPUs has
+CARRIES, OWN, POSITIONS = "some carry a state from token to token", "code of its own", "counts positions"
+MASK, BOTH, SINKS = "with an attention mask", "looks both ways", "attention sinks"
+LOGITS = "changes its logits"
+TELLS, UNDIVIDED = "don't tell their attention", "does not run its decoder apart"
+PACKAGE = "flash-linear-attention"
+BIAS, MASK_OF_ITS_OWN = "a bias of positions", "an attention mask of the model's own"
+REFUSED = {  # the others, by the reason that training gives
+    name: reason
+    for reason, names in {
+        CARRIES: "bailing_hybrid bamba falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3"
+        " mamba mamba2 minimax nemotron_h recurrent_gemma rwkv xlstm zaya",
+        OWN: "big_bird bloom codegen cpmant falcon git gpt_neo gpt_neox_japanese gptj megatron-bert mvp"
+        " openai-gpt prophetnet rembert roformer trocr xglm xlm xlnet",
+        POSITIONS: "bart blenderbot blenderbot-small marian mbart pegasus plbart",
+        MASK: "axk2 deepseek_v32 dots3_note_text glm_moe_dsa hy_v4 mpt",
+        BOTH: "bert bert-generation bigbird_pegasus camembert data2vec-text electra ernie roberta"
+        " roberta-prelayernorm roc_bert xlm-roberta xlm-roberta-xl xmod",
+        SINKS: "deepseek_v4 flint gpt_oss granite_swa granitemoe_swa inkling2_text mimo_v2_flash",
+        LOGITS: "cohere cohere2 cohere2_moe minicpm3",
+        TELLS: "nemotron stablelm",
+        UNDIVIDED: "llama4 llama4_text mllama modernbert-decoder",
+        PACKAGE: "olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next",
+        BIAS: "inkling_text",
+        MASK_OF_ITS_OWN: "doge",
+    }.items()
+    for name in names.split()
+}
+
+
+def full_config_of(name: str, **changes: Any) -> Any:
+    """A family's configuration at its default size.
+
+    Args:
+        changes: to the family's default configuration.
+    """
+    return CONFIG_MAPPING[name](**OVERRIDES.get(name, {}) | changes)
 
 
 def config_of(name: str, **changes: Any) -> Any:
@@ -69,7 +108,7 @@ def config_of(name: str, **changes: Any) -> Any:
     Args:
         changes: to the family's default configuration, before it is shrunk.
     """
-    return shrink(CONFIG_MAPPING[name](**OVERRIDES.get(name, {}) | changes))
+    return shrink(full_config_of(name, **changes))
 
 
 def model_of(name: str, *, attention: str = "eager", seed: int = 0, **changes: Any) -> PreTrainedModel:

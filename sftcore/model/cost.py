@@ -16,6 +16,8 @@ Where a layer has a sliding window w, len^2 / 2 becomes the number of pairs in t
 
 from __future__ import annotations
 
+import copy
+import logging
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -31,8 +33,9 @@ from sftcore.model.attention.needs import head_sizes
 from sftcore.model.code import is_trusted
 from sftcore.model.load import load_config
 from sftcore.model.loss import columns_per_block
+from sftcore.model.miniature import build, shrink
 from sftcore.model.ours import slim_layers
-from sftcore.model.proof import BROKEN, refusing
+from sftcore.model.proof import refusing
 from sftcore.settings import NUM_CLASSES
 
 FLOPS_PER_WEIGHT = 6  # 2 forward, 4 backward
@@ -42,6 +45,8 @@ MASTER_BYTES, MOMENT_BYTES, EIGHT_BIT_MOMENT_BYTES = 4, 8, 2  # a float32 weight
 FOUR_BIT_BYTES = 0.516  # nf4 in blocks of 64 with 8-bit scales of 32-bit scales (QLoRA, arXiv 2305.14314)
 COUNTED_TOKENS = 64
 COUNTED = "sftcore_counted"
+FOLLOW_LENGTH = ("dynamic", "longrope")  # kinds of rotary positions that look at the text's length
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,17 +184,15 @@ def measure_model(
     Raises:
         UserInputError: its code can't be run on the meta device.
     """
-    with refusing(config.model_type, "can't be counted", broken=(*BROKEN, RuntimeError)):
+    with refusing(config.model_type, "can't be counted"):
         return _measure(config, adapter, num_classes)
 
 
 def _measure(config: Any, adapter: AdapterSettings | None, num_classes: int | None) -> ModelCost:
+    kind = AutoModelForCausalLM if num_classes is None else AutoModelForSequenceClassification
     with torch.device("meta"):
-        if num_classes is None:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted(config))
-        else:
-            kind = AutoModelForSequenceClassification
-            model = kind.from_config(config, trust_remote_code=is_trusted(config))
+        changed = _with_static_positions(config)
+        model = kind.from_config(changed, trust_remote_code=is_trusted(config))
     output = model.get_output_embeddings()  # a classifier has none; its own few weights count as body
     outside = {
         id(p): p.numel()
@@ -211,8 +214,37 @@ def _measure(config: Any, adapter: AdapterSettings | None, num_classes: int | No
         num_banded_layers=banded,
         window=window,
         num_trained_parameters=trained,
-        saved_bytes=count_saved_bytes(model),
-        saved_bytes_called=count_saved_bytes(model, calls_products=True),
+        saved_bytes=_saved_bytes(model, config, kind, calls_products=False),
+        saved_bytes_called=_saved_bytes(model, config, kind, calls_products=True),
+    )
+
+
+def _with_static_positions(config: Any) -> Any:
+    """The configuration without frequencies that follow a text's length, which nothing on meta has."""
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    for part in (rope, *rope.values()) if rope else ():
+        if isinstance(part, dict) and part.get("rope_type") in FOLLOW_LENGTH:
+            part["rope_type"] = "default"
+    return changed
+
+
+def _saved_bytes(model: Any, config: Any, kind: Any, *, calls_products: bool) -> SavedBytes:
+    """`count_saved_bytes` on meta; where code reads values, a miniature's, scaled by width and depth."""
+    try:
+        return count_saved_bytes(model, calls_products=calls_products)
+    except RuntimeError as error:
+        log.info("%s is counted on a miniature: %s", config.model_type, str(error).splitlines()[0])
+    small = shrink(config)
+    saved = count_saved_bytes(build(small, kind), calls_products=calls_products)
+    text, small_text = config.get_text_config(), small.get_text_config()
+    width = text.hidden_size / small_text.hidden_size
+    depth = text.num_hidden_layers / small_text.num_hidden_layers
+    return SavedBytes(
+        all_layers=int(saved.all_layers * width * depth),
+        dearest_layer=int(saved.dearest_layer * width),
+        inputs=int(saved.inputs * width * depth),
     )
 
 
@@ -230,7 +262,7 @@ class _CountedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         batch, heads, tokens, _ = query.shape
-        out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)  # laid out as kernels do
+        out = query.new_zeros(batch, tokens, heads, value.shape[-1]).transpose(1, 2)  # laid out as kernels do
         ctx.save_for_backward(query, key, value, out, out.new_empty(out.shape[:-1], dtype=torch.float32))
         return out
 
@@ -249,7 +281,7 @@ def count_saved_bytes(model: Any, *, calls_products: bool = False) -> SavedBytes
     """What autograd keeps per token of a forward, by running one on the meta device.
 
     Args:
-        model: a causal LM on the meta device, with its adapter; it is converted to bfloat16.
+        model: a causal LM, on the meta device where its code reads no values; it is converted to bfloat16.
         calls_products: give every product a hook, as ZeRO-3 does.
     """
     AttentionInterface.register(COUNTED, _counted_attention)  # without a mask of that name none is made
@@ -272,7 +304,7 @@ def count_saved_bytes(model: Any, *, calls_products: bool = False) -> SavedBytes
 
     hooks = [layer.register_forward_pre_hook(lambda *_: marks.append(total())) for layer in layers]
     hooks += [product.register_forward_hook(lambda *_: None) for product in products]
-    ids = torch.ones(1, COUNTED_TOKENS, dtype=torch.int64, device="meta")
+    ids = torch.ones(1, COUNTED_TOKENS, dtype=torch.int64, device=model.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         state = model.get_decoder()(
             input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False

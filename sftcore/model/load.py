@@ -42,6 +42,7 @@ from sftcore.model.loss import choose_head
 from sftcore.model.ours import LossModel, install_head, slim_layers
 from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
+from sftcore.model.trial import try_recipe
 from sftcore.model.vocabulary import grow_vocabulary
 from sftcore.precision import DTYPES, dtype_of, torch_dtype
 
@@ -76,6 +77,7 @@ def load_trainable(
     config = load_config(settings)
     check_demands(recipe, config)
     warn_of_ignored(config)
+    try_recipe(recipe, config)
     with refusing(config.model_type, NOT_PACKED):
         attention = choose_attention(config, settings.attention, dtype=dtype_of(settings), device=device)
     dtype = torch_dtype(settings)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sftcore.batching.collate import Batch
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.heap import is_out_of_memory
 from sftcore.model.forward import decode_states, output_head, pack_arguments, states_by_transformers
 from sftcore.model.quantise import keep_trainable_layout
 
@@ -27,6 +28,7 @@ DOCUMENTS = (5, 7)  # tokens of the two
 MAX_CROSSED_WINDOW = 64
 EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
 BROKEN = (TypeError, LookupError, AttributeError, AssertionError, ValueError, ImportError)
+ENVIRONMENT = (torch.AcceleratorError, torch.distributed.DistError)  # RuntimeErrors of devices and of ranks
 NOT_PACKED = "can't train in packs"
 
 
@@ -58,16 +60,20 @@ def _difference(model: PreTrainedModel, lengths: list[int], ids_T: torch.Tensor)
     states = decode_states(model, bare_batch(ids_T, lengths))
     one, other = (decode_states(model, bare_batch(ids, [len(ids)])) for ids in documents)
     own = model(**pack_arguments(bare_batch(documents[0], lengths[:1]))).logits.float()
-    head: Any = output_head(model)
-    ours = head(one if own.ndim == 3 else one[:, -1]).float()  # a classifier gives one row a document
-    ours = ours if head.softcap is None else head.softcap * torch.tanh(ours / head.softcap)
-    if not close(ours, own, tolerance):
+    if not close(head_logits(model, one, own), own, tolerance):
         return "it changes its logits after the output layer in a way that the loss would miss"
     if not close(states, torch.cat([one, other], 1), tolerance):
         return "its layers mix documents of one pack (state-space or bidirectional layers do that)"
     if not computes_attention(model, documents, [one, other]):
         return "its attention is none of those that we compute (transformers' own gives other states)"
     return ""
+
+
+def head_logits(model: PreTrainedModel, states_1TD: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """float32 logits by our head, in the shape of the model's `own`: a classifier gives a row a document."""
+    head: Any = output_head(model)
+    logits: torch.Tensor = head(states_1TD if own.ndim == 3 else states_1TD[:, -1]).float()
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def _crossing(config: Any) -> int:
@@ -128,26 +134,37 @@ def computes_attention(
 
 
 @contextmanager
-def refusing(model_type: str, what: str, *, broken: tuple[type[Exception], ...] = BROKEN) -> Iterator[None]:
+def refusing(model_type: str, what: str) -> Iterator[None]:
     """Refuse a model by name when its code breaks in the block.
 
     Args:
         what: can't be done with it.
-        broken: the errors that say so.
 
     Raises:
         UserInputError: with the error's first line.
-        MissingEnvironmentError: that line asks for a package.
+        MissingEnvironmentError: that line asks for a package; or there was no memory.
+        RuntimeError: a device or a process group failed, which says nothing of the model.
     """
     try:
         yield
-    except broken as error:
+    except (*BROKEN, RuntimeError, MemoryError) as error:
         line = (str(error).strip() or "no message").splitlines()[0]
+        if is_out_of_memory(error):
+            raise MissingEnvironmentError(_no_memory(model_type, line)) from error
+        if isinstance(error, ENVIRONMENT):
+            raise
+        lacks_package = isinstance(error, ImportError) or "nstall" in line
         raise unfit(
-            model_type,
-            f"{what}: {type(error).__name__}: {line}",
-            lacks_package=isinstance(error, ImportError) or "nstall" in line,
+            model_type, f"{what}: {type(error).__name__}: {line}", lacks_package=lacks_package
         ) from error
+
+
+def _no_memory(model_type: str, line: str) -> Problem:
+    return Problem(
+        what=f"out of memory while model type {model_type!r} was loaded and checked: {line[:160]}",
+        where="model.path",
+        remedy="see sftcore plan for what fits: deepspeed: zero3, adapter.kind: lora or qlora, more ranks",
+    )
 
 
 def unfit(

@@ -25,6 +25,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,20 @@ class Engine:
         """
         self.deepspeed.train()
         self._forward_backward(batch, seed=0)
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Run parts of the model outside of a step: ZeRO-3 gathers weights used outside their module, too."""
+        containers: list[Any] = [module._parameters for module in self.deepspeed.module.modules()]
+        if self.stage == 3:
+            for container in containers:
+                container._in_forward = True
+        try:
+            yield
+        finally:
+            if self.stage == 3:
+                for container in containers:
+                    container._in_forward = False
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Sum of the batches' losses over all ranks, in eval mode; as many batches on every rank."""

@@ -23,11 +23,12 @@ from sftcore.batching.schedule import CostCoefficients, Schedule, Step
 from sftcore.config import Recipe, TrainSettings
 from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, StoppedOnRequest, TrainingFailed, UserInputError
+from sftcore.heap import is_out_of_memory
 from sftcore.train.batches import rank_batches, weightless_batch
 from sftcore.train.checkpoint import TrainState, save_checkpoint
 from sftcore.train.engine import Engine, NotFinite
 from sftcore.train.garbage import GarbageCollector
-from sftcore.train.memory import explain_out_of_memory, is_out_of_memory
+from sftcore.train.memory import explain_out_of_memory
 from sftcore.train.metrics import MetricsWriter, StepMetrics, model_flops_utilisation
 from sftcore.train.stopping import StopRequest, name_samples
 from sftcore.train.validate import Validation

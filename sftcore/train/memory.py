@@ -9,7 +9,6 @@ measured: exact for saved tensors, blind to a kernel's scratch space.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from sftcore import dist
 from sftcore.batching.packing import IntArray
@@ -117,16 +116,6 @@ def _states(recipe: Recipe, *, world: int, cost: ModelCost) -> Bytes:
 def _weight_bytes(recipe: Recipe) -> int:
     is_autocast = autocasts(read_ds_config(deepspeed_file(recipe)), recipe)
     return 4 if is_autocast else torch_dtype(recipe.model).itemsize
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python could not get memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text or "std::bad_alloc" in text
-    )
 
 
 def explain_out_of_memory(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import ALL, TRAINED, UNBUILDABLE, config_of, model_of, save_family
+from families import TRAINED, config_of, model_of, save_family
 from transformers import AutoModelForCausalLM
 
 from sftcore.batching.collate import UNTRAINED, collate
@@ -128,7 +128,7 @@ def check_steps(ours: LossModel, own: Any, recipe: Recipe) -> None:
     engine.close()
 
 
-def test_every_architecture_is_in_the_list():
-    assert len(TRAINED) >= 50 and set(TRAINED) <= set(ALL) and not UNBUILDABLE & set(TRAINED)
+def test_most_architectures_train_and_miniatures_are_small():
+    assert len(TRAINED) >= 80
     assert config_of("mistral").sliding_window < BEYOND
     assert sum(p.numel() for p in model_of("llama").parameters()) < 200_000

@@ -75,7 +75,7 @@ def test_a_missing_package_is_the_environments_lack(tmp_path):
         load_for_training(recipe_for(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["mamba", "rwkv", "gptj", "llama4_text"])
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "llama4_text"])
 def test_models_that_cannot_be_counted_are_refused_by_name(kind):
     with pytest.raises(UserInputError, match=f"model type '{kind}' can't be counted: "):
         measure_model(config_of(kind))

@@ -11,10 +11,11 @@ from tiny import tiny_config
 
 from sftcore.config import AdapterSettings
 from sftcore.fsio import read_json
+from sftcore.heap import is_out_of_memory
 from sftcore.model.cost import measure_model
 from sftcore.recipe import load_recipe
 from sftcore.train.devices import Device
-from sftcore.train.memory import is_out_of_memory, predict_bytes, predict_host_bytes, rank_remedies
+from sftcore.train.memory import predict_bytes, predict_host_bytes, rank_remedies
 
 CPUS = Device(name="CPUs", is_gpu=False, memory_bytes=10**9)
 GPU = Device(name="H", is_gpu=True, memory_bytes=10**9)
