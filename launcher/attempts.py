@@ -11,6 +11,7 @@ the limit is 3 (SFTCORE_RETRIES), not 1. No torch is imported: about 0.5 s a cal
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,11 @@ from typing import Any
 
 from launcher.ranks import agreed_code, forget_codes, read_codes, worker_parser
 from launcher.run_folder import with_run
-from sftcore.errors import EXIT_DONE, Problem, SftError, TrainingFailed
+from sftcore.errors import EXIT_DONE, Problem, SftError, TrainingFailed, UserInputError
 from sftcore.fsio import append_jsonl, read_jsonl
 from sftcore.recipe import load_recipe
 
+log = logging.getLogger("sftcore.attempts")
 ATTEMPTS = "attempts.jsonl"
 RETRIES = 3
 PROBED = "levels.partial.jsonl"  # a line a batch
@@ -84,13 +86,23 @@ def begin_stage(
 def _note(run: Path, job: str, done: dict[str, Any], environment: Mapping[str, str], *, what: str) -> None:
     """Add an attempt to attempts.jsonl, unless too many before it began with the same `done`."""
     retries = int(environment.get("SFTCORE_RETRIES") or RETRIES)
-    rows = read_jsonl(run / ATTEMPTS) if (run / ATTEMPTS).is_file() else []
-    idle = num_idle([row for row in rows if row["job"] == job], done)
+    idle = num_idle([row for row in _attempts(run) if row.get("job") == job], done)
     if idle > retries:
         remedy = "read the job's log and RUN/logs; a new job tries again"
         raise TrainingFailed(Problem(what=f"{idle} attempts in a row made no progress {what}", remedy=remedy))
     run.mkdir(parents=True, exist_ok=True)
     append_jsonl(run / ATTEMPTS, {"job": job, **done, "host": os.uname().nodename})
+
+
+def _attempts(run: Path) -> list[dict[str, Any]]:
+    """The rows of attempts.jsonl; a damaged file is put aside, since it only counts."""
+    path = run / ATTEMPTS
+    try:
+        return read_jsonl(path, appended=True) if path.exists() else []
+    except UserInputError as error:
+        log.warning("counting attempts from 0 again: %s", error)
+        path.replace(path.with_name(f"damaged.{ATTEMPTS}"))
+        return []
 
 
 def num_idle(attempts: Sequence[Mapping[str, Any]], done: Mapping[str, Any]) -> int:
@@ -119,8 +131,10 @@ def work_done(*folders: Path) -> dict[str, int]:
 
 def newest_step(run: Path) -> int:
     """Steps done at the newest committed checkpoint; 0 without one."""
-    folders = (run / "checkpoints").glob("step-*/COMMITTED")
-    return max((int(file.parent.name.removeprefix("step-")) for file in folders), default=0)
+    names = (
+        file.parent.name.removeprefix("step-") for file in (run / "checkpoints").glob("step-*/COMMITTED")
+    )
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 if __name__ == "__main__":

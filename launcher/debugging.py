@@ -26,7 +26,7 @@ from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, TrainingFailed, UserInputError
 from sftcore.fsio import append_jsonl, atomic_file
 from sftcore.train.batches import rank_batches
-from sftcore.train.engine import Engine, StepResult
+from sftcore.train.engine import Engine, StepResult, StopAsked, never
 
 log = logging.getLogger("sftcore.debug")
 FOLDER, NORMS, TRACE, TOP = "debug", "norms.jsonl", "trace.json", "top.txt"
@@ -62,7 +62,7 @@ class DebuggedEngine:
         self._norms = NormRecorder(engine.loss_model) if options.anomaly else None
 
     def step(
-        self, batches: Sequence[Batch], *, seeds: Sequence[int], lr: float, stop: bool = False
+        self, batches: Sequence[Batch], *, seeds: Sequence[int], lr: float, stop: StopAsked = never
     ) -> StepResult:
         """As `Engine.step`.
 

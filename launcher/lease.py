@@ -26,6 +26,7 @@ import psutil
 
 from sftcore.errors import EXIT_FAILED, EXIT_USER_INPUT, UserInputError
 from sftcore.fsio import folder_lock, write_json
+from sftcore.train.stopping import end_at_once
 
 log = logging.getLogger("sftcore.lease")
 LEASE = "lease.json"
@@ -160,7 +161,7 @@ class Watch:
                 os.kill(os.getpid(), signal.SIGTERM)
             if orphaned_at is not None and now - orphaned_at > ORPHAN_SECONDS:
                 log.error("no checkpoint within %.0f s of the launcher's end", ORPHAN_SECONDS)
-                os._exit(EXIT_FAILED)
+                end_at_once(EXIT_FAILED)
 
     def _check_lease(self) -> None:
         # A network file system may show the lease before ours for a while: ours must have been seen once.
@@ -171,7 +172,7 @@ class Watch:
             self._is_confirmed = True
         elif self._is_confirmed:
             log.error("%s was taken over by %s: ending", self._lease[0], lease.place)
-            os._exit(EXIT_USER_INPUT)
+            end_at_once(EXIT_USER_INPUT)
 
 
 def _lives(process: psutil.Process) -> bool:

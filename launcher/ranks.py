@@ -103,8 +103,12 @@ def agreed_code(codes: Mapping[int, int], num_ranks: int, *, launcher_code: int 
 def read_codes(run: Path) -> dict[int, int]:
     """{rank: exit code} of the ranks that left one."""
     files = (run / LOGS).glob("rank-*.exit")
-    texts = {int(file.stem.removeprefix("rank-")): file.read_text().strip() for file in files}
-    return {rank: int(text) for rank, text in texts.items() if text}
+    texts = {
+        int(file.stem.removeprefix("rank-")): file.read_bytes().decode("ascii", "replace").strip()
+        for file in files
+        if file.is_file()
+    }
+    return {rank: int(text) for rank, text in texts.items() if text.isdecimal()}
 
 
 def forget_codes(run: Path) -> None:
@@ -141,7 +145,8 @@ def listed_pid(run: Path) -> Iterator[None]:
 def listed_pids(run: Path) -> list[int]:
     """Pids of RUN/run.pids: workers of rank 0's machine, which may be another; some may have been killed."""
     path = run / PIDS
-    return [int(line) for line in path.read_text().split()] if path.is_file() else []
+    words = path.read_bytes().decode("ascii", "replace").split() if path.is_file() else []
+    return [int(word) for word in words if word.isdecimal()]
 
 
 def living_workers(run: Path) -> list[int]:
@@ -151,10 +156,10 @@ def living_workers(run: Path) -> list[int]:
 
 def _edit_pids(run: Path, *, add: Set[int] = frozenset(), remove: Set[int] = frozenset()) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / PIDS, "a+", encoding="utf-8") as handle:
+    with open(run / PIDS, "a+", encoding="utf-8", errors="replace") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         handle.seek(0)
-        alive = {pid for line in handle.read().split() if _is_worker(pid := int(line))}
+        alive = {pid for word in handle.read().split() if word.isdecimal() and _is_worker(pid := int(word))}
         handle.truncate(0)
         handle.write("".join(f"{pid}\n" for pid in sorted((alive | add) - remove)))
 

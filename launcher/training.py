@@ -12,8 +12,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -49,9 +49,12 @@ from sftcore.model.trial import try_recipe
 from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.train.checkpoint import (
+    agreed_checkpoint,
     check_resumable,
+    checkpoints_of,
     for_this_world,
     newest_usable,
+    only_tensors_unpickled,
     read_state,
     why_not_usable,
 )
@@ -60,6 +63,7 @@ from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_sta
 from sftcore.train.engine import Engine, check_engine, init_process_group
 from sftcore.train.export import export_weights
 from sftcore.train.loop import make_schedule, plan_settings, run_steps
+from sftcore.train.memory import is_out_of_memory
 from sftcore.train.stopping import SIGNALS, WITH_INTERRUPT, StopRequest, handling
 from sftcore.train.tracking import check_tracker
 from sftcore.train.validate import Validation
@@ -181,6 +185,7 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
     init_process_group()
     recipe = with_dtype(recipe, dist.gather_objects(dtype_of(recipe.model))[0])
     watch.keep_lease(run, dist.gather_objects(watch.holder)[0])
+    start = agreed_checkpoint(run, start) if request.resume == "auto" else start
     with Watchdog(recipe.train.hang_seconds) as watchdog:
         is_resized = start is not None and read_state(start).world_size != dist.world_size()
         if is_resized and recipe.train.optimizer == "adamw-8bit" and zero_stage(ds_config) > 0:
@@ -204,7 +209,7 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
                 dist.barrier()  # no rank may take another's end for a failure
                 raise
         if validation and recipe.train.keep == "best":
-            validation.promote_best()
+            validation.promote_best(engine)
         else:
             export_weights(engine, tokenizer, recipe, folder=recipe.result_folder)
         engine.close()
@@ -274,7 +279,7 @@ def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:
     if resume == "auto":
         return newest_usable(run)
     if resume == "never":
-        if any((run / "checkpoints").glob("step-*")):
+        if checkpoints_of(run):
             remedy = "resume it (--resume auto), or choose another name or --run DIR"
             raise UserInputError(Problem(what="this run has checkpoints", where=str(run), remedy=remedy))
         return None
@@ -286,6 +291,28 @@ def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
+@contextmanager
+def _unfit_explained(checkpoint: Path) -> Iterator[None]:
+    """torch and DeepSpeed report weights of another model, and a file that is none, in errors of many kinds.
+
+    Raises:
+        UserInputError: in place of them.
+    """
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        if isinstance(error, RuntimeError) and (dist.is_about_a_lost_rank(error) or is_out_of_memory(error)):
+            raise
+        raise UserInputError(
+            Problem(
+                what="this checkpoint doesn't fit the model, or its files are none of torch's",
+                where=str(checkpoint),
+                got=" ".join(str(error).split())[:200],
+                remedy="resume from a checkpoint of the same model and deepspeed configuration",
+            )
+        ) from error
+
+
 def _resume(engine: Engine, checkpoint: Path | None, schedule: Schedule, *, restart: bool) -> int:
     """Load a checkpoint; returns the number of steps done."""
     if checkpoint is None:
@@ -295,7 +322,11 @@ def _resume(engine: Engine, checkpoint: Path | None, schedule: Schedule, *, rest
         check_resumable(
             checkpoint, state, plan_fingerprint=schedule.fingerprint, plan_settings=plan_settings(schedule)
         )
-    with for_this_world(checkpoint, state, stage=engine.stage) as folder:
+    with (
+        only_tensors_unpickled(checkpoint),
+        _unfit_explained(checkpoint),
+        for_this_world(checkpoint, state, stage=engine.stage) as folder,
+    ):
         engine.load(folder)
     if restart:
         log.info("starting this plan with the weights and optimizer of %s", checkpoint)

@@ -18,10 +18,10 @@ from launcher.ranks import redirect_output, slurm_rank_variables, worker_parser,
 from launcher.run_folder import with_run
 from launcher.terminal import allow_open_files, explained, prepare_streams
 from sftcore.config import Recipe
-from sftcore.errors import EXIT_FAILED, EXIT_STOPPED, MissingEnvironmentError, Problem, SftError
+from sftcore.errors import EXIT_FAILED, MissingEnvironmentError, Problem, SftError
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe
-from sftcore.train.stopping import end_on_stop
+from sftcore.train.stopping import end_on_stop, leave_codes_with
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,9 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.rank_logs:
             write_code(recipe.run_folder, rank, code)
 
-    end_on_stop(
-        "stopped on request before the first step; start again to go on", leave=lambda: leave(EXIT_STOPPED)
-    )
+    leave_codes_with(leave)
+    end_on_stop("stopped on request before the first step; start again to go on")
     if options.rank_logs and rank != 0:
         redirect_output(recipe.run_folder, rank)
     code = EXIT_FAILED

@@ -97,9 +97,17 @@ def sums_and_maxima(sums: list[float], maxima: list[float]) -> tuple[list[float]
         return list(sums), list(maxima)  # no round trip to the device
     total = torch.tensor(sums, dtype=torch.float64, device=device())
     largest = torch.tensor(maxima, dtype=torch.float64, device=device())
-    torch_dist.all_reduce(total)
-    torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
+    if sums:
+        torch_dist.all_reduce(total)
+    if maxima:
+        torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
     return total.tolist(), largest.tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is true on any rank; all ranks call it."""
+    _, (largest,) = sums_and_maxima([], [float(flag)])
+    return bool(largest)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -38,7 +38,8 @@ def is_loss_study(folder: Path) -> bool:
 def losses_of(run: Path) -> dict[str, Any]:
     """`last_loss`, `lowest_valid_loss` and `lowest_valid_step` of a run; None where it has none."""
     steps, valid = (_rows(run / name) for name in ("metrics.jsonl", "valid.jsonl"))
-    best = min(valid, key=lambda row: (row["valid_loss"], row["step"]), default=None)
+    known = [row for row in valid if row["valid_loss"] is not None]  # null: it was not finite
+    best = min(known, key=lambda row: (row["valid_loss"], row["step"]), default=None)
     return {
         "last_loss": steps[-1]["loss"] if steps else None,
         "lowest_valid_loss": best["valid_loss"] if best else None,

@@ -4,7 +4,7 @@ In: an engine and the number of steps done. Out: RUN/checkpoints/step-000050/{ds
 COMMITTED}.
 Invariant: COMMITTED is written last, after a rename of a flushed folder whose files are listed with size
 and checksum; what does not verify is skipped with the reason, and the newest that verifies is never
-deleted.
+deleted. Loading runs no code that a file names.
 Trade-off: each rank hashes its share of the files (xxh3, several GB/s), so verifying a save costs less than
 writing it; every resume reads all files once.
 """
@@ -16,10 +16,12 @@ import io
 import json
 import logging
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,27 @@ import xxhash
 
 from sftcore import dist
 from sftcore.errors import MissingEnvironmentError, Problem, SftError, UserInputError
-from sftcore.fsio import atomic_file, disk_errors_explained, read_json, sync_entry, sync_folder, write_json
+from sftcore.fsio import (
+    DAMAGED,
+    atomic_file,
+    disk_errors_explained,
+    read_object,
+    sync_entry,
+    sync_folder,
+    write_json,
+)
 from sftcore.train.engine import Engine  # first: it tells DeepSpeed what it runs on
 
 from deepspeed.checkpoint import ds_to_universal  # isort: skip
+from deepspeed.runtime.fp16.loss_scaler import LossScaler  # isort: skip
+from deepspeed.runtime.zero.config import ZeroStageEnum  # isort: skip
+from deepspeed.utils.tensor_fragment import fragment_address  # isort: skip
 
 log = logging.getLogger(__name__)
 COMMITTED, MANIFEST, STATE = "COMMITTED", "MANIFEST.json", "state.json"
+STEP = re.compile(r"step-\d{6,15}")
+STATE_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)  # plain records in DeepSpeed 0.19.8's files
+ONLY_WEIGHTS, ALL_OBJECTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +158,7 @@ def _commit(temporary: Path, final: Path) -> None:
     os.replace(temporary, final)
     sync_entry(final.parent)
     with atomic_file(final / COMMITTED) as handle:
-        handle.write("")
+        handle.write(f"{checksum(final / MANIFEST)}\n")
     sync_entry(final)
 
 
@@ -155,10 +171,24 @@ def checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, whole or not, by their number of steps."""
+    folders = (path for path in (run / "checkpoints").glob("step-*") if STEP.fullmatch(path.name))
+    return sorted((path for path in folders if path.is_dir()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Steps done, as a checkpoint folder's name says.
+
+    >>> step_of(Path("checkpoints/step-1000000")) > step_of(Path("checkpoints/step-999999"))
+    True
+    """
+    return int(folder.name.removeprefix("step-"))
+
+
 def prune(run: Path, *, keep: int) -> None:
     """Delete all but the newest `keep` committed checkpoints, and leftovers of interrupted saves."""
-    folders = sorted((run / "checkpoints").glob("step-*"))
-    committed = [f for f in folders if (f / COMMITTED).exists()]
+    committed = [folder for folder in checkpoints_of(run) if (folder / COMMITTED).exists()]
     for folder in committed[:-keep]:
         (folder / COMMITTED).unlink()
         shutil.rmtree(folder)
@@ -167,27 +197,53 @@ def prune(run: Path, *, keep: int) -> None:
 
 
 def why_not_usable(folder: Path) -> str:
-    """Empty if `folder` is a whole checkpoint, else the reason why it is not."""
+    """Empty if `folder` is a whole checkpoint, else the reason why it is not, whatever that is."""
+    try:
+        return _why_not_whole(folder)
+    except UserInputError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename or folder} can't be read: {error.strerror}"
+
+
+def _why_not_whole(folder: Path) -> str:
     if not (folder / COMMITTED).exists():
         return "the save was interrupted (no COMMITTED)"
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except UserInputError as error:
-        return f"no readable {MANIFEST}: {error}"
-    for name, (size, digest) in manifest.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if checksum(file) != digest:
-            return f"{name} has a wrong checksum"
+    manifest = read_object(folder / MANIFEST, STATE)
+    vouched = (folder / COMMITTED).read_bytes().decode("ascii", "replace").strip()
+    if vouched and vouched != checksum(folder / MANIFEST):
+        return f"{MANIFEST} is not the one that was committed"
+    if not any(name.startswith("ds/") for name in manifest):
+        return f"{MANIFEST} lists no state of DeepSpeed's"
+    for name, entry in manifest.items():
+        if reason := _why_not_the_file(folder, name, entry):
+            return reason
+    read_state(folder)
     return ""
 
 
-def newest_usable(run: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies; each one skipped is warned of, with the reason."""
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+def _why_not_the_file(folder: Path, name: str, entry: Any) -> str:
+    match entry:
+        case [int(size), str(digest)] if ".." not in Path(name).parts and not Path(name).is_absolute():
+            file = folder / name
+        case _:
+            return f"{MANIFEST} holds {name[:80]!r}: {str(entry)[:80]}"
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.stat().st_size != size:
+        return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return f"{name} has a wrong checksum" if checksum(file) != digest else ""
+
+
+def newest_usable(run: Path, *, at_most: int | None = None) -> Path | None:
+    """The newest checkpoint of a run that verifies; each one skipped is warned of, with the reason.
+
+    Args:
+        at_most: only those of so many steps or fewer.
+    """
+    for folder in reversed(checkpoints_of(run)):
+        if at_most is not None and step_of(folder) > at_most:
+            continue
         reason = why_not_usable(folder)
         if not reason:
             return folder
@@ -195,9 +251,61 @@ def newest_usable(run: Path) -> Path | None:
     return None
 
 
+def agreed_checkpoint(run: Path, own: Path | None) -> Path | None:
+    """The newest checkpoint that all ranks can read, from the one that each found; all ranks call it.
+
+    Their machines see one disk, but perhaps not each file of it.
+    """
+    while len(found := set(dist.gather_objects(step_of(own) if own else 0))) > 1:
+        log.warning("ranks can read checkpoints of %s steps: going back to the oldest of these", found)
+        own = newest_usable(run, at_most=min(found))
+    return own
+
+
 def read_state(folder: Path) -> TrainState:
-    """The state that a checkpoint was saved with."""
-    return TrainState(**read_json(folder / STATE))
+    """The state that a checkpoint was saved with.
+
+    Raises:
+        UserInputError: the file is not as this version writes it.
+    """
+    names = {field.name for field in fields(TrainState)}
+    values = read_object(folder / STATE, *names)
+    numbers = [values[name] for name in ("step", "epoch", "world_size", "num_threads")]
+    is_state = all(type(number) is int and number >= 0 for number in numbers)
+    if not (
+        is_state and isinstance(values["plan_settings"], dict) and len(values) == len(fields(TrainState))
+    ):
+        raise UserInputError(Problem(what="no state of a run", where=str(folder / STATE), remedy=DAMAGED))
+    return TrainState(**values)
+
+
+@contextmanager
+def only_tensors_unpickled(folder: Path) -> Iterator[None]:
+    """Within it, whatever loads a file of torch's gets tensors, plain values and `STATE_CLASSES` from it.
+
+    A pickle can name any function to call. DeepSpeed asks torch to load whole objects; this setting of torch
+    overrules the call.
+
+    Raises:
+        UserInputError: a file asks for more.
+    """
+    before = {name: os.environ.pop(name, None) for name in (ONLY_WEIGHTS, ALL_OBJECTS)}
+    os.environ[ONLY_WEIGHTS] = "1"
+    try:
+        with torch.serialization.safe_globals(list(STATE_CLASSES)):
+            yield
+    except pickle.UnpicklingError as error:
+        raise UserInputError(
+            Problem(
+                what="a file of this checkpoint holds more than numbers: loading it could run any code",
+                where=str(folder),
+                got=next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")[:200],
+                remedy="resume from a checkpoint that sftcore saved",
+            )
+        ) from error
+    finally:
+        del os.environ[ONLY_WEIGHTS]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def check_resumable(

@@ -54,8 +54,15 @@ from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
 from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
 from sftcore.train.gradient_sums import add_without_copies, sum_head_in_place
 from sftcore.train.optimizers import make_optimizer, set_learning_rate
+from sftcore.train.stopping import Abandoned, packs_between_looks
 
 log = logging.getLogger(__name__)
+StopAsked = Callable[[], bool]
+
+
+def never() -> bool:
+    """Nobody asks for a stop."""
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +173,7 @@ class Engine:
             share_gradient(model.causal_lm)
         optimizer = make_optimizer(model, recipe.train)
         self._hooked_norm: float | None = None
+        self._packs_between_looks = 1  # the first step's time is not known yet
         optimizer.register_step_pre_hook(lambda *_: self._before_update(model, recipe.train.max_grad_norm))
         complete = complete_ds_config(ds_config, recipe)
         if loads_universal:
@@ -186,27 +194,37 @@ class Engine:
         return self.deepspeed.module
 
     def step(
-        self, batches: Sequence[Batch], *, seeds: Sequence[int], lr: float, stop: bool = False
+        self, batches: Sequence[Batch], *, seeds: Sequence[int], lr: float, stop: StopAsked = never
     ) -> StepResult:
         """Forward and backward over this rank's packs, then one optimizer step over all ranks.
+
+        A request to stop that comes while the last pack is computed lets the step be finished; one that comes
+        before is seen between packs, about each `LOOK_SECONDS`, and the step is given up.
 
         Args:
             batches: this rank's packs; as many on every rank (idle ones have zero weights).
             seeds: one per pack, for dropout.
             lr: learning rate of this step.
-            stop: whether this rank was asked to stop.
+            stop: whether this rank was asked to stop by now.
 
         Raises:
+            Abandoned: a rank was asked to stop between packs; weights and optimizer are untouched, and the
+                engine may be saved, but gradients are left: no step may follow.
             NotFinite: the loss or the gradient norm; weights and optimizer are untouched.
         """
         self.deepspeed.train()
         started = time.perf_counter()
-        losses = [self._forward_backward(batch, seed) for batch, seed in zip(batches, seeds, strict=True)]
+        losses: list[torch.Tensor] = []
+        for batch, seed in zip(batches, seeds, strict=True):
+            if (len(losses) + 1) % self._packs_between_looks == 0 and dist.any_rank(stop()):
+                raise Abandoned
+            losses.append(self._forward_backward(batch, seed))
         rank_losses = torch.stack(losses).tolist()
         seconds = time.perf_counter() - started
         (loss_sum, seconds_sum), (seconds_max, any_stop, peak) = dist.sums_and_maxima(
-            [sum(rank_losses), seconds], [seconds, float(stop), dist.peak_memory_bytes()]
+            [sum(rank_losses), seconds], [seconds, float(stop()), dist.peak_memory_bytes()]
         )
+        self._packs_between_looks = packs_between_looks(seconds_max, len(batches))
         if not math.isfinite(loss_sum):
             raise NotFinite(
                 f"the loss is {loss_sum}",
@@ -245,14 +263,20 @@ class Engine:
                 for container in containers:
                     container._in_forward = False
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Sum of the batches' losses over all ranks, in eval mode; as many batches on every rank."""
+    def evaluate(self, batches: Iterable[Batch], *, stop: StopAsked = never) -> float:
+        """Sum of the batches' losses over all ranks, in eval mode; as many batches on every rank.
+
+        Raises:
+            Abandoned: a rank was asked to stop.
+        """
         self.deepspeed.eval()
         keep_trainable_layout(self.deepspeed.modules())
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.no_grad(), self.autocast():
-            for batch in batches:
+            for number, batch in enumerate(batches, 1):
                 total += self.deepspeed(batch.to(self.device))
+                if number % self._packs_between_looks == 0 and dist.any_rank(stop()):
+                    raise Abandoned
         (loss,), _ = dist.sums_and_maxima([float(total)], [])
         return loss
 

@@ -1,7 +1,9 @@
 """The loop: for each step of the plan, its packs -> the engine -> a line of metrics; now and then a save.
 
 In: an engine, a schedule, a store. Out: trained weights in the engine; RUN/metrics.jsonl, RUN/checkpoints.
-Invariant: step s of a run is the same computation whether or not the run was interrupted before it.
+Invariant: step s of a run is the same computation whether or not the run was interrupted before it: a step
+that is given up for a stop changes nothing, and the checkpoint is of the steps before it.
+A step that was given up for a stop has changed nothing: the checkpoint is of the steps before it.
 Trade-off: the largest pack of the plan runs once with zero weights before the first step, so that a run that
 will not fit fails in its first minute; it costs a pack's time at each start.
 """
@@ -25,12 +27,12 @@ from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, StoppedOnRequest, TrainingFailed, UserInputError
 from sftcore.heap import is_out_of_memory
 from sftcore.train.batches import rank_batches, weightless_batch
-from sftcore.train.checkpoint import TrainState, save_checkpoint
+from sftcore.train.checkpoint import COMMITTED, TrainState, checkpoint_folder, save_checkpoint
 from sftcore.train.engine import Engine, NotFinite
 from sftcore.train.garbage import GarbageCollector
 from sftcore.train.memory import explain_out_of_memory
 from sftcore.train.metrics import MetricsWriter, StepMetrics, model_flops_utilisation
-from sftcore.train.stopping import StopRequest, name_samples
+from sftcore.train.stopping import Abandoned, StopNotice, StopRequest, name_samples
 from sftcore.train.validate import Validation
 from sftcore.train.watchdog import Watchdog
 
@@ -89,38 +91,83 @@ def run_steps(
 ) -> None:
     """Train from step `first` (0-based) to the end, or until validation says enough; all ranks call it.
 
+    A request to stop lets the step under way end if its packs are done, else it is given up; so is an
+    evaluation, which the next start makes before its first step.
+
     Raises:
         TrainingFailed: a loss or gradient norm that is not finite, or no memory; the last checkpoint stays.
-        StoppedOnRequest: a rank was asked to stop; a checkpoint was made.
+        StoppedOnRequest: a rank was asked to stop; there is a checkpoint of all steps done.
     """
     stop = stop or StopRequest()
     watchdog = watchdog or Watchdog()
-    epoch_ends = set(schedule.first_steps[1:].tolist())
+    steps_done = first
     with (
         MetricsWriter(recipe, steps_done=first, num_steps=schedule.num_steps) as writer,
         GarbageCollector() as garbage,
     ):
-        for number in range(first, schedule.num_steps):
-            if validation and validation.is_exhausted:
-                log.info("no lower valid loss in %d evaluations: enough", recipe.train.patience or 0)
-                break
-            metrics, is_stop_requested = _train_step(
-                recipe, engine, schedule, store, number, stop=stop, is_first=number == first
-            )
-            writer.write(metrics)
-            watchdog.step_done(metrics.step_seconds)
-            garbage.step_done()
+        saver = _Saver(recipe, engine, schedule, writer, first=first)
+        try:
+            _validate_if_due(validation, engine, schedule, first, stop=stop)
+            for number in range(first, schedule.num_steps):
+                if validation and validation.is_exhausted:
+                    log.info("no lower valid loss in %d evaluations: enough", recipe.train.patience or 0)
+                    break
+                metrics, is_stop_requested = _train_step(
+                    recipe, engine, schedule, store, number, stop=stop, is_first=number == first
+                )
+                writer.write(metrics)
+                watchdog.step_done(metrics.step_seconds)
+                garbage.step_done()
+                saver.notice.see_step(metrics.step_seconds, math.ceil(metrics.num_packs / dist.world_size()))
+                steps_done = number + 1
+                if is_stop_requested and steps_done < schedule.num_steps:
+                    raise Abandoned
+                with watchdog.suspended():
+                    _validate_if_due(validation, engine, schedule, steps_done, stop=stop)
+                    saver.save_if_due(steps_done)
+        except Abandoned:
             with watchdog.suspended():
-                if validation and validation.is_due(number + 1, epoch_ends):
-                    validation.evaluate(engine, step=number + 1, epoch=metrics.epoch)
-                stopping = is_stop_requested and number + 1 < schedule.num_steps
-                if stopping or _is_save_due(
-                    number + 1, schedule.num_steps, recipe.checkpoint.save_every_steps
-                ):
-                    state = state_after(number, schedule, metrics.epoch)
-                    save_checkpoint(recipe.run_folder, engine, state, keep=recipe.checkpoint.keep)
-            if stopping:
-                raise StoppedOnRequest(f"stopped on request after step {number + 1}; start again to go on")
+                saver.save(steps_done)
+            told = f"after step {steps_done}" if steps_done else "before the first step was done"
+            raise StoppedOnRequest(f"stopped on request {told}; start again to go on") from None
+
+
+class _Saver:
+    """Saves a run's checkpoints, none twice, each behind the rows of its steps."""
+
+    def __init__(
+        self, recipe: Recipe, engine: Engine, schedule: Schedule, writer: MetricsWriter, *, first: int
+    ) -> None:
+        self.recipe, self.engine, self.schedule, self.writer = recipe, engine, schedule, writer
+        is_saved = (checkpoint_folder(recipe.run_folder, first) / COMMITTED).exists()
+        self.saved = first if dist.gather_objects(is_saved)[0] else 0
+        self.notice = StopNotice.of_environment()
+
+    def save_if_due(self, steps_done: int) -> None:
+        """Save at each `save_every_steps`, and behind the last step."""
+        if steps_done % self.recipe.checkpoint.save_every_steps == 0 or steps_done == self.schedule.num_steps:
+            self.save(steps_done)
+
+    def save(self, steps_done: int) -> None:
+        """Save, if there is a step and it is not saved yet."""
+        if steps_done in (0, self.saved):
+            return
+        started = time.perf_counter()
+        self.writer.sync()
+        state = state_after(steps_done - 1, self.schedule, self.schedule.step(steps_done - 1).epoch)
+        save_checkpoint(self.recipe.run_folder, self.engine, state, keep=self.recipe.checkpoint.keep)
+        self.saved = steps_done
+        self.notice.see_save(time.perf_counter() - started)
+
+
+def _validate_if_due(
+    validation: Validation | None, engine: Engine, schedule: Schedule, steps_done: int, *, stop: StopRequest
+) -> None:
+    """Evaluate where it is due and not done: behind a step, or as a stop kept it from being done there."""
+    epoch_ends = set(schedule.first_steps[1:].tolist())
+    if validation and steps_done and validation.is_due(steps_done, epoch_ends):
+        epoch = schedule.step(steps_done - 1).epoch
+        validation.evaluate(engine, step=steps_done, epoch=epoch, stop=lambda: stop.requested)
 
 
 def _train_step(
@@ -142,7 +189,7 @@ def _train_step(
     try:
         if is_first:
             engine.rehearse(weightless_batch(store, schedule.largest_pack))
-        result = engine.step(batches, seeds=seeds, lr=lr, stop=stop.requested)
+        result = engine.step(batches, seeds=seeds, lr=lr, stop=lambda: stop.requested)
     except NotFinite as error:
         raise _explain_not_finite(error, schedule, store, step) from error
     except (RuntimeError, MemoryError) as error:
@@ -223,10 +270,6 @@ def plan_settings(schedule: Schedule) -> dict[str, Any]:
         "tokens in an epoch": int(schedule.lengths.sum()),
         "trained tokens in an epoch": int(schedule.num_trained.sum()),
     }
-
-
-def _is_save_due(steps_done: int, num_steps: int, every: int) -> bool:
-    return steps_done % every == 0 or steps_done == num_steps
 
 
 def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:

@@ -3,8 +3,8 @@
 In: a step's content, result and times. Out: lines that scripts rely on (keys below), flushed step by step.
 Invariant: after a resume the file holds each step once: rows after the checkpoint's step are taken out
 first.
-Trade-off: one append of about 400 bytes a step, without fsync; a power cut may cost the last lines, which a
-resume trains again anyway.
+Trade-off: one append of about 400 bytes a step, without fsync until a checkpoint is saved: a power cut may
+cost the lines after it, whose steps a resume trains again anyway.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 
 from sftcore import dist
 from sftcore.config import Recipe
-from sftcore.fsio import append_jsonl, read_jsonl, write_jsonl
+from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import DAMAGED, append_jsonl, read_jsonl, sync_file, write_jsonl
 from sftcore.train.devices import peak_flops_of
 from sftcore.train.tracking import open_trackers
 
@@ -105,6 +106,11 @@ class MetricsWriter:
                 remaining,
             )
 
+    def sync(self) -> None:
+        """Have the rows on the disk: before a checkpoint that counts their steps."""
+        if dist.rank() == 0:
+            sync_file(self.path)
+
     def track(self, values: dict[str, float], step: int) -> None:
         """Send numbers to all trackers."""
         for tracker in self.trackers:
@@ -112,12 +118,27 @@ class MetricsWriter:
 
 
 def keep_first_steps(path: Path, steps_done: int) -> float:
-    """Drop rows after `steps_done`, in place; returns the elapsed seconds of the last row kept."""
+    """Drop rows after `steps_done`, in place; returns the elapsed seconds of the last row kept.
+
+    Raises:
+        UserInputError: rows of steps that a checkpoint counts are damaged or missing.
+    """
     if not path.exists():
+        if steps_done:
+            log.warning("%s is gone: it will begin after step %d", path, steps_done)
         return 0.0
-    rows = [row for row in read_jsonl(path, appended=True) if row["step"] <= steps_done]
-    write_jsonl(path, rows)
-    return float(rows[-1]["elapsed_seconds"]) if rows else 0.0
+    rows = read_jsonl(path, appended=True)
+    for number, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int or not isinstance(row.get("elapsed_seconds"), int | float):
+            what = "no step of a run"
+            raise UserInputError(Problem(what=what, where=f"{path}:{number}", remedy=DAMAGED))
+    kept = [row for row in rows if row["step"] <= steps_done]
+    numbers = [row["step"] for row in kept]
+    if kept and numbers != list(range(numbers[0], steps_done + 1)) or (steps_done and not kept):
+        what, got = "lacks steps that the checkpoint counts", f"{len(kept)} rows up to step {steps_done}"
+        raise UserInputError(Problem(what=what, where=str(path), got=got, remedy=DAMAGED))
+    write_jsonl(path, kept)
+    return float(kept[-1]["elapsed_seconds"]) if kept else 0.0
 
 
 def model_flops_utilisation(flops: float, seconds: float) -> float | None:

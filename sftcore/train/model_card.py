@@ -96,7 +96,7 @@ def _training(run: Path) -> list[str]:
         ]
     if rows := _rows(run / "metrics.jsonl"):
         lines.append(f"- loss of the first and last step: {rows[0]['loss']:.4f}, {rows[-1]['loss']:.4f}")
-    if rows := _rows(run / "valid.jsonl"):
+    if rows := [row for row in _rows(run / "valid.jsonl") if row["valid_loss"] is not None]:
         best = min(rows, key=lambda row: float(row["valid_loss"]))
         lines.append(f"- lowest valid loss: {best['valid_loss']:.4f} after step {best['step']}")
     return ["## Training\n\n" + "\n".join(lines)] if lines else []

@@ -15,8 +15,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from sftcore.batching.collate import Batch
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
-from sftcore.fsio import append_jsonl, read_jsonl, sync_entry, write_jsonl
+from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import DAMAGED, append_jsonl, read_jsonl, sync_entry, write_jsonl
 from sftcore.train.batches import Divisors, rank_batches
-from sftcore.train.engine import Engine
+from sftcore.train.engine import Engine, StopAsked, never
 from sftcore.train.export import export_weights
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Evaluation:
     Args:
         step: optimizer steps done.
         epoch: epoch of the last step done, 0-based.
-        valid_loss: mean cross-entropy, normalised as the recipe says.
+        valid_loss: mean cross-entropy, normalised as the recipe says; null in the file if it is not finite.
         num_samples: of the set.
         num_trained_tokens: of the set.
         seconds: wall time of the evaluation.
@@ -64,10 +65,10 @@ class Validation:
         self.recipe, self.store, self.tokenizer = recipe, store, tokenizer
         self.path = recipe.run_folder / VALID
         rows = read_jsonl(self.path) if self.path.exists() else []
-        self.done = [Evaluation(**row) for row in rows if row["step"] <= steps_done]
+        self.done = [row for row in _evaluations(rows, self.path) if row.step <= steps_done]
         dist.barrier()
         if dist.rank() == 0 and rows:
-            write_jsonl(self.path, [asdict(row) for row in self.done])
+            write_jsonl(self.path, [_row_of(row) for row in self.done])
         self._schedule = Schedule(
             lengths=store.lengths,
             num_trained=store.num_trained,
@@ -79,15 +80,20 @@ class Validation:
         )
 
     def is_due(self, step: int, epoch_ends: set[int]) -> bool:
-        """Whether to evaluate after `step` steps."""
+        """Whether to evaluate after `step` steps, and that was not done yet."""
         every = self.recipe.train.evaluate_every_steps
-        return step in epoch_ends or (every is not None and step % every == 0)
+        is_wanted = step in epoch_ends or (every is not None and step % every == 0)
+        return is_wanted and all(row.step != step for row in self.done)
 
-    def evaluate(self, engine: Engine, *, step: int, epoch: int) -> Evaluation:
-        """Take the loss after `step` steps; export the weights if it is the lowest. All ranks call it."""
+    def evaluate(self, engine: Engine, *, step: int, epoch: int, stop: StopAsked = never) -> Evaluation:
+        """Take the loss after `step` steps; export the weights if it is the lowest. All ranks call it.
+
+        Raises:
+            Abandoned: a rank was asked to stop; nothing is written.
+        """
         started = time.perf_counter()
         everything = Divisors(int(self.store.num_trained.sum()), len(self.store))
-        loss = engine.evaluate(self._batches(everything))
+        loss = engine.evaluate(self._batches(everything), stop=stop)
         row = Evaluation(
             step=step,
             epoch=epoch,
@@ -101,9 +107,11 @@ class Validation:
             export_weights(engine, self.tokenizer, self.recipe, folder=self.best_folder)
         self.done.append(row)
         if dist.rank() == 0:
-            append_jsonl(self.path, asdict(row))
+            append_jsonl(self.path, _row_of(row), sync=True)
             mark = ", the lowest so far" if is_best else ""
             log.info("valid loss %.4f after step %d%s (%.1f s)", loss, step, mark, row.seconds)
+            if not math.isfinite(loss):
+                log.warning("this valid loss is not finite: it is no lowest, whatever follows")
         return row
 
     def _batches(self, everything: Divisors) -> Iterator[Batch]:
@@ -119,17 +127,20 @@ class Validation:
 
     @property
     def lowest_loss(self) -> float:
-        """Of all evaluations; infinite before the first."""
-        return min((row.valid_loss for row in self.done), default=math.inf)
+        """Of all evaluations; infinite before the first that is finite."""
+        return min((_or_infinite(row.valid_loss) for row in self.done), default=math.inf)
 
     @property
     def is_exhausted(self) -> bool:
         """Whether `patience` evaluations have passed since the lowest loss."""
         return is_exhausted([row.valid_loss for row in self.done], self.recipe.train.patience)
 
-    def promote_best(self) -> None:
-        """Make RUN/best the run's result; all ranks call it."""
-        if dist.rank() == 0:
+    def promote_best(self, engine: Engine) -> None:
+        """Make RUN/best the run's result, or, if no loss was finite, the last weights; all ranks call it."""
+        if math.isinf(self.lowest_loss):
+            log.warning("no valid loss was finite, so that none is the lowest: keeping the last weights")
+            export_weights(engine, self.tokenizer, self.recipe, folder=self.recipe.result_folder)
+        elif dist.rank() == 0:
             shutil.rmtree(self.recipe.result_folder, ignore_errors=True)
             os.replace(self.best_folder, self.recipe.result_folder)
             sync_entry(self.recipe.run_folder)
@@ -141,7 +152,34 @@ def is_exhausted(losses: list[float], patience: int | None) -> bool:
 
     >>> is_exhausted([3.0, 2.0, 2.5, 2.4], 2), is_exhausted([3.0, 2.0, 2.5, 1.9], 2)
     (True, False)
+
+    A loss that is not finite is higher than any other: it counts as an evaluation, and is no lowest.
+
+    >>> is_exhausted([math.nan, 3.0, 2.0], 1), is_exhausted([math.nan, 3.0, math.nan], 1)
+    (False, True)
     """
     if patience is None or not losses:
         return False
-    return len(losses) - 1 - losses.index(min(losses)) >= patience
+    known = [_or_infinite(loss) for loss in losses]
+    return len(known) - 1 - known.index(min(known)) >= patience
+
+
+def _or_infinite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _row_of(evaluation: Evaluation) -> dict[str, Any]:
+    """A line of valid.jsonl; JSON has no word for a loss that is not finite, which is null there."""
+    loss = evaluation.valid_loss
+    return asdict(evaluation) | {"valid_loss": loss if math.isfinite(loss) else None}
+
+
+def _evaluations(rows: Iterable[dict[str, Any]], path: Path) -> Iterator[Evaluation]:
+    names = {field.name for field in fields(Evaluation)}
+    for number, row in enumerate(rows, 1):
+        loss = row.get("valid_loss")
+        is_row = row.keys() == names and type(row["step"]) is int and isinstance(loss, int | float | None)
+        if not is_row:
+            what = "no evaluation of a run"
+            raise UserInputError(Problem(what=what, where=f"{path}:{number}", remedy=DAMAGED))
+        yield Evaluation(**row | {"valid_loss": math.nan if loss is None else loss})

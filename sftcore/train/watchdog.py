@@ -11,7 +11,6 @@ a thread), since a rank that waits in a collective can't look for itself.
 from __future__ import annotations
 
 import faulthandler
-import os
 import statistics
 import sys
 import threading
@@ -28,6 +27,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from sftcore import dist
 from sftcore.errors import EXIT_FAILED, EXIT_RANK_LOST
+from sftcore.train.stopping import end_at_once
 
 BEAT_SECONDS = 5.0
 GONE_SECONDS = 40.0  # without a sign of life
@@ -140,4 +140,4 @@ def _end(message: str, *, code: int, stacks: bool = False) -> None:
     sys.stderr.flush()
     if stacks:
         faulthandler.dump_traceback(file=sys.stderr)
-    os._exit(code)
+    end_at_once(code)

@@ -63,9 +63,10 @@ def test_files_that_no_run_wrote_are_not_written_over(path, name):
 
 
 def test_a_file_is_no_run_folder(path):
+    with pytest.raises(UserInputError, match="can't be a run folder"):
+        load(path, None, str(path))
     with pytest.raises(UserInputError, match="the run folder is a file"):
-        with open_run(load(path, None, str(path)), purpose="training"):
-            pass
+        check_free_for_run(path)
 
 
 def test_a_runs_own_folder_is_found_again_with_its_own_recipe(path):
