@@ -38,6 +38,7 @@ from sftcore.errors import (
     UserInputError,
 )
 from sftcore.fsio import write_json
+from sftcore.heap import is_out_of_memory
 from sftcore.model.classifier import load_classifier_for_training
 from sftcore.model.cost import measure_recipe
 from sftcore.model.demands import check_demands
@@ -63,7 +64,6 @@ from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_sta
 from sftcore.train.engine import Engine, check_engine, init_process_group
 from sftcore.train.export import export_weights
 from sftcore.train.loop import make_schedule, plan_settings, run_steps
-from sftcore.train.memory import is_out_of_memory
 from sftcore.train.stopping import SIGNALS, WITH_INTERRUPT, StopRequest, handling
 from sftcore.train.tracking import check_tracker
 from sftcore.train.validate import Validation
