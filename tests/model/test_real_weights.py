@@ -14,6 +14,7 @@ from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
 from sftcore.model.load import load_for_training
 from sftcore.model.ours import LossModel
+from sftcore.precision import has_fast_bfloat16
 
 TEXTS = (
     ("Where is the Eiffel Tower?", " Paris, France"),
