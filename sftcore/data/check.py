@@ -42,6 +42,7 @@ def check_store(recipe: Recipe, store: TokenStore) -> dict[str, Any]:
         "labels": {str(label): int((labels == label).sum()) for label in (0, 1) if (labels >= 0).any()},
         "duplicates_kept": altered.get("duplicate_kept", 0),
         "duplicates_dropped": rejected.get("duplicate", 0),
+        "other_answers": altered.get("other_answer", 0),
         "contradictory": rejected.get("contradictory_label", 0),
         "leaks": rejected.get("leak", 0),
         "overlength": rejected.get("overlength", 0),
@@ -66,6 +67,7 @@ def check_text(report: dict[str, Any]) -> str:
         lines.append(f"labels           {shares}")
     lines += [
         f"duplicates       {report['duplicates_kept']:,} kept, {report['duplicates_dropped']:,} dropped",
+        f"other answers    {report['other_answers']:,} samples share a prompt that is answered otherwise",
         f"contradictory    {report['contradictory']:,} dropped",
         f"leaks into test  {report['leaks']:,} dropped",
         f"over-long        {report['overlength']:,} dropped",

@@ -121,6 +121,7 @@ class Change(StrEnum):
     QUOTES_READ = "quotes_read"
     LABEL_SPELLING = "label_spelling"
     JSON_LIST = "json_list"
+    OTHER_ANSWER = "other_answer"
 
 
 def printable(text: str, limit: int = EXCERPT_CHARACTERS) -> str:

@@ -5,7 +5,7 @@ the ledger, manifest.json last; no token and no text is copied.
 Invariant: num_rows_read = num_samples + num_rejected + num_not_selected; of several reasons to drop a record
 the first of these counts: id given twice, leak, contradiction, duplicate, not selected, refused by prompts.
 Trade-off: comparing all records holds hashes, never texts: 98 bytes a row, measured as resident memory
-between 100,000 and a million rows (benchmarks/results/prepare.json).
+between 100,000 and a million rows (benchmarks/results/prepare.json), and 16 more for prompts and answers.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _code(reason: Reason) -> int:
 def account(parts: Sequence[Part], outcomes: Outcomes, copies: NDArray[np.bool_]) -> Ledger:
     """The ledger of the whole: what the parts noted while reading, and every dropped or altered record."""
     ledger = Ledger()
-    start = 0
+    start, others = 0, _otherwise_answered(parts, outcomes)
     for part in parts:
         rows, about = part.rows(), part.about
         ledger.absorb(
@@ -167,12 +167,40 @@ def account(parts: Sequence[Part], outcomes: Outcomes, copies: NDArray[np.bool_]
         for rejection in _rejections(rows, about["file"], here):
             ledger.reject(rejection)
         _note(ledger, rows, about["file"], copies[start : start + len(rows)], Change.DUPLICATE_KEPT)
+        _note(ledger, rows, about["file"], others[start : start + len(rows)], Change.OTHER_ANSWER)
         changes = numbers(rows, "changes")
         for bit, change in enumerate(CHANGES):
             _note(ledger, rows, about["file"], (changes >> bit & 1).astype(bool) & (here == KEPT), change)
         start += len(rows)
     ledger.num_not_selected = int(np.count_nonzero(outcomes == NOT_SELECTED))
     return ledger
+
+
+def _otherwise_answered(parts: Sequence[Part], outcomes: Outcomes) -> NDArray[np.bool_]:
+    """Samples whose prompt another one has, with another answer (pairs aside, whose labels are compared)."""
+    is_sample = (outcomes == KEPT) & (_joined(parts, "label", np.int8) < 0)
+    prompts = _joined(parts, "prompt_hash", np.uint64)[is_sample]
+    marks = np.zeros(len(outcomes), bool)
+    marks[is_sample] = answered_twice(prompts, _joined(parts, "sample_hash", np.uint64)[is_sample])
+    return marks
+
+
+def answered_twice(prompts: Hashes, samples: Hashes) -> NDArray[np.bool_]:
+    """Which of some samples share their prompt with a different one.
+
+    >>> answered_twice(np.array([5, 7, 5, 7], np.uint64), np.array([1, 2, 3, 2], np.uint64)).tolist()
+    [True, False, True, False]
+    """
+    if not len(prompts):
+        return np.zeros(0, bool)
+    order = np.lexsort((samples, prompts))
+    prompts, samples = prompts[order], samples[order]
+    starts = np.concatenate([[True], prompts[1:] != prompts[:-1]])
+    differs = np.concatenate([[False], (samples[1:] != samples[:-1])]) & ~starts
+    group = np.cumsum(starts) - 1
+    marks = np.zeros(len(prompts), bool)
+    marks[order] = np.bincount(group, weights=differs).astype(bool)[group]
+    return marks
 
 
 def _rejections(rows: pa.Table, file: str, outcomes: Outcomes) -> Iterator[Rejection]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
 from sftcore.data.hygiene import hash_earlier, hash_id, hash_row
 from sftcore.data.ledger import Change, Ledger, Reason, Rejection, printable_path
@@ -52,6 +53,8 @@ ROWS_SCHEMA = pa.schema(
         ("detail", pa.string()),  # of the refusal
         ("changes", pa.int32()),  # bit i: CHANGES[i]
         ("earlier_hashes", pa.list_(pa.uint64())),  # of a chat (`hash_earlier`)
+        ("prompt_hash", pa.uint64()),  # of a sample's ids before its last answer; 0: no sample
+        ("sample_hash", pa.uint64()),  # of all of its ids
     ]
 )
 Encode = Callable[[Sequence[Record]], Sequence[Encoded | Refusal | None]]
@@ -115,13 +118,15 @@ def _write_columns(folder: Path, records: Iterator[Record], encode: Encode) -> d
             flat = flat_ids(samples)
             ids.write(flat.astype(INT32, copy=False).tobytes())
             labels.write(flat_labels(samples, flat).astype(INT32, copy=False).tobytes())
-            writer.write_batch(_row_batch(batch, results))
+            writer.write_batch(_row_batch(batch, results, flat))
             totals["num_records"] += len(batch)
             totals["num_tokens"] += len(flat)
     return totals
 
 
-def _row_batch(records: list[Record], results: Sequence[Encoded | Refusal | None]) -> pa.RecordBatch:
+def _row_batch(
+    records: list[Record], results: Sequence[Encoded | Refusal | None], flat: NDArray[np.int32]
+) -> pa.RecordBatch:
     hashes = zip(*(hash_row(record.content) for record in records), strict=True)
     refusals = [result if isinstance(result, Refusal) else None for result in results]
     samples = [result if isinstance(result, Encoded) else None for result in results]
@@ -136,12 +141,27 @@ def _row_batch(records: list[Record], results: Sequence[Encoded | Refusal | None
         _details(refusals),
         [_change_bits(sample.changes) if sample else 0 for sample in samples],
         _lists([hash_earlier(record.content) for record in records]),
+        *_id_hashes(samples, flat),
     ]
     arrays = [
         column if isinstance(column, pa.Array) else _numbers(column, field.type)
         for column, field in zip(columns, ROWS_SCHEMA, strict=True)
     ]
     return pa.record_batch(arrays, schema=ROWS_SCHEMA)
+
+
+def _id_hashes(samples: Sequence[Encoded | None], flat: NDArray[np.int32]) -> tuple[list[int], list[int]]:
+    """`prompt_hash` and `sample_hash` of each row."""
+    prompts, wholes, data, start = [0] * len(samples), [0] * len(samples), memoryview(flat.tobytes()), 0
+    for row, sample in enumerate(samples):
+        if sample is None:
+            continue
+        end = start + len(sample.ids) * flat.itemsize
+        answer = start + (sample.trained[-1][0] if sample.trained else len(sample.ids)) * flat.itemsize
+        prompts[row] = xxh3_64_intdigest(data[start:answer])
+        wholes[row] = xxh3_64_intdigest(data[start:end])
+        start = end
+    return prompts, wholes
 
 
 def _numbers(values: Sequence[int] | NDArray[Any], kind: pa.DataType) -> pa.Array:

@@ -22,8 +22,8 @@ import yaml
 
 from sftcore.config import DataSettings, InlineTemplate, Recipe
 from sftcore.data.contents import Fact, Pair
+from sftcore.data.relations import load_relations
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import read_json
 from sftcore.recipe import ASSETS
 from sftcore.settings import MatchingSettings
 
@@ -287,17 +287,5 @@ def question_patterns(relations: str | None = None) -> dict[str, str]:
     Raises:
         UserInputError: it is not such a file.
     """
-    patterns = _patterns_of(ASSETS / "relations.json")
-    return patterns | (_patterns_of(Path(relations)) if relations else {})
-
-
-@cache
-def _patterns_of(file: Path) -> dict[str, str]:
-    table: Any = read_json(file)
-    try:
-        return {relation: entry["question"] for relation, entry in table.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        remedy = "one entry a relation with name, domain, question, completions, as in sftcore/assets"
-        raise UserInputError(
-            Problem(what="not a table of relations", where=str(file), remedy=remedy)
-        ) from error
+    found = load_relations(Path(relations) if relations else None)
+    return {name: relation.question for name, relation in found.items()}

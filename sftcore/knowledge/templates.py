@@ -1,8 +1,8 @@
-"""Relations: their names, their question, and the completion prefixes that probe a fact.
+"""The wordings of a relation with a subject put in.
 
-In: assets/relations.json, a user's own file in the same format. Out: `Relation`s; prompts for a subject.
-Invariant: every prefix holds {subject} once and ends right before the object, without a space, so what a
-model writes next begins with the answer (or its article).
+In: `Relation`s (data/relations.py), a subject. Out: completion prompts for the probe, a question.
+Invariant: a prompt ends right before the object, without a space, so what a model writes next begins with
+the answer (or its article).
 Trade-off: prefixes are ordered clearest first, so a probe with fewer than 21 of them uses the best ones; its
 recall is not that of a full one, and the probe's report says so.
 """
@@ -10,91 +10,20 @@ recall is not that of a full one, and the probe's report says so.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
 
+from sftcore.data.relations import FORMAT, RELATIONS_PATH, SUBJECT, Relation, load_relations
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import read_json
 
-RELATIONS_PATH = Path(__file__).parent.parent / "assets" / "relations.json"
-SUBJECT = "{subject}"
-KEYS = ("name", "domain", "question", "completions")
-DOMAINS = ("in", "out")  # trained and tested | tested only
+__all__ = [
+    "RELATIONS_PATH",
+    "Relation",
+    "completion_prompts",
+    "find_relation",
+    "load_relations",
+    "question_of",
+]
 MAX_NEAREST = 3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Relation:
-    """One kind of fact.
-
-    Args:
-        id: Wikidata property, e.g. P17, or a name of the user's own.
-        name: for reports, e.g. "country".
-        domain: "in" (trained and tested) or "out" (tested only).
-        question: holds {subject} once.
-        completions: prefixes that end right before the object, clearest first; each holds {subject} once.
-    """
-
-    id: str
-    name: str
-    domain: Literal["in", "out"]
-    question: str
-    completions: tuple[str, ...]
-
-
-def load_relations(path: Path | None = None) -> dict[str, Relation]:
-    """The shipped relations by id; with `path`, a user's file adds to them and wins where ids clash.
-
-    Raises:
-        UserInputError: with every mistake in the user's file.
-    """
-    return _read_relations(RELATIONS_PATH) | (_read_relations(path) if path else {})
-
-
-@cache
-def _read_relations(path: Path) -> dict[str, Relation]:
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserInputError(Problem(what="not a table of relations", where=str(path), allowed=_FORMAT))
-    problems = [
-        Problem(what=fault, where=f"{path}: {relation_id}", allowed=_FORMAT)
-        for relation_id, entry in raw.items()
-        for fault in _entry_faults(entry)
-    ]
-    if problems:
-        raise UserInputError(*problems)
-    return {
-        i: Relation(id=i, **{**entry, "completions": tuple(entry["completions"])}) for i, entry in raw.items()
-    }
-
-
-_FORMAT = (
-    '{"capital-of": {"name": "capital", "domain": "in", "question": "What is the capital of {subject}?", '
-    '"completions": ["The capital city of {subject} is", ...]}}'
-)
-
-
-def _entry_faults(entry: Any) -> Iterator[str]:
-    """What is wrong with one relation of the file."""
-    if not isinstance(entry, dict) or set(entry) != set(KEYS):
-        got = sorted(entry) if isinstance(entry, dict) else entry
-        yield f"a relation has the keys {', '.join(KEYS)}; got {got}"
-        return
-    if entry["domain"] not in DOMAINS:
-        yield f"domain is one of {DOMAINS}; got {entry['domain']!r}"
-    prefixes = entry["completions"]
-    if not isinstance(prefixes, list) or not prefixes or len(set(map(str, prefixes))) < len(prefixes):
-        yield f"completions is a list of at least one prefix, all different; got {prefixes!r}"
-        return
-    for text in (entry["question"], *prefixes):
-        if not isinstance(text, str) or text.count(SUBJECT) != 1:
-            yield f"each text holds {SUBJECT} exactly once; got {text!r}"
-    for prefix in map(str, prefixes):
-        if prefix != prefix.strip():
-            yield f"a prefix has no spaces around it (the model writes the next one); got {prefix!r}"
 
 
 def find_relation(relations: Mapping[str, Relation], relation_id: str, *, where: str = "") -> Relation:
@@ -113,7 +42,7 @@ def find_relation(relations: Mapping[str, Relation], relation_id: str, *, where:
                 what=f"no wording is known for the relation '{relation_id}'",
                 where=where,
                 allowed=f"{len(relations)} relations, nearest: {', '.join(nearest) or ', '.join(relations)}",
-                remedy=f"describe it in a relations file of your own (data.relations): {_FORMAT}",
+                remedy=f"describe it in a relations file of your own (data.relations): {FORMAT}",
             )
         )
     return relations[relation_id]
