@@ -60,15 +60,19 @@ def set_learning_rate(groups: Iterable[Group], lr: float) -> None:
 
 
 def _decay_groups(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> list[Group]:
-    """Matrices with weight decay, vectors without."""
+    """Matrices with weight decay, vectors without; those that stay float32 in a bfloat16 model apart."""
     parameters = list(parameters)
-    return [
-        {
-            "params": [p for p in parameters if len(whole_shape(p)) > 1],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [p for p in parameters if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
-    ]
+    dtypes = list(dict.fromkeys(p.dtype for p in parameters)) or [torch.float32]
+    groups = []
+    for dtype in dtypes:
+        alike = [p for p in parameters if p.dtype == dtype]
+        matrices = [p for p in alike if len(whole_shape(p)) > 1]
+        vectors = [p for p in alike if len(whole_shape(p)) <= 1]
+        groups += [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    return groups[:2] + [group for group in groups[2:] if group["params"]]
 
 
 def _refuse_larger(model: nn.Module, limit: int) -> None:
