@@ -6,14 +6,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sftcore.model.miniature import build, shrink
+from sftcore.batching.collate import UNTRAINED, collate
+from sftcore.config import Recipe
+from sftcore.model.miniature import BEYOND, build, shrink
 
+LENGTHS = (5, BEYOND, 7)
+RATE = 1e-3
 ALL = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 GROUPS = {"n_group": 1, "topk_group": 1}
 OVERRIDES: dict[
@@ -119,3 +125,32 @@ def model_of(name: str, *, attention: str = "eager", seed: int = 0, **changes: A
 def save_family(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
     """Write such a model as a Hugging Face folder (without a tokenizer)."""
     model_of(name, **changes).to(dtype).save_pretrained(folder)
+
+
+def recipe_for(folder: Path, **changes: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"path": str(folder), "dtype": "float32"},
+            "data": {"train": [{"format": "jsonl", "path": "x"}]},
+            "batch": {"samples_per_step": 3, "capacity": 64},
+            "train": {"lr": RATE, "max_grad_norm": 0.0},
+            "deepspeed": "zero0",
+        }
+        | changes
+    )
+
+
+def documents(seed: int) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for length in LENGTHS:
+        ids = rng.integers(3, 290, length).astype(np.int32)
+        labels = np.full(length, UNTRAINED, np.int32)
+        labels[1:-1] = ids[2:]
+        made.append(SimpleNamespace(input_ids=ids, labels=labels))
+    return made
+
+
+def collated(chosen: list[Any]) -> Any:
+    trained = sum(n - 2 for n in LENGTHS)
+    return collate(chosen, normalise="token", num_trained_in_step=trained, num_samples_in_step=len(LENGTHS))

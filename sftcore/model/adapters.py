@@ -24,6 +24,7 @@ from sftcore.config import AdapterSettings
 from sftcore.errors import Problem, TrainingFailed, UserInputError
 from sftcore.fsio import read_json
 from sftcore.model.identity import ADAPTER_CONFIG
+from sftcore.model.reach import unreached_layers
 from sftcore.model.vocabulary import vocabulary_modules, vocabulary_weights
 
 PREFIX = "base_model.model."
@@ -77,7 +78,7 @@ def _fresh_config(model: PreTrainedModel, settings: AdapterSettings) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.targets,
-        exclude_modules=_odd_layers(model) or None,
+        exclude_modules=[*_odd_layers(model), *unreached_layers(model)] or None,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         bias="none",

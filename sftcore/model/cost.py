@@ -36,6 +36,7 @@ from sftcore.model.loss import columns_per_block
 from sftcore.model.miniature import build, shrink
 from sftcore.model.ours import slim_layers
 from sftcore.model.proof import refusing
+from sftcore.model.reach import count_unreached
 from sftcore.settings import NUM_CLASSES
 
 FLOPS_PER_WEIGHT = 6  # 2 forward, 4 backward
@@ -72,7 +73,8 @@ class ModelCost:
         attention_width: h_attn = query heads * head size (half of keys and values, where they differ).
         num_banded_layers: those of the L with a sliding window.
         window: positions that those see; 0 if there are none.
-        num_trained_parameters: all of them, or an adapter's.
+        num_trained_parameters: all that texts reach, or an adapter's.
+        num_unreached_parameters: those that no text reaches: loaded, and neither trained nor computed with.
         saved_bytes: what autograd keeps for backward of one token, in the training dtype: of all layers, of
             the dearest layer, and of the layers' inputs alone.
         saved_bytes_called: the same where products of gated MLPs do more than multiply (`gates`).
@@ -88,6 +90,7 @@ class ModelCost:
     num_banded_layers: int
     window: int
     num_trained_parameters: int
+    num_unreached_parameters: int
     saved_bytes: SavedBytes
     saved_bytes_called: SavedBytes
 
@@ -107,8 +110,8 @@ class ModelCost:
 
     @property
     def trains_all(self) -> bool:
-        """Whether no weight is frozen."""
-        return self.num_trained_parameters == self.num_parameters
+        """Whether no weight that a text reaches is frozen."""
+        return self.num_trained_parameters == self.num_parameters - self.num_unreached_parameters
 
     def state_bytes_per_rank(
         self,
@@ -200,12 +203,16 @@ def _measure(config: Any, adapter: AdapterSettings | None, num_classes: int | No
         if p is not None
     }
     total = sum(p.numel() for p in model.parameters())
+    idle = count_unreached(model.named_parameters(), config, kind)
     text = config.get_text_config()
     banded, window = _sliding_windows(text)
-    trained = total if adapter is None or adapter.kind == "none" else _adapter_parameters(model, adapter)
+    trained = (
+        total - idle if adapter is None or adapter.kind == "none" else _adapter_parameters(model, adapter)
+    )
     return ModelCost(
         num_parameters=total,
-        num_body_parameters=total - sum(outside.values()),
+        num_body_parameters=total - idle - sum(outside.values()),
+        num_unreached_parameters=idle,
         hidden_size=text.hidden_size,
         vocabulary=num_classes or output.weight.shape[0],
         num_words=model.get_input_embeddings().weight.shape[0],

@@ -42,6 +42,7 @@ from sftcore.model.loss import choose_head
 from sftcore.model.ours import LossModel, install_head, slim_layers
 from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
+from sftcore.model.reach import freeze_unreached
 from sftcore.model.trial import try_recipe
 from sftcore.model.vocabulary import grow_vocabulary
 from sftcore.precision import DTYPES, dtype_of, torch_dtype
@@ -100,7 +101,9 @@ def load_trainable(
     if sharded_by is None:
         with placed_on(model, dist.device()):
             prove_head_and_packs(model)
-    if recipe.adapter.kind != "none":
+    if recipe.adapter.kind == "none":
+        freeze_unreached(model)
+    else:
         saved = Path(recipe.train.init_adapter) if recipe.train.init_adapter else None
         add_adapter(model, recipe.adapter, seed=recipe.training_seed, saved=saved)
         train_whole_layers(model, vocabulary=bool(settings.add_tokens))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from sftcore.model.code import is_trusted
@@ -76,6 +77,10 @@ SIZES: dict[str, int] = {
     }.items()
     for name in names.split()
 }
+BREAKS = (  # how a model's code says that it can't be built or run so; the first: sizes don't fit
+    *(StrictDataclassError, TypeError, LookupError, AttributeError, AssertionError, ValueError, ImportError),
+    RuntimeError,
+)
 Values = dict[str, Any]
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -28,14 +27,13 @@ from sftcore.config import Recipe
 from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.model.attention.reference import reference_attention, register_reference_attention
 from sftcore.model.forward import decode_states
-from sftcore.model.miniature import BELOW, BEYOND, build, lengths_of, shrink
+from sftcore.model.miniature import BELOW, BEYOND, BREAKS, build, lengths_of, shrink
 from sftcore.model.ours import checkpoint_activations, install_head, slim_layers
-from sftcore.model.proof import BROKEN, NOT_PACKED, bare_batch, close, head_logits, probe_ids, unfit
+from sftcore.model.proof import NOT_PACKED, bare_batch, close, head_logits, probe_ids, unfit
 
 log = logging.getLogger(__name__)
 LENGTHS = [BELOW, BEYOND, BELOW + 2]
 TOLERANCE = 1e-3
-BREAKS = (*BROKEN, RuntimeError, StrictDataclassError)  # the last: sizes that don't go together
 CHANGES_LOGITS = "it changes its logits after the output layer in a way that the loss would miss"
 ITS_OWN = (
     "it computes attention in code of its own (ALiBi's, say) and not through transformers' interface: "

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from families import TRAINED, config_of, model_of, save_family
+from families import (
+    LENGTHS,
+    RATE,
+    TRAINED,
+    collated,
+    config_of,
+    documents,
+    model_of,
+    recipe_for,
+    save_family,
+)
 from transformers import AutoModelForCausalLM
 
-from sftcore.batching.collate import UNTRAINED, collate
+from sftcore.batching.collate import UNTRAINED
 from sftcore.config import Recipe
 from sftcore.model.load import load_for_training
 from sftcore.model.miniature import BEYOND
@@ -21,37 +29,7 @@ from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import Engine, init_process_group
 
-LENGTHS = (5, BEYOND, 7)
-RATE, STEPS = 1e-3, 2
-
-
-def recipe_for(folder: Path, **changes: Any) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": {"path": str(folder), "dtype": "float32"},
-            "data": {"train": [{"format": "jsonl", "path": "x"}]},
-            "batch": {"samples_per_step": 3, "capacity": 64},
-            "train": {"lr": RATE, "max_grad_norm": 0.0},
-            "deepspeed": "zero0",
-        }
-        | changes
-    )
-
-
-def documents(seed: int) -> list[Any]:
-    rng = np.random.default_rng(seed)
-    made = []
-    for length in LENGTHS:
-        ids = rng.integers(3, 290, length).astype(np.int32)
-        labels = np.full(length, UNTRAINED, np.int32)
-        labels[1:-1] = ids[2:]
-        made.append(SimpleNamespace(input_ids=ids, labels=labels))
-    return made
-
-
-def collated(chosen: list[Any]) -> Any:
-    trained = sum(n - 2 for n in LENGTHS)
-    return collate(chosen, normalise="token", num_trained_in_step=trained, num_samples_in_step=len(LENGTHS))
+STEPS = 2
 
 
 def own_loss(model: Any, chosen: list[Any]) -> torch.Tensor:
