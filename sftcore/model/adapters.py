@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sftcore.config import AdapterSettings
 from sftcore.errors import Problem, TrainingFailed, UserInputError
@@ -276,7 +277,7 @@ def _check_targets(model: PreTrainedModel, settings: AdapterSettings) -> None:
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     wrong = [target for target in settings.targets if target not in names]
     if wrong:

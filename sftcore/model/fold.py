@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sftcore.config import ModelSettings
 from sftcore.errors import Problem, TrainingFailed
@@ -94,10 +95,7 @@ def fold_model(
         config_keys: for its config.json.
     """
     model = load_pretrained(settings, kind, dtype=torch_dtype(settings), attention="eager")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in quantised:
-                parameter.copy_(round_trip(parameter))
+    _round_as_quantised(model, quantised)
     grow_vocabulary(model, settings)
     attach_adapter(model, adapter)
     fold_adapter(model)
@@ -105,6 +103,17 @@ def fold_model(
     model.save_pretrained(folder)
     if config_keys:
         write_json(folder / "config.json", read_json(folder / "config.json") | config_keys)
+
+
+@torch.no_grad()
+def _round_as_quantised(model: PreTrainedModel, names: frozenset[str]) -> None:
+    """Give weights the values of their 4-bit forms; transposed ones are quantised as linear layers are."""
+    for name, module in model.named_modules():
+        if f"{name}.weight" in names:
+            weight: Any = module.weight
+            is_transposed = isinstance(module, Conv1D)
+            rounded = round_trip(weight.T if is_transposed else weight)
+            weight.copy_(rounded.T if is_transposed else rounded)
 
 
 def fold_adapter(model: PreTrainedModel) -> None:

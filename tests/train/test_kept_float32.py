@@ -3,80 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from families import config_of, save_family
+from families import config_of
 from launching import run_cells, steps, weights, write_recipe
+from miniature_runs import exported, pack_of, recipe_for, save_base
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
 
-from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.config import Recipe
 from sftcore.errors import UserInputError
-from sftcore.model.kept import kept_parameters, persistent_buffers
-from sftcore.model.load import load_for_training
 from sftcore.model.merge import merge_adapter
-from sftcore.recipe import deepspeed_file
-from sftcore.train.ds_config import complete_ds_config, read_ds_config
-from sftcore.train.engine import Engine, init_process_group
-from sftcore.train.export import export_weights
+from sftcore.train.engine import Engine
 
 FAMILIES = {"beam": "mlp.gate.weight", "ernie4_5_moe": "mlp.gate.weight", "glm4_moe": None}
 BIAS = "e_score_correction_bias"
 
 
-def recipe_for(folder: Path, stage: int, **changes: Any) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": {"path": str(folder), "dtype": "bfloat16"},
-            "data": {"train": [{"format": "jsonl", "path": "x"}]},
-            "batch": {"samples_per_step": 3, "capacity": 64},
-            "deepspeed": f"zero{stage}",
-        }
-        | changes
-    )
+def recipe_of(folder: Path, stage: int, **changes: Any) -> Recipe:
+    model = {"path": str(folder), "dtype": "bfloat16"}
+    return recipe_for(folder, model=model, deepspeed=f"zero{stage}", **changes)
 
 
-def pack_of(seed: int) -> Any:
-    rng = np.random.default_rng(seed)
-    documents = [SimpleNamespace(input_ids=rng.integers(3, 290, n).astype(np.int32)) for n in (12, 20)]
-    for document in documents:
-        document.labels = np.append(document.input_ids[1:], UNTRAINED).astype(np.int32)
-    return collate(documents, normalise="token", num_trained_in_step=30, num_samples_in_step=2)
+def take_three_steps(engine: Engine) -> None:
+    losses = [engine.step([pack_of(0)], seeds=[0], lr=1e-3).loss for _ in range(3)]
+    assert losses[2] < losses[0]
 
 
 def trained(recipe: Recipe, folder: Path) -> dict[str, torch.Tensor]:
     """Three steps, exported: what was in memory of parameters and buffers that are kept in float32."""
-    init_process_group()
-    config = read_ds_config(deepspeed_file(recipe))
-    sharded = complete_ds_config(config, recipe) if recipe.deepspeed == "zero3" else None
-    engine = Engine(load_for_training(recipe, sharded_by=sharded), recipe, config)
-    losses = [engine.step([pack_of(0)], seeds=[0], lr=1e-3).loss for _ in range(3)]
-    assert losses[2] < losses[0]
-    export_weights(engine, tiny_tokenizer(), recipe, folder=folder)
-    model = engine.loss_model.causal_lm
-    held = kept_parameters(model) | {n: b for n, b in persistent_buffers(model).items() if BIAS in n}
-    held = {name: tensor.detach().clone() for name, tensor in held.items()}
-    engine.close()
-    return held
+    held = exported(recipe, folder, take_three_steps)
+    kept = (BIAS, FAMILIES[Path(recipe.model.path).name] or BIAS)
+    return {name: t for name, t in held.items() if any(words in name for words in kept)}
 
 
 @pytest.fixture
 def base(request, tmp_path) -> Path:
-    folder = tmp_path / request.param
-    save_family(request.param, folder)  # in float32, so that biases have values that bfloat16 has not
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_base(request.param, tmp_path / request.param)  # in float32: bfloat16 has not all its values
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("base", FAMILIES, indirect=True)
 def test_routers_and_biases_are_float32_while_training_and_in_the_export(base, tmp_path, stage):
-    before, held = load_file(base / "model.safetensors"), trained(recipe_for(base, stage), tmp_path / "out")
+    before, held = load_file(base / "model.safetensors"), trained(recipe_of(base, stage), tmp_path / "out")
     after = load_file(tmp_path / "out" / "model.safetensors")
     biases = [name for name in after if BIAS in name or "moe_statics" in name]
     assert biases and held
@@ -96,7 +66,7 @@ def test_routers_and_biases_are_float32_while_training_and_in_the_export(base, t
 @pytest.mark.parametrize("base", ["glm4_moe"], indirect=True)
 def test_zero_3_keeps_biases_and_refuses_routers(base, tmp_path):
     before = load_file(base / "model.safetensors")
-    trained(recipe_for(base, 3), tmp_path / "out")
+    trained(recipe_of(base, 3), tmp_path / "out")
     after = load_file(tmp_path / "out" / "model.safetensors")
     biases = [name for name in after if BIAS in name]
     assert biases and all(torch.equal(after[name], before[name]) for name in biases)
@@ -105,14 +75,14 @@ def test_zero_3_keeps_biases_and_refuses_routers(base, tmp_path):
 @pytest.mark.parametrize("base", ["beam"], indirect=True)
 def test_routers_in_float32_are_refused_at_zero_3(base, tmp_path):
     with pytest.raises(UserInputError, match=r"(?s)keeps weights in float32.*mlp.gate.weight.*zero2"):
-        trained(recipe_for(base, 3), tmp_path / "out")
+        trained(recipe_of(base, 3), tmp_path / "out")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("base", FAMILIES, indirect=True)
 def test_adapters_leave_routers_in_float32_and_merges_too(base, tmp_path, stage):
     adapter = {"kind": "lora", "r": 4, "targets": ["q_proj", "v_proj"]}
-    recipe = recipe_for(base, stage, adapter=adapter)
+    recipe = recipe_of(base, stage, adapter=adapter)
     held = trained(recipe, tmp_path / "adapter")
     assert held and all(tensor.dtype == torch.float32 for tensor in held.values())
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", recipe.model, quantised=False)
