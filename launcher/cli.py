@@ -111,6 +111,7 @@ def prepare(
     check: Annotated[
         bool, typer.Option("--check", help="report on the data: RUN/check.txt and RUN/check.png")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the store's manifest, for a program")] = False,
     set_: Overrides = None,
     run: RunFolder = None,
 ) -> None:
@@ -118,17 +119,18 @@ def prepare(
     loaded = load(recipe, set_, run)
     begin_stage(loaded.run_folder, "prepare")
     from launcher.shares import share_of
+    from launcher.stages import describe_store, prepare_share, write_check
     from launcher.stages import prepare as prepare_stage
-    from launcher.stages import prepare_share, write_check
 
     if shard is not None:
         share = share_of(shard, is_alone=not (merge or check))
         print(prepare_share(loaded, share, num_workers=workers))
         return
     _, store = prepare_stage(loaded, num_workers=workers, merge_only=merge)
-    print(f"store {store.folder}")
-    for key, value in store.manifest.items():
-        print(f"  {key}: {len(value) if key == 'parts' else json.dumps(value, ensure_ascii=False)}")
+    if as_json:
+        print(json.dumps({"store": str(store.folder), **store.manifest}, indent=1, ensure_ascii=False))
+    else:
+        print(describe_store(store))
     if check:
         print(write_check(loaded, store))
 
@@ -261,7 +263,7 @@ def rationales(
 
 @app.command()
 def match(
-    model: Annotated[Path, typer.Argument(help="folder of a matching run's model", metavar="MODEL_DIR")],
+    model: Annotated[Path, typer.Argument(help="matching run, or its model folder", metavar="RUN_OR_MODEL")],
     pairs: Annotated[Path, typer.Option(metavar="FILE", help="TSV, CSV or JSONL; labels are not needed")],
     to: Annotated[Path, typer.Option(metavar="FILE", help="scores, as JSON lines")] = Path("scores.jsonl"),
     a: Annotated[
@@ -270,11 +272,12 @@ def match(
     b: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="second text; both default to those of training")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="write over a file that is there")] = False,
 ) -> None:
     """Score the pairs of a file: how much the model prefers "same"."""
     from launcher.matching import match_pairs
 
-    print(f"{match_pairs(model, pairs, to, columns=(a, b))} pairs scored: {to}")
+    print(f"{match_pairs(model, pairs, to, columns=(a, b), overwrite=overwrite)} pairs scored: {to}")
 
 
 @app.command()

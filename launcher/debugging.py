@@ -232,7 +232,7 @@ def overfit_one_step(recipe: Recipe, engine: Engine, schedule: Schedule, store: 
     batches, seeds = rank_batches(recipe, schedule, store, schedule.step(0))
     first = loss = float("nan")
     for number in range(1, OVERFIT_STEPS + 1):
-        loss = engine.step(batches, seeds=seeds, lr=recipe.train.lr).loss
+        loss = engine.step(batches, seeds=seeds, lr=recipe.train.peak_lr).loss
         first = loss if number == 1 else first
         if number % 10 == 1:
             log.info("repetition %d: loss %.4f", number, loss)

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from sftcore.amounts import size
 from sftcore.errors import SftError
 from sftcore.fsio import folder_lock
 
@@ -85,6 +86,7 @@ print(json.dumps([dtype_here(), matmul_rate("bfloat16"), matmul_rate("float32")]
 LOCK = """
 import sys
 from pathlib import Path
+from sftcore.amounts import size
 from sftcore.errors import UserInputError
 from sftcore.fsio import folder_lock
 try:
@@ -176,8 +178,8 @@ def check_gpus() -> Iterable[Finding]:
         )
     else:
         yield Finding(name="cuda", state=OK, found=f"CUDA {found['cuda']}, NCCL {found['nccl']}")
-    for number, (name, size, works) in enumerate(found["gpus"]):
-        text = f"{name}, {size / 1e9:.0f} GB"
+    for number, (name, num_bytes, works) in enumerate(found["gpus"]):
+        text = f"{name}, {size(num_bytes)}"
         remedy = "" if works else "reset it, or leave it out of CUDA_VISIBLE_DEVICES"
         yield Finding(name=f"gpu {number}", state=OK if works else BROKEN, found=text, remedy=remedy)
     yield (
@@ -289,7 +291,7 @@ def check_disk(folder: Path) -> Iterable[Finding]:
         yield Finding(
             name=name,
             state=BROKEN if few else OK,
-            found=f"{free / 1e9:.1f} GB free in {path}",
+            found=f"{size(free)} free in {path}",
             remedy=remedy if few else "",
         )
 

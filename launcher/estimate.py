@@ -27,12 +27,15 @@ from sftcore.knowledge.level_files import holds_levels
 from sftcore.model.cost import measure_recipe
 from sftcore.precision import dtype_of, matmul_rate
 from sftcore.recipe import source_files
+from sftcore.train.devices import Device
 
 LOOKED_AT = 64  # records whose tokens are counted
 TRAINED_AT, DECODED_AT = 0.3, 0.35  # of the rate of a lone product: packs, and rows of one token
 UPDATE_BYTES_PER_WEIGHT, MEMORY_BYTES_PER_SECOND = 18, 10e9  # of Adam with float32 masters, on two cores
 PROCESS_SECONDS = 60  # imports, reading and writing the model
-PROBE_PROMPT_TOKENS = 15
+PROBE_PROMPT_TOKENS, NAME_TOKENS = 15, 4
+FORMS_PER_PROMPT = 4  # of 60 shipped facts, whose names and articles are scored
+GPU_DECODED_AT = 0.2  # of a GPU's peak, an assumption (docs/memory-levels.md)
 MAX_SOURCE_BYTES = 100e6
 
 
@@ -127,6 +130,23 @@ def _answers(recipe: Recipe, sizes: Sizes, rate: float, *, shots: int = 1) -> fl
 
 def _probing(recipe: Recipe, sizes: Sizes, rate: float) -> float:
     prompts = sum(sizes.records.values()) * recipe.probe.templates
+    return prompts * _flops_of_prompt(recipe, sizes.body, sizes.head) / rate
+
+
+def _flops_of_prompt(recipe: Recipe, body: int, head: int) -> float:
+    """Of one wording of a fact, at the rate of a lone product: completions, or likelihoods of names."""
+    if recipe.probe.estimator == "likelihood":
+        return FORMS_PER_PROMPT * 2 * (body * PROBE_PROMPT_TOKENS + head * NAME_TOKENS) / TRAINED_AT
     decoded = recipe.probe.samples * recipe.probe.max_new_tokens
-    read = 2 * sizes.body * PROBE_PROMPT_TOKENS / TRAINED_AT
-    return prompts * (read + 2 * (sizes.body + sizes.head) * decoded / DECODED_AT) / rate
+    return 2 * body * PROBE_PROMPT_TOKENS / TRAINED_AT + 2 * (body + head) * decoded / DECODED_AT
+
+
+def probe_seconds(recipe: Recipe, num_prompts: int, device: Device) -> float | None:
+    """Seconds that a probe of so many prompts takes: on this machine's CPU, or on a GPU of known rate."""
+    cost = measure_recipe(recipe)
+    flops = num_prompts * _flops_of_prompt(
+        recipe, cost.num_body_parameters, cost.hidden_size * cost.vocabulary
+    )
+    if not device.is_gpu:
+        return flops / matmul_rate(dtype_of(recipe.model))
+    return None if device.peak_flops is None else flops * DECODED_AT / (GPU_DECODED_AT * device.peak_flops)

@@ -28,9 +28,11 @@ from sftcore.data.turns import parse_message
 from sftcore.data.wording import Template, fact_texts, load_template
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_json
+from sftcore.hub import require_models
 from sftcore.log import progress
 from sftcore.model.adapters import is_adapter
 from sftcore.model.generate import Sampling, batches_by_length, decode_batch, stop_ids
+from sftcore.model.identity import base_of
 from sftcore.model.load import load_for_decoding
 from sftcore.model.positions import position_limit
 from sftcore.settings import MATCHING_FILE
@@ -154,6 +156,8 @@ def _found(folder: Path) -> _Found:
     if (recipe and recipe.task == "matching") or (model / MATCHING_FILE).is_file():
         remedy = "score pairs with it: sftcore match DIR --pairs FILE"
         raise UserInputError(Problem(what="a model for text matching", where=str(folder), remedy=remedy))
+    if is_adapter(model):
+        require_models([base_of(model)])
     return _Found(folder=model, recipe=recipe)
 
 

@@ -121,4 +121,4 @@ def _explain_step(recipe: Recipe, schedule: Schedule, step: Step) -> Iterator[st
         yield f"  loss = sum of cross-entropies / {step.num_trained_tokens} trained tokens of the step"
     else:
         yield f"  loss = mean over {step.num_samples} samples of each one's mean cross-entropy"
-    yield f"  learning rate {rate:.3g} ({recipe.train.scheduler}, peak {recipe.train.lr:.3g})"
+    yield f"  learning rate {rate:.3g} ({recipe.train.scheduler}, peak {recipe.train.peak_lr:.3g})"

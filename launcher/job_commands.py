@@ -8,6 +8,7 @@ Trade-off: apart from cli.py only so that each file can be read at a sitting; cl
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,14 +20,17 @@ from launcher.precision import settle
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
+from sftcore.hub import require_hub
 from sftcore.paths import folder_fault
 from sftcore.recipe import load_recipe
-from sftcore.run_recipe import check_beside_recipe
+from sftcore.run_recipe import RECIPE, check_beside_recipe, read_run_recipe
 
 if TYPE_CHECKING:
     from launcher.ways_in import Machines
 
-RecipePath = Annotated[Path, typer.Argument(help="recipe (YAML); see recipes/", metavar="RECIPE")]
+RecipePath = Annotated[
+    Path, typer.Argument(help="recipe (YAML; see recipes/), or a run's folder", metavar="RECIPE_OR_RUN")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="override a recipe key; may be repeated")
 ]
@@ -241,16 +245,24 @@ def load(
     machines: Machines | None = None,
     has_gpu: bool = False,
 ) -> Recipe:
-    """A recipe with `--set` and `--run` applied, and its dtype decided (see `settle`).
+    """A recipe or a run folder's, with `--set` and `--run` applied, dtype and rate decided (see `settle`).
 
     Raises:
-        UserInputError: a mistake in it, or no folder for the run.
+        UserInputError: what is wrong with the recipe, or with the run folder; no folder for the run.
+        MissingEnvironmentError: it runs here, and its model is neither here nor to be had.
     """
-    recipe = load_recipe(path, overrides)
+    is_run = os.path.isdir(path)  # which no odd path makes raise
+    if is_run:
+        read_run_recipe(path)  # refuses other folders, and recipes that were damaged
+    recipe = load_recipe(path / RECIPE if is_run else path, overrides)
+    run = run or (str(path) if is_run else None)
     folder = Path(run) if run else recipe.run_folder
     if fault := folder_fault(folder):
         what, remedy = f"can't be a run folder: {fault}", "choose another: --run DIR"
         raise UserInputError(Problem(what=what, where=str(folder), remedy=remedy))
     recipe = with_run(recipe, run)
-    check_beside_recipe(recipe.run_folder, [path])
+    if not is_run:
+        check_beside_recipe(recipe.run_folder, [path])
+    if machines is None or machines.on != "slurm":
+        require_hub([recipe])
     return settle(recipe, machines, has_gpu=has_gpu)

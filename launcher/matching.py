@@ -27,21 +27,28 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.pairs import Verdict, judge_pairs, reject_overlong
 from sftcore.fsio import read_json, write_jsonl
 from sftcore.model.adapters import is_adapter
+from sftcore.run_recipe import RECIPE
 from sftcore.settings import MATCHING_FILE
 from sftcore.sources import PRESETS, Columns
 
 log = logging.getLogger("sftcore.matching")
+RESULTS = ("model", "adapter")  # of a run
 COLUMNS_REMEDY = "give --a and --b: header names or 0-based numbers"
 GOT_CHARACTERS = 400  # of an error that quotes a file
 
 
 def match_pairs(
-    folder: Path, pairs: Path, to: Path, *, columns: tuple[str | None, str | None] = (None, None)
+    folder: Path,
+    pairs: Path,
+    to: Path,
+    *,
+    columns: tuple[str | None, str | None] = (None, None),
+    overwrite: bool = False,
 ) -> int:
     """Score the pairs of a file; returns their number.
 
     Args:
-        folder: RUN/model or RUN/adapter, or a copy of it.
+        folder: RUN, its model or adapter folder, or a copy of that.
         to: JSONL file to write; rejected rows go to TO.ledger.jsonl.
         columns: of the two texts, names or 0-based numbers; None: as in training, or as known corpora have
             them.
@@ -49,7 +56,12 @@ def match_pairs(
     Raises:
         UserInputError: no such model or file, or no usable pair in it.
     """
+    folder = model_of(folder)
     recipe = recipe_of(folder)
+    listed = to.with_name(to.name + ".ledger.jsonl")
+    if not overwrite and (there := [path for path in (to, listed) if path.exists()]):
+        remedy = "give another --to, or --overwrite"
+        raise UserInputError(*(Problem(what="is there already", where=str(p), remedy=remedy) for p in there))
     ledger = Ledger()
     layouts = layouts_of(recipe, columns)
     found = read_unlabelled(pairs, layouts, labels=recipe.matching.labels, ledger=ledger)
@@ -63,7 +75,7 @@ def match_pairs(
     quantised = recipe.adapter.kind == "qlora" and is_adapter(folder)
     verdicts = judge_pairs(recipe, str(folder.resolve()), records, prompter, quantised=quantised)
     write_jsonl(to, _rows(records, verdicts))
-    _write_ledger(ledger, to.with_name(to.name + ".ledger.jsonl"))
+    _write_ledger(ledger, listed)
     return len(records)
 
 
@@ -97,6 +109,21 @@ def _place(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
+def model_of(folder: Path) -> Path:
+    """The folder of a run's model, or the folder itself.
+
+    Raises:
+        UserInputError: the run has no result yet.
+    """
+    if not (folder / RECIPE).is_file() or (folder / MATCHING_FILE).is_file():
+        return folder
+    found = [folder / name for name in RESULTS if (folder / name).is_dir()]
+    if not found:
+        remedy = "finish it: sftcore train RUN"
+        raise UserInputError(Problem(what="this run has no result yet", where=str(folder), remedy=remedy))
+    return found[0]
+
+
 def recipe_of(folder: Path) -> Recipe:
     """What the folder's model was trained for, as a recipe.
 
@@ -105,7 +132,7 @@ def recipe_of(folder: Path) -> Recipe:
     """
     path = folder / MATCHING_FILE
     if not path.is_file():
-        remedy = "give RUN/model or RUN/adapter of a run with task: matching, or `sftcore export` of it"
+        remedy = "give a run with task: matching, its model or adapter folder, or `sftcore export` of it"
         raise UserInputError(
             Problem(
                 what=f"no model for text matching here (no {MATCHING_FILE})", where=str(folder), remedy=remedy

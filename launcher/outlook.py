@@ -18,7 +18,9 @@ import numpy as np
 from launcher.held_out import check_scorable
 from launcher.preflight import describe_plan
 from launcher.stages import prepare
-from sftcore.config import Recipe
+from launcher.unprobed import awaits_probe, describe_probe, prepare_any_facts, probe_note
+from sftcore.amounts import duration, size, work
+from sftcore.config import ADAPTER_LR, FULL_LR, Recipe
 from sftcore.data.chat import turn_ends
 from sftcore.data.store import TokenStore
 from sftcore.data.tokens import Tokenizer, codec_of
@@ -41,6 +43,7 @@ from sftcore.train.loop import make_schedule
 from sftcore.train.tracking import check_tracker
 
 Row = dict[str, Any]
+MAX_FULL_LR = 5e-5  # full fine-tuning takes 1e-6 to 5e-5, LoRA about ten times as much (arXiv 2405.09673)
 
 
 def look_ahead(recipe: Recipe, *, world: int, device: Device, mfu: float) -> tuple[Row, Row, SftError | None]:
@@ -50,11 +53,12 @@ def look_ahead(recipe: Recipe, *, world: int, device: Device, mfu: float) -> tup
         mfu: the share of the device's peak that training will reach.
 
     Raises:
-        UserInputError, MissingEnvironmentError: there is nothing to plan (no data, levels, tokenizer,
-            config), or nothing of the held-out data could be scored.
+        UserInputError, MissingEnvironmentError: there is nothing to plan (no data, tokenizer, config), or
+            nothing of the held-out data could be scored.
     """
     check_scorable(recipe)
-    tokenizer, store = prepare(recipe)
+    is_early = awaits_probe(recipe)
+    tokenizer, store = prepare_any_facts(recipe) if is_early else prepare(recipe)
     refusal = why_not_trainable(recipe, device)
     try:
         cost = measure_recipe(recipe).coefficients
@@ -64,7 +68,31 @@ def look_ahead(recipe: Recipe, *, world: int, device: Device, mfu: float) -> tup
     plan = describe_plan(recipe, store, schedule, device)
     stop = describe_stop(recipe, store, tokenizer)
     outlook = describe_outlook(recipe, plan, device=device, mfu=mfu, stop=stop, refusal=refusal)
+    probe = describe_probe(recipe, device) if is_early else None
+    outlook |= {"probe": probe, "notes": notes_on(recipe, plan, probe)}
     return plan, outlook, refusal
+
+
+def notes_on(recipe: Recipe, plan: Row, probe: Row | None) -> list[str]:
+    """What a reader of the plan should know before training: a probe to come, an odd rate, a single step."""
+    notes = [] if probe is None else [probe_note(recipe, probe)]
+    rate, is_adapter = recipe.train.peak_lr, recipe.adapter.kind != "none"
+    if is_adapter and rate <= MAX_FULL_LR:
+        notes.append(
+            f"train.lr {rate:g} is a rate for all weights: an adapter hardly learns at it"
+            f" (train.lr: auto is {ADAPTER_LR:g} with one)"
+        )
+    if not is_adapter and rate >= ADAPTER_LR:
+        notes.append(
+            f"train.lr {rate:g} is a rate for adapters: all weights may come apart at it"
+            f" (train.lr: auto is {FULL_LR:g} without one)"
+        )
+    if plan["totals"]["num_steps"] == 1:
+        notes.append(
+            "1 step in all: the weights are updated once, at the rate of step 1; lower batch.samples_per_step"
+            " (or tokens_per_step), or raise train.epochs or the number of samples"
+        )
+    return notes
 
 
 def describe_outlook(
@@ -99,6 +127,8 @@ def describe_outlook(
         "deepspeed": configuration_name(recipe),
         "ds_configs": [asdict(choice) for choice in choices],
         "best": best.name if best else None,
+        "probe": None,
+        "notes": [],
         "would_fit": what_would_fit(recipe, place, with_offload=best is None) if is_poor else [],
     }
 
@@ -181,38 +211,39 @@ def outlook_table(outlook: Row, plan: Row) -> str:
     rate = f", {device['peak_flops'] / 1e12:.0f} bfloat16 TFLOP/s" if device["peak_flops"] else ""
     part = "90 % of a GPU" if device["is_gpu"] else f"90 % of this machine / {world} rank(s)"
     lines = [
-        ("device", f"{device['name']}, {device['memory_bytes'] / 1e9:.0f} GB{rate}"),
-        ("hours", _hours_line(outlook, plan)),
+        ("device", f"{device['name']}, {size(device['memory_bytes'])}{rate}"),
+        ("time", _time_line(outlook, plan)),
         ("stop token", f"{stop['trained']}{of}"),
         ("trains", "yes" if outlook["compatible"] else "no: " + _what(outlook["problems"])),
-        ("fits", f"in {device['usable_bytes'] / 1e9:.1f} GB = {part}:"),
+        ("fits", f"in {size(device['usable_bytes'])} = {part}:"),
     ]
     text = [f"{name:<16}{line}" for name, line in lines]
-    return "\n".join([*text, *_choice_lines(outlook), *_best_lines(outlook)])
+    notes = [f"{'note':<16}{note}" for note in outlook["notes"]]
+    return "\n".join([*text, *_choice_lines(outlook), *_best_lines(outlook), *notes])
 
 
 def _what(problems: list[Row]) -> str:
     return "; ".join(Problem(**problem).what for problem in problems)
 
 
-def _hours_line(outlook: Row, plan: Row) -> str:
+def _time_line(outlook: Row, plan: Row) -> str:
     hours, device, totals = outlook["hours"], outlook["device"], plan["totals"]
     if hours is None:
         return "not known without a GPU's rate: --gpu h100, or --gpu-memory 80 --gpu-tflops 312"
     all_ranks = f"{plan['world']} rank(s) x {device['peak_flops'] / 1e12:.0f} TFLOP/s"
     return (
-        f"{f'{hours:,.0f}' if hours >= 100 else f'{hours:.3g}'} of training = {totals['flops']:.3g} FLOPs x "
+        f"{duration(hours * 3600)} of training = {work(totals['flops'])} x "
         f"{1 + totals['imbalance']:.3f} / ({all_ranks} x {outlook['mfu']:.0%} MFU)"
     )
 
 
 def _choice_lines(outlook: Row) -> Iterator[str]:
     """A line for each DeepSpeed configuration; * is the recipe's."""
-    yield f"  {'deepspeed':<16}{'GB/rank':>9}{'host GB':>9}  fits"
+    yield f"  {'deepspeed':<16}{'a rank':>10}{'host':>10}  fits"
     for row in outlook["ds_configs"]:
         mark = "*" if row["name"] == outlook["deepspeed"] else " "
         verdict = "refused" if row["refusal"] else "yes" if row["fits"] else "no"
-        sizes = f"{row['device_bytes'] / 1e9:>9.1f}{row['host_bytes'] / 1e9:>9.1f}"
+        sizes = f"{size(row['device_bytes']):>10}{size(row['host_bytes']):>10}"
         yield f"{mark} {row['name']:<16}{sizes}  {verdict}"
     for reason in dict.fromkeys(row["refusal"] for row in outlook["ds_configs"] if row["refusal"]):
         yield f"  refused: {reason}"

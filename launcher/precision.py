@@ -1,4 +1,4 @@
-"""`model.dtype: auto` becomes a dtype, once for a run.
+"""`model.dtype: auto` becomes a dtype, once for a run; `train.lr: auto` stays what it was for a run.
 
 In: a recipe with its run folder. Out: the same recipe with "bfloat16" or "float32" in it; a warning where a
 dtype was asked for by name that is slow here.
@@ -29,10 +29,13 @@ AUTO = "auto"
 def settle(recipe: Recipe, machines: Machines | None = None, *, has_gpu: bool = False) -> Recipe:
     """The recipe with its model's dtype decided, by its run folder if that has begun, else by the hardware.
 
+    A learning rate that the recipe leaves to us stays that of a run folder that has begun, too.
+
     Args:
         machines: where the run goes; None: here.
         has_gpu: it is planned for a GPU, whatever this machine has.
     """
+    recipe = with_kept_rate(recipe)
     if recipe.model.dtype == AUTO:
         return with_dtype(recipe, _kept(recipe) or _by_hardware(machines, has_gpu=has_gpu))
     if recipe.model.dtype == "bfloat16" and not has_gpu and _goes_here(machines):
@@ -42,6 +45,7 @@ def settle(recipe: Recipe, machines: Machines | None = None, *, has_gpu: bool = 
 
 def settle_runs(runs: Sequence[StudyRun], machines: Machines | None = None) -> list[StudyRun]:
     """The runs of a study, each model's in one dtype: that of a run that has begun, if any has."""
+    runs = [replace(run, recipe=with_kept_rate(run.recipe)) for run in runs]
     kept: dict[str, str] = {}
     undecided = [run.recipe for run in runs if run.recipe.model.dtype == AUTO]
     for recipe in undecided:
@@ -59,6 +63,17 @@ def settle_runs(runs: Sequence[StudyRun], machines: Machines | None = None) -> l
 def with_dtype(recipe: Recipe, dtype: str) -> Recipe:
     """The recipe with another model.dtype."""
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+
+
+def with_kept_rate(recipe: Recipe) -> Recipe:
+    """The recipe with the rate of a run folder that began with its kind of adapter, if it says none."""
+    if recipe.says_lr:
+        return recipe
+    owner: dict[str, Any] = owner_of(recipe.run_folder) or {}
+    rate = owner.get("train", {}).get("lr", AUTO)
+    if rate == AUTO or owner.get("adapter", {}).get("kind", "none") != recipe.adapter.kind:
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": float(rate)})})
 
 
 def _kept(recipe: Recipe) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sftcore.amounts import size, work
 from sftcore.batching.dealing import IDLE
 from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
@@ -133,6 +134,7 @@ def plan_table(plan: dict[str, Any]) -> str:
     """The plan's totals as lines for a terminal, each derived number with its arithmetic."""
     t, p = plan["totals"], plan["predictions"]
     memory = p["bytes_per_rank"]
+    total = sum(memory.values())
     share = t["num_trained_tokens"] / t["num_tokens"]
     dealt = t["num_steps_dealt"]
     about = "" if dealt == t["num_steps"] else f"; packs and imbalance as in {dealt:,} of the steps"
@@ -146,12 +148,12 @@ def plan_table(plan: dict[str, Any]) -> str:
         ),
         ("utilisation", f"{t['utilisation']:.1%} of packs x capacity"),
         ("imbalance", f"{t['imbalance']:.1%} = sum of slowest rank / sum of mean rank - 1, predicted"),
-        ("compute", f"{t['flops']:.3g} FLOPs, forward and backward"),
+        ("compute", f"{work(t['flops'])}, forward and backward"),
         ("model", f"{p['num_parameters']:,} parameters in {p['dtype']}"),
         (
             "memory per rank",
-            " + ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items())
-            + f" = {sum(memory.values()) / 1e9:.2f} GB",
+            " + ".join(f"{name} {size(part, beside=total)}" for name, part in memory.items())
+            + f" = {size(total, beside=total)}",
         ),
     ]
     for source in plan["sources"] if len(plan["sources"]) > 1 else []:

@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sftcore.config import Recipe
-from sftcore.errors import Problem, UserInputError
+from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import DAMAGED, disk_errors_explained, folder_lock, read_object, write_json
 from sftcore.leftovers import remove, remove_leftovers
 from sftcore.log import log_to_file
@@ -31,6 +31,7 @@ from sftcore.run_recipe import ENVIRONMENT, RECIPE, check_free_for_run, read_run
 
 log = logging.getLogger("sftcore.run_folder")
 HALVES = ("checkpoints", "eval", "eval/*", "shards/*", "logs", "slurm")  # where files are written by rename
+MADE_AT_ONCE = {RECIPE, ENVIRONMENT, "run.log", "lease.json", ".lock"}  # of a run folder that was only opened
 FINISHED = "finished.json"  # of `sftcore run`: all stages are done
 NUMBERLESS = (  # change no number of a run; what a teacher wrote is data of its own
     "run",
@@ -64,9 +65,35 @@ def open_run(recipe: Recipe, *, purpose: str, shared: bool = False) -> Iterator[
 
     Raises:
         UserInputError: in use by another process; it belongs to another recipe, or to no run.
+
+    A refusal in the block leaves no folder that was not there before.
     """
     run = recipe.run_folder
     check_free_for_run(run)
+    before = [folder for folder in (run, *run.parents) if folder.exists()]
+    try:
+        with _opened(recipe, purpose=purpose, shared=shared):
+            yield run
+    except (UserInputError, MissingEnvironmentError):
+        if before and run not in before and not shared:
+            _forget(run, up_to=before[0])
+        raise
+
+
+def _forget(run: Path, *, up_to: Path) -> None:
+    """Remove a run folder that a refusal left, and the folders made for it, if nothing of use is in them."""
+    found = list(run.iterdir())
+    if all(path.name in MADE_AT_ONCE or (path.is_file() and not path.stat().st_size) for path in found):
+        remove(run)
+        for folder in run.parents[: run.parents.index(up_to)]:
+            with suppress(OSError):  # something else is in it by now
+                folder.rmdir()
+
+
+@contextmanager
+def _opened(recipe: Recipe, *, purpose: str, shared: bool) -> Iterator[Path]:
+    """The run folder, locked and claimed."""
+    run = recipe.run_folder
     with folder_lock(run, purpose=purpose, shared=shared) as is_held, ExitStack() as stack:
         if is_held and not shared:
             sweep(run)

@@ -73,6 +73,16 @@ def prepare(
     return tokenizer, store
 
 
+def describe_store(store: TokenStore) -> str:
+    """What a store holds, in a sentence; what was left out is in its ledger."""
+    found, reasons = store.manifest, store.manifest["rejected_by_reason"]
+    counts = f"{found['num_samples']:,} samples of {found['num_tokens']:,} tokens"
+    trained = f"{found['num_trained_tokens']:,} of them trained"
+    why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+    rejected = f", {found['num_rejected']:,} rejected ({why}; listed there)" if reasons else ""
+    return f"{counts} ({trained}) from {found['num_rows_read']:,} rows{rejected}: {store.folder}"
+
+
 def prepare_valid(recipe: Recipe, tokenizer: Tokenizer) -> TokenStore:
     """The token store of data.valid."""
     return prepare_store(with_valid_as_train(recipe), tokenizer)

@@ -26,6 +26,7 @@ from launcher.precision import settle_runs
 from launcher.run_folder import FINISHED
 from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
 from launcher.whole_run import is_finished
+from sftcore.amounts import duration
 from sftcore.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -37,6 +38,7 @@ from sftcore.errors import (
     UserInputError,
 )
 from sftcore.fsio import atomic_file, is_locked, read_json, tail_of, write_json
+from sftcore.hub import require_hub
 from sftcore.recipe import dump_recipe
 from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
 from sftcore.study.loss_study import format_loss, losses_of
@@ -89,10 +91,13 @@ def load_study(
 
     Raises:
         UserInputError: with every mistake in it or in any run's recipe.
+        MissingEnvironmentError: it runs here, and a model is neither here nor to be had.
     """
     settings = read_study(path)
     where = Path(folder or f"runs/{settings.name}").resolve()
     runs = settle_runs(expand(settings, where), machines)
+    if machines is None or machines.on != "slurm":
+        require_hub(run.recipe for run in runs)
     return Study(settings=settings, folder=where, runs=runs, rank_options=rank_options)
 
 
@@ -114,7 +119,7 @@ def run_here(study: Study) -> None:
     write_recipes(study)
     pending = [run for run in study.runs if not is_finished(run.recipe)]
     estimates = _estimates(study, pending)
-    how_long = f", roughly {max(1, round(sum(estimates) / 60))} minutes on this machine" if estimates else ""
+    how_long = f", roughly {duration(sum(estimates))} on this machine" if estimates else ""
     log.info("%s: %d runs, %d to do%s", study.settings.name, len(study.runs), len(pending), how_long)
     times: list[tuple[float, float]] = []
     weights = estimates or [1.0] * len(pending)
@@ -158,7 +163,7 @@ def _time_left(times: Sequence[tuple[float, float]], to_do: float) -> str:
     if len(times) < 2:
         return ""
     spent, estimated = (sum(column) for column in zip(*times[1:], strict=True))
-    return f" (about {to_do * spent / estimated / 60:.0f} minutes left)"
+    return f" (about {duration(to_do * spent / estimated)} left)"
 
 
 def run_number(study: Study, number: int) -> int:

@@ -19,6 +19,7 @@ from launcher.run_folder import with_run
 from launcher.terminal import allow_open_files, explained, prepare_streams
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_FAILED, MissingEnvironmentError, Problem, SftError
+from sftcore.hub import require_hub
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe
 from sftcore.train.stopping import end_on_stop, leave_codes_with
@@ -65,6 +66,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
         remedy = "sftcore doctor names what is missing or broken"
         problem = Problem(what=f"a package can't be imported: {error}", remedy=remedy)
         raise MissingEnvironmentError(problem) from error
+    require_hub([recipe])
     return run_rank(settle(recipe), resume=options.resume, restart_schedule=options.restart_schedule)
 
 

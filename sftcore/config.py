@@ -16,20 +16,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from sftcore.settings import ADAPTER_LR as ADAPTER_LR
+from sftcore.settings import FULL_LR as FULL_LR
 from sftcore.settings import (
     MAX_COUNT,
-    Decay,
     FolderName,
     Fraction,
     MatchingSettings,
     Natural,
-    NonNegative,
     PathText,
     Positive,
-    Seconds,
     Settings,
     TrackingSettings,
 )
+from sftcore.settings import TrainSettings as TrainSettings
 from sftcore.sources import InlineTemplate as InlineTemplate
 from sftcore.sources import Source as Source
 
@@ -192,59 +192,6 @@ class BatchSettings(Settings):
         return self
 
 
-class TrainSettings(Settings):
-    """The optimisation."""
-
-    epochs: Annotated[int, Field(gt=0, le=100_000)] = Field(1, description="passes over the training samples")
-    lr: Annotated[float, Field(gt=0, le=MAX_COUNT)] = Field(1e-5, description="peak learning rate")
-    scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        "cosine", description="decay after warm-up; wsd: stable, then a linear decay over the last steps"
-    )
-    warmup_ratio: Fraction = Field(0.0, description="share of the steps with a rising rate")
-    decay_ratio: Fraction = Field(0.2, description="wsd only: share of the steps with a falling rate")
-    min_lr_ratio: Fraction = Field(0.0, description="share of lr that the decay goes down to")
-    weight_decay: NonNegative = Field(0.0, description="not applied to norms and biases")
-    max_grad_norm: NonNegative = Field(1.0, description="gradient norm is clipped to this; 0 does not clip")
-    optimizer: Literal["adamw", "adamw-8bit", "muon"] = Field(
-        "adamw",
-        description="8-bit: moments in 2 bytes a parameter instead of 8; muon: for the layers' matrices,"
-        " AdamW for the rest; deepspeed: zero0 only",
-    )
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of AdamW's two moments")
-    eps: Annotated[float, Field(gt=0, le=MAX_COUNT)] = Field(
-        1e-8, description="AdamW's, beside the root of the second"
-    )
-    normalise: Literal["token", "sample"] = Field(
-        "token", description="mean over trained tokens, or over samples"
-    )
-    activation_checkpointing: Literal["none", "full"] = Field(
-        "none", description="recompute layers in backward"
-    )
-    z_loss: NonNegative = Field(0.0, description="weight of log(Z)^2 per trained token")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of uniform target")
-    init_adapter: PathText | None = Field(
-        None, description="adapter folder to go on from; its rank, alpha and targets have to be the recipe's"
-    )
-    hang_seconds: Seconds | None = Field(
-        None, description="a step that takes longer ends the job; null: max(300, 10 median steps)"
-    )
-    evaluate_every_steps: Positive | None = Field(
-        None, description="optimizer steps between losses on data.valid; null: once an epoch"
-    )
-    patience: Positive | None = Field(
-        None, description="stop after this many losses on data.valid without a new lowest; null: never"
-    )
-    keep: Literal["last", "best"] = Field(
-        "last", description="weights that become the result: the last, or those with the lowest valid loss"
-    )
-
-    @model_validator(mode="after")
-    def _phases_fit(self) -> TrainSettings:
-        if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
-            raise ValueError("warmup_ratio + decay_ratio must not be over 1")
-        return self
-
-
 class CheckpointSettings(Settings):
     """How often the state is saved, and how many are kept."""
 
@@ -299,6 +246,22 @@ class Recipe(Settings):
     def training_seed(self) -> int:
         """Seed of training's order, dropout and new weights: another for each draw of the same recipe."""
         return (self.seed + DRAW_STRIDE * (self.select.draw if self.select else 0)) % 2**31
+
+    @model_validator(mode="after")
+    def _rate_is_decided(self) -> Recipe:
+        """`train.lr: auto` becomes a number; `says_lr` tells that it was auto."""
+        if self.train.lr == "auto":
+            decided = self.train.model_copy(
+                update={"lr": FULL_LR if self.adapter.kind == "none" else ADAPTER_LR}
+            )
+            decided.model_fields_set.discard("lr")
+            object.__setattr__(self, "train", decided)  # frozen for everyone else
+        return self
+
+    @property
+    def says_lr(self) -> bool:
+        """Whether `train.lr` is a number that the user gave."""
+        return "lr" in self.train.model_fields_set
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Recipe:

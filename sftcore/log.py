@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sftcore.amounts import duration
 from sftcore.display import shown
 
 PLAIN_LINE_SECONDS = 10.0
@@ -78,10 +79,10 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         if done and now - last >= PLAIN_LINE_SECONDS:
             last = now
             remaining = (now - started) / done * (total - done)
-            log.info("%s: %d/%d, about %.0f s left", label, done, total, remaining)
+            log.info("%s: %d/%d, about %s left", label, done, total, duration(round(remaining)))
 
     yield advance_plain
-    log.info("%s: %d/%d in %.1f s", label, done, total, time.monotonic() - started)
+    log.info("%s: %d/%d in %s", label, done, total, duration(time.monotonic() - started))
 
 
 @contextmanager

@@ -17,12 +17,14 @@ import os
 import re
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sftcore.catalogue import CATALOGUE, folder_of, how_to_pull, meant_name
 from sftcore.config import Recipe, Source
 from sftcore.display import shown_value
 from sftcore.errors import Problem, UserInputError
@@ -84,6 +86,7 @@ ELSEWHERE = {  # keys of transformers, TRL, peft, LLaMA-Factory and Axolotl -> o
     "load_best_model_at_end": "train.keep: best",
 }
 MAX_FILES = 100_000  # of a source
+KIND_OF_VALUE = re.compile(r"(constrained-)?(float|int|str)|literal\[.*\]")  # pydantic's, behind the key
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # "org/name" or "name"
 
 
@@ -107,7 +110,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         said = [override.partition("=")[0].strip() for override in overrides or []]
-        found = [_explain(item, _origin(item["loc"], path, said)) for item in error.errors()]
+        found = [_explain(item, _origin(item["loc"], path, said)) for item in _merged(error.errors())]
         raise UserInputError(*problems, *found) from error
     if problems:
         raise UserInputError(*problems)
@@ -174,6 +177,19 @@ def _origin(location: tuple[str | int, ...], path: Path, overrides: list[str]) -
     if any(f"{key}.".startswith(f"{override}.") for override in overrides):
         return f"--set {key}"
     return f"{path}: {key or 'recipe'}"
+
+
+def _merged(errors: Iterable[Any]) -> list[dict[str, Any]]:
+    """Errors with those of a key that takes several kinds of values ("a number or auto") as one."""
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for error in errors:
+        loc = error["loc"]
+        if len(loc) > 1 and isinstance(loc[-1], str) and KIND_OF_VALUE.fullmatch(loc[-1]):
+            loc = loc[:-1]
+        before = merged.setdefault(loc, {**error, "loc": loc})
+        if before["msg"] != error["msg"]:
+            before["msg"] += f"; or: {error['msg']}"
+    return list(merged.values())
 
 
 def _explain(item: Any, where: str) -> Problem:
@@ -255,13 +271,19 @@ def _resolve_paths(raw: dict[str, Any], recipe_path: Path) -> list[Problem]:
 
 
 def _resolve_model(text: str, base: Path) -> tuple[str, Problem | None]:
-    for folder in (base / text, Path(text)):
-        if os.path.isdir(folder):  # no error of a name that can't be one
+    """A folder, also that of a model which `sftcore model pull` fetched by this name; else a hub name."""
+    for folder in (base / text, Path(text), folder_of(text), base / folder_of(text)):
+        if text and os.path.isdir(folder):  # no error of a name that can't be one
             return str(folder.resolve()), None
-    if HUB_NAME.fullmatch(text) and not text.startswith((".", "/", "~")):
+    name = meant_name(text)
+    if HUB_NAME.fullmatch(text) and text[0] not in "./~" and name is None:
         return text, None
-    remedy = "give a Hugging Face model folder or a hub name, or fetch one: sftcore model pull smollm2-135m"
-    return text, Problem(what="no such model folder", where="model.path", got=text, remedy=remedy)
+    if name is None:
+        remedy = "give a Hugging Face model folder or a hub name, or one of " + ", ".join(CATALOGUE)
+        return text, Problem(what="no such model folder", where="model.path", got=text, remedy=remedy)
+    what = "this model was not pulled yet" if name == text else "no such model folder"
+    meant = "" if name == Path(text).name else f"did you mean {name}? "
+    return text, Problem(what=what, where="model.path", got=text, remedy=f"{meant}run: {how_to_pull(text)}")
 
 
 def _resolve_adapter(text: str, base: Path) -> tuple[str, Problem | None]:

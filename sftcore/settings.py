@@ -1,9 +1,9 @@
-"""What all sections of a recipe are made of, and the section on text matching.
+"""What all sections of a recipe are made of, and the sections on text matching and on training.
 
 In: plain values. Out: frozen settings; see config.py, which puts them together.
 Invariant: combinations that a path can't honour are refused here by name, before any data is read.
-Trade-off: a file of its own for one section keeps config.py under 400 lines; whoever looks for a key of
-`matching` looks in two places.
+Trade-off: a file of their own for some sections keeps config.py under 400 lines; whoever looks for a key of
+`matching` or `train` looks in two places.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_seriali
 
 from sftcore.display import masked
 
+FULL_LR = 1e-5  # of the memory-level papers (arXiv 2409.15825): all weights of 7B models
+ADAPTER_LR = 2e-4  # arXiv 2305.14314, table 9: LoRA on models of up to 13B
 MAX_COUNT = 10**9  # of anything: int64 holds its square, float32 its value, and no run has more
 MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 200  # PATH_MAX of Linux; NAME_MAX is 255, less what we add
 
@@ -204,3 +206,65 @@ class TrackingSettings(Settings):
     tensorboard: bool = Field(True, description="write TensorBoard event files")
     to: Literal["trackio", "wandb"] | None = Field(None, description="a tracker of runs, beside TensorBoard")
     project: str = Field("sftcore", description="the project's name in that tracker")
+
+
+class TrainSettings(Settings):
+    """The optimisation."""
+
+    epochs: Annotated[int, Field(gt=0, le=100_000)] = Field(1, description="passes over the training samples")
+    lr: Annotated[float, Field(gt=0, le=MAX_COUNT)] | Literal["auto"] = Field(
+        "auto",
+        description=f"peak learning rate; auto: {FULL_LR:g}, with an adapter {ADAPTER_LR:g} (QLoRA's,"
+        " arXiv 2305.14314); a run that has begun keeps its own",
+    )
+    scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="decay after warm-up; wsd: stable, then a linear decay over the last steps"
+    )
+    warmup_ratio: Fraction = Field(0.0, description="share of the steps with a rising rate")
+    decay_ratio: Fraction = Field(0.2, description="wsd only: share of the steps with a falling rate")
+    min_lr_ratio: Fraction = Field(0.0, description="share of lr that the decay goes down to")
+    weight_decay: NonNegative = Field(0.0, description="not applied to norms and biases")
+    max_grad_norm: NonNegative = Field(1.0, description="gradient norm is clipped to this; 0 does not clip")
+    optimizer: Literal["adamw", "adamw-8bit", "muon"] = Field(
+        "adamw",
+        description="8-bit: moments in 2 bytes a parameter instead of 8; muon: for the layers' matrices,"
+        " AdamW for the rest; deepspeed: zero0 only",
+    )
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of AdamW's two moments")
+    eps: Annotated[float, Field(gt=0, le=MAX_COUNT)] = Field(
+        1e-8, description="AdamW's, beside the root of the second"
+    )
+    normalise: Literal["token", "sample"] = Field(
+        "token", description="mean over trained tokens, or over samples"
+    )
+    activation_checkpointing: Literal["none", "full"] = Field(
+        "none", description="recompute layers in backward"
+    )
+    z_loss: NonNegative = Field(0.0, description="weight of log(Z)^2 per trained token")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of uniform target")
+    init_adapter: PathText | None = Field(
+        None, description="adapter folder to go on from; its rank, alpha and targets have to be the recipe's"
+    )
+    hang_seconds: Seconds | None = Field(
+        None, description="a step that takes longer ends the job; null: max(300, 10 median steps)"
+    )
+    evaluate_every_steps: Positive | None = Field(
+        None, description="optimizer steps between losses on data.valid; null: once an epoch"
+    )
+    patience: Positive | None = Field(
+        None, description="stop after this many losses on data.valid without a new lowest; null: never"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="weights that become the result: the last, or those with the lowest valid loss"
+    )
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr` as a number; in a `Recipe` it is one, decided by the adapter."""
+        return FULL_LR if self.lr == "auto" else self.lr
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> TrainSettings:
+        if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError("warmup_ratio + decay_ratio must not be over 1")
+        return self

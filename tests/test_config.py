@@ -225,3 +225,30 @@ def test_schema_describes_every_key():
     assert set(schema["required"]) == {"model", "data", "batch"}
     assert sections["TrainSettings"]["properties"]["lr"]["description"]
     assert json.dumps(schema)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "expected"),
+    [
+        ("none", None, 1e-5),
+        ("lora", None, 2e-4),
+        ("qlora", "auto", 2e-4),
+        ("lora", "1e-5", 1e-5),
+        ("none", "auto", 1e-5),
+    ],
+)
+def test_the_learning_rate_follows_the_adapter_unless_it_is_said(write, kind, said, expected):
+    """... and stands in the resolved recipe as a number."""
+    recipe = load_recipe(write(MINIMAL), [f"adapter.kind={kind}", *([f"train.lr={said}"] if said else [])])
+    assert recipe.train.lr == recipe.train.peak_lr == expected
+    assert recipe.says_lr is (said == "1e-5")
+    again = Recipe.model_validate(yaml.safe_load(dump_recipe(recipe)))
+    assert again.train.lr == expected and again.says_lr
+
+
+def test_a_grid_over_adapters_gives_each_its_rate(write):
+    rates = {
+        kind: load_recipe(write(MINIMAL), [f"adapter.kind={kind}"]).train.lr
+        for kind in ("none", "lora", "qlora")
+    }
+    assert rates == {"none": 1e-5, "lora": 2e-4, "qlora": 2e-4}

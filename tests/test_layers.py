@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.display",
+    "sftcore.amounts",
     "sftcore.errors",
     "sftcore.leftovers",
     "sftcore.paths",
@@ -20,7 +21,9 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.sources",
     "sftcore.config",
     "sftcore.reference",
+    "sftcore.catalogue",
     "sftcore.recipe",
+    "sftcore.hub",
     "sftcore.run_recipe",
     "sftcore.dist",
     "sftcore.heap",

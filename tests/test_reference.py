@@ -47,7 +47,10 @@ def test_every_key_has_a_description_and_every_unit_a_key():
 
 def test_values_are_said_with_their_limits():
     page = recipe_reference(SCHEMA)
-    assert "| `lr` | `1e-05` | number > 0 |  | peak learning rate |" in page
+    assert (
+        "| `lr` | `auto` | number > 0 or `auto` |  | peak learning rate; auto: 1e-05, with an adapter 0.0002"
+        in page
+    )
     assert "| `capacity` | `4096` | whole number > 0 | tokens | tokens in a pack at most |" in page
     assert "| `max_length` | `null` | whole number > 0 or null | tokens |" in page
     assert "| `scheduler` | `cosine` | `cosine`, `linear`, `constant`, `wsd` |" in page

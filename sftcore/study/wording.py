@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from sftcore.amounts import duration
 from sftcore.evaluate.score import FEW_ITEMS
 from sftcore.knowledge.templates import load_relations
 from sftcore.study.run_folder import MODELS, PREDICTIONS, RunFiles
@@ -175,7 +176,7 @@ def terminal_table(report: Mapping[str, Any]) -> str:
     training = report["training"]
     if training:
         seconds = training["seconds"]
-        spent = "" if seconds is None else f", {seconds:,.1f} s"
+        spent = "" if seconds is None else f", {duration(seconds)}"
         losses = f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}"
         lines += ["", f"training: {training['num_steps']:,} steps, {losses}{spent}"]
     notes = [f"note: {note}" for note in report["notes"]]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from sftcore.amounts import size
 from sftcore.config import Recipe
 from sftcore.errors import SftError
 from sftcore.model.cost import ModelCost, measure_recipe
@@ -124,7 +125,7 @@ def what_would_fit(recipe: Recipe, place: Place, *, with_offload: bool) -> list[
             choices = list_choices(changed, at, costs[kind])
             best = best_choice([choice for choice in choices if with_offload or not choice.host_bytes])
             if best is not None:
-                return f"{name} ({best.name}: {best.device_bytes / 1e9:.1f} GB)"
+                return f"{name} ({best.name}: {size(best.device_bytes)})"
         return ""
 
     lighter = lighter_recipes(recipe, longest=place.longest)

@@ -282,7 +282,7 @@ def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:
     """
     warmup = math.ceil(settings.warmup_ratio * num_steps)
     if step < warmup:
-        return settings.lr * (step + 1) / warmup
+        return settings.peak_lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
     decay = max(1, math.ceil(settings.decay_ratio * num_steps))
     factor = {
@@ -291,4 +291,4 @@ def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "wsd": min(1.0, (num_steps - step) / decay),
     }[settings.scheduler]
-    return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * factor)
+    return settings.peak_lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * factor)

@@ -18,6 +18,7 @@ from types import TracebackType
 import torch
 
 from sftcore import dist
+from sftcore.amounts import duration
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import DAMAGED, append_jsonl, read_jsonl, sync_file, write_jsonl
@@ -95,7 +96,7 @@ class MetricsWriter:
             self.last_line = now
             remaining = metrics.step_seconds * (self.num_steps - metrics.step)
             log.info(
-                "step %d/%d  loss %.4f  grad norm %.2f  %.0f tokens/s, %.0f trained%s  about %.0f s left",
+                "step %d/%d  loss %.4f  grad norm %.2f  %.0f tokens/s, %.0f trained%s  about %s left",
                 metrics.step,
                 self.num_steps,
                 metrics.loss,
@@ -103,7 +104,7 @@ class MetricsWriter:
                 metrics.tokens_per_second,
                 metrics.trained_tokens_per_second,
                 "" if metrics.mfu is None else f", {metrics.mfu:.1%} MFU",
-                remaining,
+                duration(round(remaining)),
             )
 
     def sync(self) -> None:

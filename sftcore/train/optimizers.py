@@ -38,7 +38,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     if settings.optimizer == "muon":
         return _make_muon(model, settings)
     groups = _decay_groups((p for p in model.parameters() if p.requires_grad), settings)
-    options: Group = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    options: Group = {"lr": settings.peak_lr, "betas": settings.betas, "eps": settings.eps}
     if settings.optimizer == "adamw-8bit":
         bitsandbytes = require_bitsandbytes("train.optimizer: adamw-8bit")
         _refuse_larger(model, MAX_EIGHT_BIT_ELEMENTS)
@@ -128,14 +128,14 @@ def _make_muon(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
                 "params": [p for p in matrices if whole_shape(p)[1] == num_inputs],
                 "weight_decay": settings.weight_decay / scale,  # of the step's own rate, as AdamW's
                 "momentum": MUON_MOMENTUM,
-                "lr": settings.lr * scale,
+                "lr": settings.peak_lr * scale,
                 LR_SCALE: scale,
                 "use_muon": True,
             }
         )
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     for group in _decay_groups(others, settings):
-        adam = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "use_muon": False}
+        adam = {"lr": settings.peak_lr, "betas": settings.betas, "eps": settings.eps, "use_muon": False}
         groups += [group | adam] if group["params"] else []
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
     return optimizer

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sftcore import dist
+from sftcore.amounts import duration
 from sftcore.batching.collate import Batch
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
@@ -109,7 +110,7 @@ class Validation:
         if dist.rank() == 0:
             append_jsonl(self.path, _row_of(row), sync=True)
             mark = ", the lowest so far" if is_best else ""
-            log.info("valid loss %.4f after step %d%s (%.1f s)", loss, step, mark, row.seconds)
+            log.info("valid loss %.4f after step %d%s (%s)", loss, step, mark, duration(row.seconds))
             if not math.isfinite(loss):
                 log.warning("this valid loss is not finite: it is no lowest, whatever follows")
         return row

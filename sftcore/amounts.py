@@ -1,0 +1,73 @@
+"""Durations, sizes and work as people say them; the one place that writes them.
+
+In: seconds, bytes, floating point operations. Out: "1 h 02 min", "3.6 GB", "2.8 PFLOP".
+Invariant: no exponents, whatever the number; what is shown is rounded once, so 59.6 s are "1 min 00 s".
+Trade-off: two or three digits: who wants more reads the JSON files, which hold seconds and bytes.
+"""
+
+from __future__ import annotations
+
+MINUTE, HOUR, DAY = 60, 3600, 86400
+_BYTES = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
+_FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP")
+STEP = 1000  # from one unit to the next
+
+
+def duration(seconds: float) -> str:
+    """A time span.
+
+    >>> [duration(seconds) for seconds in (0, 1e-4, 0.34, 45.2, 59.6, 200, 3720, 200_000, 1e9)]
+    ['0 s', 'under 0.1 s', '0.3 s', '45 s', '1 min 00 s', '3 min 20 s', '1 h 02 min', '2 d 8 h', '11,574 d']
+    """
+    if seconds < 0.1:
+        return "under 0.1 s" if seconds > 0 else "0 s"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < MINUTE:
+        return f"{whole} s"
+    if whole < 10 * MINUTE:
+        return f"{whole // MINUTE} min {whole % MINUTE:02d} s"
+    minutes = round(seconds / MINUTE)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < DAY // MINUTE:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / HOUR)
+    days = hours // 24
+    return f"{days} d {hours % 24} h" if days < 100 else f"{days:,} d"
+
+
+def size(num_bytes: float, *, beside: float | None = None) -> str:
+    """Bytes, in powers of 1,000.
+
+    Args:
+        beside: another size that this one is added to or compared with: in its unit, with one more digit.
+
+    >>> size(0), size(512), size(3.6e9), size(139.2e9), size(999_960), size(2.7e8, beside=2.1e9)
+    ('0 B', '512 B', '3.6 GB', '139 GB', '1.0 MB', '0.27 GB')
+    """
+    return _scaled(num_bytes, _BYTES, beside)
+
+
+def work(flop: float) -> str:
+    """Floating point operations.
+
+    >>> work(2.79e15), work(8.4e9)
+    ('2.8 PFLOP', '8.4 GFLOP')
+    """
+    return _scaled(flop, _FLOP, None)
+
+
+def _scaled(value: float, units: tuple[str, ...], beside: float | None) -> str:
+    unit, scaled = 0, abs(value if beside is None else beside)
+    while round(scaled, 1 if scaled < 100 else 0) >= STEP and unit < len(units) - 1:
+        unit, scaled = unit + 1, scaled / STEP
+    shown = value / STEP**unit
+    if unit == 0:
+        return f"{shown:,.0f} {units[0]}"
+    digits = (0 if abs(shown) >= 100 else 1) + (beside is not None)
+    text = f"{shown:,.{digits}f}"
+    if beside is None and abs(shown) >= 10:
+        text = text.removesuffix(".0")
+    return f"{text} {units[unit]}"
