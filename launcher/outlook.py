@@ -218,7 +218,7 @@ def outlook_table(outlook: Row, plan: Row) -> str:
         ("fits", f"in {size(device['usable_bytes'])} = {part}:"),
     ]
     text = [f"{name:<16}{line}" for name, line in lines]
-    notes = [f"{'note':<16}{note}" for note in outlook["notes"]]
+    notes = [f"{'note':<16}{note}" for note in outlook.get("notes", ())]
     return "\n".join([*text, *_choice_lines(outlook), *_best_lines(outlook), *notes])
 
 

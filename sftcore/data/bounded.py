@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sftcore.amounts import size
+
 SECONDS = 10.0  # published templates take 0.1 ms a chat
 SPARE_BYTES = 2**30
 PAGES_FILE = "/proc/self/statm"  # of Linux
@@ -46,7 +48,7 @@ def bounded(seconds: float = SECONDS, spare_bytes: int = SPARE_BYTES) -> Iterato
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         yield
     except MemoryError as error:
-        raise TookTooMuch(f"it needs over {spare_bytes / 1e9:.1f} GB of memory") from error
+        raise TookTooMuch(f"it needs over {size(spare_bytes)} of memory") from error
     finally:
         if is_timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
