@@ -19,6 +19,7 @@ import typer
 
 from launcher.attempts import begin_stage
 from launcher.job_commands import (
+    MAX_RANKS,
     Account,
     CpusPerRank,
     GpusPerNode,
@@ -138,16 +139,17 @@ def prepare(
 @app.command()
 def plan(
     recipe: RecipePath,
-    world: Annotated[int, typer.Option(min=1, help="number of ranks")] = 1,
+    world: Annotated[int, typer.Option(min=1, max=MAX_RANKS, help="number of ranks")] = 1,
     gpu: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="plan for a100, h100, h200, l40s, ...; if not this machine"),
     ] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(min=0, metavar="GB", help="of each GPU, if not its data sheet's")
+        float | None,
+        typer.Option(min=0.001, max=1e6, metavar="GB", help="of each GPU, if not its data sheet's"),
     ] = None,
     gpu_tflops: Annotated[
-        float | None, typer.Option(min=0, help="dense bfloat16 TFLOP/s, if not its data sheet's")
+        float | None, typer.Option(min=0.001, max=1e6, help="dense bfloat16 TFLOP/s, if not its data sheet's")
     ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.001, max=1, help="share of that rate that training reaches")

@@ -22,7 +22,7 @@ from sftcore.config import ModelSettings, Recipe
 from sftcore.data.chat import ANY_DAY, ChatRefused, ChatRenderer
 from sftcore.data.contents import Chat, Fact, Fields, Message, OddRow
 from sftcore.data.ledger import Reason, Rejection
-from sftcore.data.rows import RawRow, ignore, json_rows
+from sftcore.data.rows import RawRow, has_surrogates, ignore, json_rows
 from sftcore.data.tokens import Codec, codec_of, load_tokenizer
 from sftcore.data.turns import parse_message
 from sftcore.data.wording import Template, fact_texts, load_template
@@ -66,6 +66,8 @@ def generate_text(folder: Path, prompt: str, settings: Settings) -> str:
     Raises:
         UserInputError: no run or model there, or one that does not generate; a prompt that it can't take.
     """
+    if has_surrogates(prompt):
+        raise UserInputError(Problem(what="this is not UTF-8 text", where="--prompt", got=prompt))
     return _complete(_found(folder), [prompt], settings)[0]
 
 

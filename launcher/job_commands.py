@@ -28,6 +28,7 @@ from sftcore.run_recipe import RECIPE, check_beside_recipe, read_run_recipe
 if TYPE_CHECKING:
     from launcher.ways_in import Machines
 
+MAX_RANKS, MAX_SHARDS = 100_000, 10_000  # larger numbers are slips of the hand
 RecipePath = Annotated[
     Path, typer.Argument(help="recipe (YAML; see recipes/), or a run's folder", metavar="RECIPE_OR_RUN")
 ]
@@ -38,11 +39,14 @@ RunFolder = Annotated[str | None, typer.Option("--run", metavar="DIR", help="run
 On = Annotated[
     str, typer.Option("--on", metavar="debug|node|slurm", help="this process, this machine, a cluster")
 ]
-Nodes = Annotated[int, typer.Option(min=1, help="slurm: machines")]
-GpusPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, each with a GPU")]
-RanksPerNode = Annotated[int | None, typer.Option(min=1, help="ranks per machine, on CPUs")]
+Nodes = Annotated[int, typer.Option(min=1, max=MAX_RANKS, help="slurm: machines")]
+GpusPerNode = Annotated[
+    int | None, typer.Option(min=1, max=MAX_RANKS, help="ranks per machine, each with a GPU")
+]
+RanksPerNode = Annotated[int | None, typer.Option(min=1, max=MAX_RANKS, help="ranks per machine, on CPUs")]
 CpusPerRank = Annotated[
-    int | None, typer.Option(min=1, help="slurm: cores of a rank; 4 with a GPU, else the site's default")
+    int | None,
+    typer.Option(min=1, max=MAX_RANKS, help="slurm: cores of a rank; 4 with a GPU, else the site's default"),
 ]
 Sbatch = Annotated[
     list[str] | None,
@@ -144,7 +148,9 @@ def submit(
     nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,
     ranks_per_node: RanksPerNode = None,
-    shards: Annotated[int, typer.Option(min=1, help="jobs that share probe, data and evaluation")] = 1,
+    shards: Annotated[
+        int, typer.Option(min=1, max=MAX_SHARDS, help="jobs that share probe, data and evaluation")
+    ] = 1,
     cpus_per_rank: CpusPerRank = None,
     sbatch: Sbatch = None,
     partition: Partition = None,

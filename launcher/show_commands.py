@@ -19,6 +19,7 @@ from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_file
 from sftcore.reference import recipe_reference
+from sftcore.settings import LOWEST_TEMPERATURE, MAX_COUNT
 
 
 def inspect(
@@ -60,14 +61,17 @@ def generate(
     file: Annotated[
         Path | None, typer.Option(metavar="JSONL", help="rows with prompt, question or messages")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens of a completion")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="tokens of a completion")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, max=MAX_COUNT, help="0: greedy")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="of the draws at a temperature")] = 17,
     verbatim: Annotated[
         bool, typer.Option("--verbatim", help="put texts into no template of the run or model")
     ] = False,
 ) -> None:
     """Complete prompts in the form in which the run was trained; a text, or JSON lines for a file."""
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        what = f"a temperature is 0 (greedy) or at least {LOWEST_TEMPERATURE}"
+        raise UserInputError(Problem(what=what, where="--temperature", got=f"{temperature:g}"))
     if (prompt is None) == (file is None):
         raise UserInputError(Problem(what="give exactly one of --prompt and --file", where="generate"))
     from launcher.generating import Settings, generate_rows, generate_text

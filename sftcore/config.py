@@ -19,7 +19,9 @@ from pydantic import Field, model_validator
 from sftcore.settings import ADAPTER_LR as ADAPTER_LR
 from sftcore.settings import FULL_LR as FULL_LR
 from sftcore.settings import (
+    LOWEST_TEMPERATURE,
     MAX_COUNT,
+    Completion,
     FolderName,
     Fraction,
     MatchingSettings,
@@ -135,10 +137,10 @@ class ProbeSettings(Settings):
 
     templates: Positive = Field(21, description="completion templates per relation")
     samples: Positive = Field(10, description="sampled completions per template")
-    temperature: Annotated[float, Field(ge=1e-6, le=MAX_COUNT)] = Field(
+    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=MAX_COUNT)] = Field(
         0.7, description="sampling temperature; no top-k, no top-p"
     )
-    max_new_tokens: Positive = Field(32, description="tokens per completion")
+    max_new_tokens: Completion = Field(32, description="tokens per completion")
     estimator: Literal["sampling", "likelihood"] = Field(
         "sampling",
         description="likelihood: how probable the answer is as the completion's beginning; for short answers",
@@ -202,7 +204,7 @@ class CheckpointSettings(Settings):
 class EvaluateSettings(Settings):
     """Greedy decoding of the held-out items."""
 
-    max_new_tokens: Positive = Field(16, description="tokens per answer")
+    max_new_tokens: Completion = Field(16, description="tokens per answer")
     batch_size: Positive = Field(32, description="sequences decoded together")
     few_shot: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="also the base model behind this many solved training examples (RUN/eval/fewshot)"

@@ -27,6 +27,7 @@ from typing import IO, Any
 
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.leftovers import held_folder, hold, remove_leftovers
+from sftcore.paths import file_fault
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them
 TAIL_LINES = 6  # of a log, in a message
@@ -72,7 +73,12 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     Args:
         path: final name; its folder is created.
         mode: "w" (UTF-8, newline kept; lone surrogates, from odd file names, become JSON's escapes) or "wb".
+
+    Raises:
+        UserInputError: a folder, pipe or device (a rename would replace /dev/null itself).
     """
+    if (fault := file_fault(path)) and not fault.startswith("no such file"):
+        raise UserInputError(Problem(what=f"can't be written to: {fault}", where=str(path)))
     temporary = _temporary_of(path)
     encoding, newline, errors = (None, None, None) if "b" in mode else ("utf-8", "\n", "backslashreplace")
     with disk_errors_explained(path):

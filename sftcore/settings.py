@@ -18,6 +18,8 @@ from sftcore.display import masked
 FULL_LR = 1e-5  # of the memory-level papers (arXiv 2409.15825): all weights of 7B models
 ADAPTER_LR = 2e-4  # arXiv 2305.14314, table 9: LoRA on models of up to 13B
 MAX_COUNT = 10**9  # of anything: int64 holds its square, float32 its value, and no run has more
+MAX_NEW_TOKENS = 10**6  # of a completion: no model has more positions
+LOWEST_TEMPERATURE = 1e-6  # below, float32's logits are no numbers any more
 MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 200  # PATH_MAX of Linux; NAME_MAX is 255, less what we add
 
 
@@ -53,6 +55,7 @@ PathText = Annotated[str, AfterValidator(_path_text)]
 FolderName = Annotated[str, Field(pattern=r"^\.*[\w-][\w.-]*$"), AfterValidator(_name_text)]
 NonNegative = Annotated[float, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Completion = Annotated[int, Field(gt=0, le=MAX_NEW_TOKENS)]
 Natural = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -162,7 +162,12 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _pull_from_hub(name: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     if why := why_unreachable():
         remedy = f"pull it where there is a network, or take one of {', '.join(CATALOGUE)}"
@@ -174,6 +179,8 @@ def _pull_from_hub(name: str, folder: Path) -> None:
         with atomic_folder(folder) as temporary:
             snapshot_download(name, local_dir=temporary, allow_patterns=patterns)
             write_json(temporary / ORIGIN, {"hub": name, "note": "", "licence": "see the model's page"})
+    except HFValidationError as error:
+        raise UserInputError(Problem(what="no name of a model on the hub", got=name)) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise MissingEnvironmentError(
