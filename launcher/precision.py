@@ -38,7 +38,8 @@ def settle(recipe: Recipe, machines: Machines | None = None, *, has_gpu: bool = 
     recipe = with_kept_rate(recipe)
     if recipe.model.dtype == AUTO:
         return with_dtype(recipe, _kept(recipe) or _by_hardware(machines, has_gpu=has_gpu))
-    if recipe.model.dtype == "bfloat16" and not has_gpu and _goes_here(machines):
+    is_said_here = machines is None or machines.on == "debug"  # by rank 0 of several, not by who starts them
+    if recipe.model.dtype == "bfloat16" and is_said_here and not has_gpu:
         _warn_if_slow()
     return recipe
 
@@ -98,9 +99,10 @@ def _goes_here(machines: Machines | None) -> bool:
 
 
 def _warn_if_slow() -> None:
+    from sftcore import dist
     from sftcore.precision import dtype_here
 
-    if dtype_here() != "bfloat16":
+    if dist.rank() == 0 and dtype_here() != "bfloat16":
         log.warning(
             "model.dtype: bfloat16 is emulated by this CPU, several times slower than float32 (sftcore doctor"
             " measures both): leave it at auto, or set float32"

@@ -3,7 +3,6 @@
 In: an engine, a schedule, a store. Out: trained weights in the engine; RUN/metrics.jsonl, RUN/checkpoints.
 Invariant: step s of a run is the same computation whether or not the run was interrupted before it: a step
 that is given up for a stop changes nothing, and the checkpoint is of the steps before it.
-A step that was given up for a stop has changed nothing: the checkpoint is of the steps before it.
 Trade-off: the largest pack of the plan runs once with zero weights before the first step, so that a run that
 will not fit fails in its first minute; it costs a pack's time at each start.
 """
@@ -164,8 +163,9 @@ def _validate_if_due(
     validation: Validation | None, engine: Engine, schedule: Schedule, steps_done: int, *, stop: StopRequest
 ) -> None:
     """Evaluate where it is due and not done: behind a step, or as a stop kept it from being done there."""
-    epoch_ends = set(schedule.first_steps[1:].tolist())
-    if validation and steps_done and validation.is_due(steps_done, epoch_ends):
+    if validation is None or not steps_done:
+        return
+    if validation.is_due(steps_done, ends_epoch=bool(np.isin(steps_done, schedule.first_steps[1:]))):
         epoch = schedule.step(steps_done - 1).epoch
         validation.evaluate(engine, step=steps_done, epoch=epoch, stop=lambda: stop.requested)
 

@@ -80,10 +80,10 @@ class Validation:
             tokens_per_step=recipe.batch.capacity * PACKS_PER_RANK * dist.world_size(),
         )
 
-    def is_due(self, step: int, epoch_ends: set[int]) -> bool:
+    def is_due(self, step: int, *, ends_epoch: bool) -> bool:
         """Whether to evaluate after `step` steps, and that was not done yet."""
         every = self.recipe.train.evaluate_every_steps
-        is_wanted = step in epoch_ends or (every is not None and step % every == 0)
+        is_wanted = ends_epoch or (every is not None and step % every == 0)
         return is_wanted and all(row.step != step for row in self.done)
 
     def evaluate(self, engine: Engine, *, step: int, epoch: int, stop: StopAsked = never) -> Evaluation:

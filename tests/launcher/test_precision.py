@@ -140,4 +140,8 @@ def test_a_slow_dtype_that_was_asked_for_is_named(tiny_recipe, monkeypatch, capl
             assert settle(recipe).model.dtype == "bfloat16"
             settle(recipe, has_gpu=True)
             settle(recipe, machines_of("slurm", gpus_per_node=8))
+            settle(recipe, machines_of("node", ranks_per_node=2))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("RANK", "1")
+                settle(recipe)
         assert [record.levelname for record in caplog.records] == ["WARNING"] * expected
