@@ -14,7 +14,7 @@ from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
 from sftcore.model.load import load_for_training
 from sftcore.model.ours import LossModel
-from sftcore.precision import has_fast_bfloat16
+from sftcore.precision import dtype_here, has_fast_bfloat16
 
 TEXTS = (
     ("Where is the Eiffel Tower?", " Paris, France"),
@@ -58,8 +58,11 @@ def gradients(model: LossModel, batches: list) -> tuple[float, dict[str, torch.T
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("smollm2-135m", "float32"), ("smollm2-135m", "bfloat16"), ("gemma3-270m", dtype_here())],
+    ids=["smollm2-float32", "smollm2-bfloat16", "gemma3-auto"],
+)
 def test_a_pack_of_real_text_equals_its_documents_alone(name, dtype):
     """In bfloat16 where CPUs have it; elsewhere miniatures are proven in it (tests/model/test_packs.py)."""
     if dtype == "bfloat16" and not has_fast_bfloat16():
