@@ -58,10 +58,7 @@ def match_pairs(
     """
     folder = model_of(folder)
     recipe = recipe_of(folder)
-    listed = to.with_name(to.name + ".ledger.jsonl")
-    if not overwrite and (there := [path for path in (to, listed) if path.exists()]):
-        remedy = "give another --to, or --overwrite"
-        raise UserInputError(*(Problem(what="is there already", where=str(p), remedy=remedy) for p in there))
+    _check_free(to, pairs, overwrite=overwrite)
     ledger = Ledger()
     layouts = layouts_of(recipe, columns)
     found = read_unlabelled(pairs, layouts, labels=recipe.matching.labels, ledger=ledger)
@@ -75,8 +72,24 @@ def match_pairs(
     quantised = recipe.adapter.kind == "qlora" and is_adapter(folder)
     verdicts = judge_pairs(recipe, str(folder.resolve()), records, prompter, quantised=quantised)
     write_jsonl(to, _rows(records, verdicts))
-    _write_ledger(ledger, listed)
+    _write_ledger(ledger, _ledger_of(to))
     return len(records)
+
+
+def _ledger_of(to: Path) -> Path:
+    return Path(f"{to}.ledger.jsonl")
+
+
+def _check_free(to: Path, pairs: Path, *, overwrite: bool) -> None:
+    """Refuse to write over the pairs or a folder, and over anything without being asked to."""
+    remedy = "give another --to"
+    if to.is_dir() or to.resolve() == pairs.resolve():
+        what = "this is a folder" if to.is_dir() else "this is the file of the pairs itself"
+        raise UserInputError(Problem(what=what, where=str(to), remedy=remedy))
+    there = [] if overwrite else [path for path in (to, _ledger_of(to)) if path.exists()]
+    if there:
+        remedy += ", or --overwrite"
+        raise UserInputError(*(Problem(what="is there already", where=str(p), remedy=remedy) for p in there))
 
 
 def _write_ledger(ledger: Ledger, path: Path) -> None:

@@ -114,8 +114,15 @@ def test_a_classifier_from_recipe_to_scores(recipe):
     Path("mine.tsv").write_text(
         "left\tright\n" + "".join(f"{r['sentence1']}\t{r['sentence2']}\n" for r in pairs(24, 36)) + "x\t\n"
     )
-    matched = sftcore("match", str(folder), "--pairs", "mine.tsv", "--a", "left", "--b", "right")
+    arguments = ["match", str(folder.parent), "--pairs", "mine.tsv", "--a", "left", "--b", "right"]
+    matched = sftcore(*arguments)
     assert matched.returncode == 0 and "12 pairs scored" in matched.stdout, matched.stderr[-3000:]
+    first = Path("scores.jsonl").read_bytes()
+    refused = sftcore(*arguments)
+    assert refused.returncode == 2 and "scores.jsonl: is there already" in refused.stderr
+    assert "scores.jsonl.ledger.jsonl: is there already" in refused.stderr and "--overwrite" in refused.stderr
+    again = sftcore(*arguments, "--overwrite")
+    assert again.returncode == 0 and Path("scores.jsonl").read_bytes() == first
     mine = read_jsonl(Path("scores.jsonl"))
     assert [row["score"] for row in mine] == pytest.approx(margins, abs=1e-4)
     assert [row["row"] for row in mine] == list(range(1, 13))
@@ -280,6 +287,22 @@ def test_pairs_are_found_in_the_files_that_people_have(scorer, name, text, colum
     assert second["row"] == 2
 
 
+def test_the_file_of_pairs_and_a_folder_are_never_written_over(scorer):
+    Path("mine.tsv").write_text("text_a\ttext_b\nAnn 1\tBob 1\n")
+    for to, message in (("mine.tsv", "the file of the pairs itself"), (".", "a folder")):
+        for overwrite in (False, True):
+            with pytest.raises(UserInputError, match=message):
+                match_pairs(scorer, Path("mine.tsv"), Path(to), overwrite=overwrite)
+    assert Path("mine.tsv").read_text().startswith("text_a")
+
+
+def test_a_run_without_a_result_scores_nothing(recipe):
+    Path("begun").mkdir()
+    Path("begun/recipe.yaml").write_text("name: begun\n")
+    with pytest.raises(UserInputError, match="begun: this run has no result yet"):
+        match_pairs(Path("begun"), Path("mine.tsv"), Path("to.jsonl"))
+
+
 def test_columns_that_are_not_there_name_the_options_of_the_command(scorer):
     Path("odd.tsv").write_text("7\tAnn 1\tBob 1\tx\n")
     with pytest.raises(UserInputError, match="no column 'text_a'(.|\n)*give --a and --b: .* 0-based numbers"):
@@ -327,7 +350,7 @@ def test_what_was_noted_is_kept_where_no_row_was_rejected(scorer, caplog, monkey
     assert "-1" not in str(noted)
     assert "notes: identical_sides 1, full_width 1 (to.jsonl.ledger.jsonl)" in caplog.text
     Path("plain.tsv").write_text("text_a\ttext_b\nAnn 1\tBob 1\n")
-    assert match_pairs(scorer, Path("plain.tsv"), Path("to.jsonl")) == 1
+    assert match_pairs(scorer, Path("plain.tsv"), Path("to.jsonl"), overwrite=True) == 1
     assert not Path("to.jsonl.ledger.jsonl").exists()
 
 
@@ -360,7 +383,7 @@ def test_pairs_longer_than_an_encoder_has_positions_are_listed_not_scored(recipe
     assert (row["row"], row["reason"]) == (5, "overlength")
     write_lines(Path("held.jsonl"), [long])
     with pytest.raises(UserInputError, match="no usable pair(.|\n)*row 1: overlength"):
-        match_pairs(folder, Path("held.jsonl"), Path("to.jsonl"))
+        match_pairs(folder, Path("held.jsonl"), Path("new.jsonl"))
     with pytest.raises(UserInputError, match="nothing to evaluate on(.|\n)*ledger.test.jsonl"):
         evaluate(loaded)
 
