@@ -26,7 +26,8 @@ from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, TrainingFailed, UserInputError
 from sftcore.fsio import append_jsonl, atomic_file
 from sftcore.train.batches import rank_batches
-from sftcore.train.engine import Engine, StepResult, StopAsked, never
+from sftcore.train.engine import Engine
+from sftcore.train.outcome import StepResult, StopAsked, never
 
 log = logging.getLogger("sftcore.debug")
 FOLDER, NORMS, TRACE, TOP = "debug", "norms.jsonl", "trace.json", "top.txt"

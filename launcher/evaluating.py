@@ -46,8 +46,9 @@ from sftcore.evaluate.score import CODE_VERSION, score
 from sftcore.fsio import (
     fingerprint_of,
     folder_lock,
-    read_json,
     read_jsonl,
+    read_object,
+    sha256_of_file,
     write_json,
     write_jsonl,
 )
@@ -57,10 +58,11 @@ from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
+from sftcore.model.weight_files import check_unchanged
 from sftcore.precision import dtype_of
 
 log = logging.getLogger("sftcore.evaluating")
-SHARDS, ROWS, MANIFEST = "shards", "predictions.jsonl", "manifest.json"
+SHARDS, ROWS, MANIFEST, SCORES = "shards", "predictions.jsonl", "manifest.json", "scores.json"
 OWN_NAMES = ("base", "tuned", "fewshot")  # of RUN/eval/NAME: what reports take for the run's own models
 
 
@@ -101,7 +103,7 @@ def evaluate_share(recipe: Recipe, share: Share, *, model: Path | None = None) -
             with folder_lock(folder, purpose="evaluating this shard"):
                 if not _is_made(folder, manifest):
                     write_jsonl(folder / ROWS, _predict(task, share))
-                    write_json(folder / MANIFEST, manifest)
+                    _vouch(folder, manifest)
                 found.append(f"{task.name} {len(read_jsonl(folder / ROWS))}")
     of = f"{share.job}/{share.num_jobs}"
     return f"shard {of}: {', '.join(found)} items; then: sftcore evaluate RECIPE --merge"
@@ -182,6 +184,8 @@ class _Task:
 def _tasks(items: _Items, model: Path | None) -> list[_Task]:
     """Base and tuned, and the base model behind examples if asked for; or `model` alone."""
     folders = _models_to_evaluate(items.recipe, model)
+    for folder in folders.values():
+        check_unchanged(Path(folder))
     tasks = [_Task(name=name, items=items, folder=folder) for name, folder in folders.items()]
     return tasks if model is not None else [*tasks, *_few_shot_tasks(items)]
 
@@ -259,7 +263,7 @@ def _evaluate_one(task: _Task, *, merge_only: bool) -> dict[str, Any]:
     target, manifest, run = task.target, task.manifest(), task.items.run
     if _is_made(target, manifest):
         log.info("%s: already evaluated in %s", task.name, target)
-        return dict(read_json(target / "scores.json"))
+        return read_object(target / SCORES)
     started = time.perf_counter()
     rows = _merged_rows(task, manifest)
     if rows is None:
@@ -271,15 +275,41 @@ def _evaluate_one(task: _Task, *, merge_only: bool) -> dict[str, Any]:
         scores |= {"pairs": pair_scores(task.items.records, rows)}
     (target / MANIFEST).unlink(missing_ok=True)
     write_jsonl(target / ROWS, rows)
-    write_json(target / "scores.json", scores)
-    write_json(target / MANIFEST, manifest)
+    write_json(target / SCORES, scores)
+    _vouch(target, manifest)
     shutil.rmtree(target / SHARDS, ignore_errors=True)
     record_seconds(run, f"evaluate_{task.name}", time.perf_counter() - started)
     return scores
 
 
+def _vouch(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, last: with the checksums of the files that it vouches for."""
+    files = [folder / name for name in (ROWS, SCORES) if (folder / name).is_file()]
+    write_json(folder / MANIFEST, {**manifest, "files": {file.name: sha256_of_file(file) for file in files}})
+
+
 def _is_made(folder: Path, manifest: dict[str, Any]) -> bool:
-    return (folder / MANIFEST).is_file() and read_json(folder / MANIFEST) == manifest
+    """Whether predictions were made from these inputs and are whole; damaged ones are made again."""
+    if not (folder / MANIFEST).exists():
+        return False
+    try:
+        kept = read_object(folder / MANIFEST)
+        written = kept.pop("files", {})
+        if kept != manifest:
+            return False
+        if not (isinstance(written, dict) and written):  # of a version that noted none
+            return bool(read_jsonl(folder / ROWS) and read_object(folder / SCORES))
+        changed = [name for name, digest in written.items() if _digest(folder / name) != digest]
+    except UserInputError as error:
+        log.warning("evaluating again: %s", error)
+        return False
+    if changed:
+        log.warning("evaluating again: %s changed since it was written", folder / changed[0])
+    return not changed
+
+
+def _digest(file: Path) -> str:
+    return sha256_of_file(file) if file.is_file() else ""
 
 
 def _merged_rows(task: _Task, manifest: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -350,7 +380,7 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
     known = [r for r in probed if level_of[r.id] == level]
     file = items.recipe.data.relations
     relations = load_relations(Path(file) if file else None)
-    texts = drift_prompts(known, best_templates(read_json(path)), relations)
+    texts = drift_prompts(known, best_templates(read_object(path)), relations)
     prompts = codec_of(items.tokenizer).encode_prompts(texts)
     logits = {}
     for name in ("tuned", "base"):  # one model in memory at a time

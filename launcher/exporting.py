@@ -10,8 +10,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import yaml
-
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder
@@ -19,6 +17,8 @@ from sftcore.model.adapters import is_adapter
 from sftcore.model.code import local_folder
 from sftcore.model.identity import base_of
 from sftcore.model.merge import merge_adapter
+from sftcore.model.weight_files import check_unchanged
+from sftcore.run_recipe import read_run_recipe
 from sftcore.train.model_card import write_card
 
 
@@ -29,9 +29,7 @@ def export_run(run: Path, to: Path, *, merge: bool) -> None:
         UserInputError: no finished run there, nothing to merge, or `to` exists.
         MissingEnvironmentError: the disk is full.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise UserInputError(Problem(what="not a run folder (no recipe.yaml)", where=str(run)))
-    recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+    recipe = Recipe.model_validate(read_run_recipe(run))
     recipe = recipe.model_copy(update={"run": str(run)})
     result = run / recipe.result_folder.name
     if not result.is_dir():
@@ -39,6 +37,7 @@ def export_run(run: Path, to: Path, *, merge: bool) -> None:
         raise UserInputError(Problem(what="this run has no result yet", where=str(run), remedy=remedy))
     if to.exists():
         raise UserInputError(Problem(what="this folder exists", where=f"--to {to}", remedy="name a new one"))
+    check_unchanged(result)
     if not merge:
         with atomic_folder(to) as temporary:
             shutil.copytree(result, temporary, dirs_exist_ok=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from transformers import PreTrainedModel
 
 from sftcore.config import ModelSettings, Recipe
@@ -35,6 +34,7 @@ from sftcore.model.generate import Sampling, batches_by_length, decode_batch, st
 from sftcore.model.identity import base_of
 from sftcore.model.load import load_for_decoding
 from sftcore.model.positions import position_limit
+from sftcore.run_recipe import read_run_recipe
 from sftcore.settings import MATCHING_FILE
 
 log = logging.getLogger("sftcore.generating")
@@ -164,7 +164,7 @@ def _found(folder: Path) -> _Found:
 
 
 def _recipe_of(run: Path) -> Recipe:
-    return Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+    return Recipe.model_validate(read_run_recipe(run))
 
 
 def _complete(found: _Found, asked: Sequence[str | Chat], settings: Settings) -> list[str]:

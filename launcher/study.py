@@ -37,7 +37,7 @@ from sftcore.errors import (
     TrainingFailed,
     UserInputError,
 )
-from sftcore.fsio import atomic_file, is_locked, read_json, tail_of, write_json
+from sftcore.fsio import atomic_file, is_locked, read_object, tail_of, write_json
 from sftcore.hub import require_hub
 from sftcore.recipe import dump_recipe
 from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
@@ -263,11 +263,11 @@ def summarise(study: Study) -> dict[str, Any]:
 
 def _row(run: StudyRun) -> dict[str, Any]:
     path = run.recipe.run_folder / "report.json"
-    report = read_json(path) if path.is_file() else {}
+    report = read_object(path) if path.is_file() else {}
     kept = {key: report.get(key) for key in ("n", "acc_base", "acc_tuned", "by_level", "ood")}
     kept |= losses_of(run.recipe.run_folder)
     state = state_of(run)
-    kept = read_json(run.recipe.run_folder / NOT_RUN) if state == NOT_RUN_STATE else kept
+    kept = read_object(run.recipe.run_folder / NOT_RUN, "reason") if state == NOT_RUN_STATE else kept
     return {"name": run.name, "cell": run.cell, "state": state} | (kept if state in ENDED_STATES else {})
 
 
@@ -298,7 +298,7 @@ def status_table(study: Study) -> str:
 def _status(run: StudyRun, row: dict[str, Any]) -> str:
     folder, state = run.recipe.run_folder, row["state"]
     if state == FAILED_STATE:
-        note = read_json(folder / FAILED)
+        note = read_object(folder / FAILED, "said", "exit_code")
         said = note["said"].splitlines()
         return f"{state:<9}exit code {note['exit_code']}: {said[-1][:60] if said else ''}"
     if state == NOT_RUN_STATE:
@@ -308,7 +308,7 @@ def _status(run: StudyRun, row: dict[str, Any]) -> str:
     shares = [f"{row[key]:.1%}" if row[key] is not None else "-" for key in ("acc_base", "acc_tuned")]
     losses = [format_loss(row[key]) for key in ("last_loss", "lowest_valid_loss")]
     numbers = f"{shares[0]:>8}{shares[1]:>8}{losses[0]:>9}{losses[1]:>9}"
-    return f"{state:<9}{numbers}{read_json(folder / FINISHED)['seconds']:>9}"
+    return f"{state:<9}{numbers}{read_object(folder / FINISHED, 'seconds')['seconds']:>9}"
 
 
 @contextmanager

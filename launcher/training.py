@@ -47,6 +47,7 @@ from sftcore.model.load import load_config, load_for_training
 from sftcore.model.ours import LossModel, checkpoint_activations
 from sftcore.model.proof import prove_head_and_packs
 from sftcore.model.trial import try_recipe
+from sftcore.model.weight_files import check_weight_files
 from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.train.checkpoint import (
@@ -148,6 +149,7 @@ def train_recipe(
     owner = open_run(recipe, purpose="training") if dist.rank() == 0 else nullcontext(recipe.run_folder)
     with owner as run, Watch(launchers_above()) as watch:
         if recipe.result_folder.is_dir():
+            check_weight_files(recipe.result_folder)
             log.info("%s is finished; its weights are in %s", run, recipe.result_folder)
             return recipe.result_folder
         started = time.perf_counter()
@@ -171,6 +173,9 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
     ds_config = read_ds_config(deepspeed_file(recipe))
     check_engine(ds_config, recipe.train.optimizer)
     check_tracker(recipe)
+    for path in (recipe.model.path, recipe.train.init_adapter):
+        if path is not None:
+            check_weight_files(Path(path))
     config = load_config(recipe.model)
     check_demands(recipe, config)
     try_recipe(recipe, config)

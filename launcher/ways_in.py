@@ -21,6 +21,7 @@ from launcher.run_folder import open_run
 from launcher.slurm import Job, Resources, recipe_jobs, submit_recipe, train_job
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, Problem, UserInputError
+from sftcore.model.weight_files import check_weight_files
 
 log = logging.getLogger("sftcore.ways")
 RANKS_WAYS = ("debug", "node", "slurm")  # of a command that ranks or shares can do
@@ -140,6 +141,7 @@ def _is_done(recipe: Recipe) -> bool:
     """Claim the run folder, or tell why it can't be had, before anything starts; whether it is finished."""
     with open_run(recipe, purpose="training") as run:
         if recipe.result_folder.is_dir():
+            check_weight_files(recipe.result_folder)
             log.info("%s is finished; its weights are in %s", run, recipe.result_folder)
         return recipe.result_folder.is_dir()
 

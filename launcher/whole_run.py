@@ -30,11 +30,12 @@ from sftcore.data.rationales import MIN_REASONED_PAIRS
 from sftcore.data.splits import load_records
 from sftcore.errors import Problem, UserInputError, error_of_code
 from sftcore.evaluate import score
-from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_json, write_json
+from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_object, write_json
 from sftcore.knowledge import levels
 from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.level_files import LEVEL_FILES
 from sftcore.model.identity import model_files
+from sftcore.model.weight_files import check_weight_files
 from sftcore.recipe import source_files
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 
@@ -68,6 +69,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
     from sftcore.study.report import write_report
 
     run, started = recipe.run_folder, time.perf_counter()
+    check_weight_files(recipe.result_folder)
     if not is_finished(recipe):
         _check_not_stale(recipe)
         if why := too_few_reasons(recipe):
@@ -150,7 +152,9 @@ def is_finished(recipe: Recipe) -> bool:
 def _finished(run: Path) -> dict[str, Any] | None:
     """finished.json with its recipe as today's code reads it; None without one, or of an earlier version."""
     path = run / FINISHED
-    kept = read_json(path) if path.is_file() else {}
+    kept = read_object(path) if path.exists() else {}
+    if "files" not in kept:
+        return None
     try:
         return {**kept, "recipe": Recipe.model_validate(kept["recipe"]).model_dump(mode="json")}
     except (KeyError, ValidationError):

@@ -1,13 +1,15 @@
 """The memory levels that a run folder holds: found, read, compared with today's facts.
 
 In: a run folder, a model's fingerprint, the records that the data files give now. Out: `FactLevel`s.
-Invariant: a level is used only for the fact that was probed: same split, id, relation, subject and answers.
+Invariant: a level is used only for the fact that was probed: same split, id, relation, subject and answers;
+and only from files that hold every fact's.
 Trade-off: facts are compared one by one, not by one checksum over all, so that a message can name one that
 has changed; 0.1 s for 100,000 facts beside the seconds that reading them takes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 from sftcore.data.contents import Fact
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import read_json, read_jsonl
+from sftcore.fsio import read_jsonl, read_object
 from sftcore.knowledge.levels import FactLevel
 
 LEVELS, MANIFEST, TEMPLATES = "levels.jsonl", "levels.manifest.json", "levels.templates.json"
 LEVEL_FILES = (LEVELS, MANIFEST, TEMPLATES)
+PROBE_AGAIN = "put a good copy of the file there, or probe again: sftcore probe RECIPE"
+log = logging.getLogger(__name__)
 
 
 def holds_levels(run: Path) -> bool:
@@ -31,7 +35,40 @@ def is_probed(run: Path, manifest: dict[str, Any]) -> bool:
     """Whether the run folder holds levels made from exactly these inputs."""
     if not holds_levels(run):
         return False
-    return bool(_with_dtype(read_json(run / MANIFEST), manifest["dtype"]) == manifest)
+    try:
+        kept = read_object(run / MANIFEST)
+        if _with_dtype(kept, manifest["dtype"]) != manifest:
+            return False
+        read_object(run / TEMPLATES)
+        _whole_levels(run, kept)
+    except UserInputError as error:
+        log.warning("probing again: %s", error)
+        return False
+    return True
+
+
+def _whole_levels(run: Path, manifest: dict[str, Any]) -> list[FactLevel]:
+    """The rows of levels.jsonl, if they are rows of levels and as many as the manifest says.
+
+    Raises:
+        UserInputError: naming the file and the line.
+    """
+    path = run / LEVELS
+    levels = [_level_of(row, f"{path}:{number}") for number, row in enumerate(read_jsonl(path), 1)]
+    expected = manifest.get("num_facts", len(levels))
+    if len(levels) != expected:
+        what, got = "rows are missing, or too many", f"{len(levels)}, where {MANIFEST} says {expected}"
+        raise UserInputError(Problem(what=what, where=str(path), got=got, remedy=PROBE_AGAIN))
+    return levels
+
+
+def _level_of(row: dict[str, Any], where: str) -> FactLevel:
+    texts = [row.get(key, "") for key in ("id", "relation", "subject", "split")]
+    answers, counts = row.get("answers", []), [row.get(key, 0) for key in ("hits", "trials")]
+    is_row = isinstance(answers, list) and all(isinstance(text, str) for text in [*texts, *answers])
+    if not (is_row and all(type(count) is int for count in counts)):
+        raise UserInputError(Problem(what="no memory level", where=where, remedy=PROBE_AGAIN))
+    return FactLevel.from_row(row)
 
 
 def _with_dtype(manifest: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -52,7 +89,7 @@ def read_levels(run: Path, *, model_fingerprint: str, dtype: str) -> list[FactLe
         raise UserInputError(
             Problem(what="no memory levels yet", where=str(run), remedy="run: sftcore probe RECIPE")
         )
-    manifest = read_json(run / MANIFEST)
+    manifest = read_object(run / MANIFEST, "model_fingerprint")
     found = manifest["model_fingerprint"]
     if found != model_fingerprint:
         raise UserInputError(
@@ -77,7 +114,7 @@ def read_levels(run: Path, *, model_fingerprint: str, dtype: str) -> list[FactLe
                 " --run to keep the old levels)",
             )
         )
-    return [FactLevel.from_row(row) for row in read_jsonl(run / LEVELS)]
+    return _whole_levels(run, manifest)
 
 
 def check_same_facts(levels: Sequence[FactLevel], records: Sequence[Record], *, where: Path) -> None:

@@ -27,6 +27,7 @@ from sftcore.fsio import read_json
 from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.reach import unreached_layers
 from sftcore.model.vocabulary import vocabulary_modules, vocabulary_weights
+from sftcore.model.weight_files import check_weight_files
 
 PREFIX = "base_model.model."
 COMPARED = {  # keys of adapter_config.json that have to agree -> what the recipe calls them
@@ -216,6 +217,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     """
     from peft import PeftConfig, inject_adapter_in_model
 
+    check_weight_files(folder)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     config.modules_to_save = None  # layers trained whole overwrite the model's own, ties and all

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,6 +47,7 @@ from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 from sftcore.model.reach import freeze_unreached
 from sftcore.model.trial import try_recipe
 from sftcore.model.vocabulary import grow_vocabulary
+from sftcore.model.weight_files import check_weight_files
 from sftcore.precision import DTYPES, dtype_of, torch_dtype
 
 log = logging.getLogger(__name__)
@@ -172,6 +174,7 @@ def load_pretrained(
         MissingEnvironmentError: a hub name that can't be reached.
     """
     disable_progress_bar()  # transformers' own; ours tell of stages
+    check_weight_files(Path(settings.path))
     try:
         return kind.from_pretrained(
             settings.path,
@@ -180,7 +183,7 @@ def load_pretrained(
             trust_remote_code=settings.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_loadable(settings.path, error) from error
 
 

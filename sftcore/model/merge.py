@@ -49,6 +49,7 @@ from sftcore.model.fold import check_logits, fold_model, logits_with_adapter
 from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.kept import kept_pattern
 from sftcore.model.quantise import quantisation_settings, round_trip
+from sftcore.model.weight_files import check_weight_files
 from sftcore.precision import torch_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -140,6 +141,8 @@ def merge_adapter(
         MissingEnvironmentError: the disk is full; or bitsandbytes is missing for a 4-bit base.
     """
     base, dtype = Path(settings.path), torch_dtype(settings)
+    check_weight_files(base)
+    check_weight_files(adapter)
     shards = _shards(base)
     weights = {name.removeprefix(PREFIX): t for name, t in load_file(adapter / ADAPTER_WEIGHTS).items()}
     skeleton = skeleton_of(settings)

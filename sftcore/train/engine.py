@@ -26,7 +26,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,47 +53,10 @@ from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
 from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
 from sftcore.train.gradient_sums import add_without_copies, sum_head_in_place
 from sftcore.train.optimizers import make_optimizer, set_learning_rate
+from sftcore.train.outcome import NotFinite, StepResult, StopAsked, never
 from sftcore.train.stopping import Abandoned, packs_between_looks
 
 log = logging.getLogger(__name__)
-StopAsked = Callable[[], bool]
-
-
-def never() -> bool:
-    """Nobody asks for a stop."""
-    return False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What a step gave, the same on every rank.
-
-    Args:
-        loss: exact loss over all trained tokens of the step.
-        grad_norm: L2 norm of the step's gradient before clipping.
-        rank_imbalance: slowest rank's compute seconds / mean - 1.
-        stop_requested: whether any rank was asked to stop.
-        seconds: of forward, backward and update on this rank.
-        peak_memory_bytes: highest of any rank so far; the first update's own is seen a step later.
-    """
-
-    loss: float
-    grad_norm: float
-    rank_imbalance: float
-    stop_requested: bool
-    seconds: float
-    peak_memory_bytes: int
-
-
-class NotFinite(TrainingFailed):
-    """A loss or gradient norm that is infinite or not a number; weights and optimizer are untouched.
-
-    Raised by all ranks in the same step; `micro_batches` are this rank's packs whose own loss is not finite.
-    """
-
-    def __init__(self, what: str, micro_batches: list[int]) -> None:
-        super().__init__(what)
-        self.micro_batches = micro_batches
 
 
 def check_engine(ds_config: dict[str, Any], optimizer: str, *, has_cuda: bool | None = None) -> None:

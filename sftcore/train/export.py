@@ -32,6 +32,7 @@ from sftcore.model.adapters import ADAPTER_WEIGHTS, write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
 from sftcore.model.code import copy_code, local_folder
 from sftcore.model.merge import GENERATION_CONFIG
+from sftcore.model.weight_files import write_checksums
 from sftcore.precision import dtype_of
 from sftcore.settings import MATCHING_FILE
 from sftcore.train.engine import Engine
@@ -67,6 +68,7 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
                 check_export(temporary, recipe, trained)
             else:
                 check_files(temporary, written)
+            write_checksums(temporary)
     else:
         for _ in weights:
             pass

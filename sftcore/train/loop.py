@@ -27,10 +27,11 @@ from sftcore.errors import Problem, StoppedOnRequest, TrainingFailed, UserInputE
 from sftcore.heap import is_out_of_memory
 from sftcore.train.batches import rank_batches, weightless_batch
 from sftcore.train.checkpoint import COMMITTED, TrainState, checkpoint_folder, save_checkpoint
-from sftcore.train.engine import Engine, NotFinite
+from sftcore.train.engine import Engine
 from sftcore.train.garbage import GarbageCollector
 from sftcore.train.memory import explain_out_of_memory
 from sftcore.train.metrics import MetricsWriter, StepMetrics, model_flops_utilisation
+from sftcore.train.outcome import NotFinite
 from sftcore.train.stopping import Abandoned, StopNotice, StopRequest, name_samples
 from sftcore.train.validate import Validation
 from sftcore.train.watchdog import Watchdog

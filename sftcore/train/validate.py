@@ -29,8 +29,9 @@ from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import DAMAGED, append_jsonl, read_jsonl, sync_entry, write_jsonl
 from sftcore.train.batches import Divisors, rank_batches
-from sftcore.train.engine import Engine, StopAsked, never
+from sftcore.train.engine import Engine
 from sftcore.train.export import export_weights
+from sftcore.train.outcome import StopAsked, never
 
 log = logging.getLogger(__name__)
 VALID, BEST = "valid.jsonl", "best"
