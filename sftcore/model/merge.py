@@ -49,7 +49,7 @@ from sftcore.model.fold import check_logits, fold_model, logits_with_adapter
 from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.kept import kept_pattern
 from sftcore.model.quantise import quantisation_settings, round_trip
-from sftcore.model.weight_files import check_weight_files
+from sftcore.model.weight_files import check_weight_files, write_checksums
 from sftcore.precision import torch_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -170,6 +170,7 @@ def merge_adapter(
         describe(temporary)
         if wanted is not None:
             check_logits(temporary, settings, kind, wanted)
+        write_checksums(temporary)
 
 
 def skeleton_of(settings: ModelSettings) -> PreTrainedModel:

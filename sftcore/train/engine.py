@@ -40,15 +40,16 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from sftcore import dist
 from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
-from sftcore.errors import Problem, TrainingFailed, UserInputError
+from sftcore.errors import TrainingFailed
 from sftcore.heap import keep_freed_memory
 from sftcore.model.forward import output_head
-from sftcore.model.kept import compute_apart, kept_parameters, kept_pattern, persistent_buffers
+from sftcore.model.kept import kept_pattern, persistent_buffers
 from sftcore.model.loss import TrainedTokenHead
 from sftcore.model.ours import LossModel
 from sftcore.model.quantise import keep_trainable_layout
 from sftcore.model.tied import share_gradient
 from sftcore.train.builds import await_other_builds, put_own_programs_first
+from sftcore.train.casting import casting_all_but, keep_float32
 from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
 from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
 from sftcore.train.gradient_sums import add_without_copies, sum_head_in_place
@@ -110,37 +111,6 @@ def whole_size(parameter: torch.nn.Parameter) -> int:
     return int(vars(parameter).get("ds_numel", parameter.numel()))
 
 
-@contextlib.contextmanager
-def casting_all_but(kept: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Keep these parameters as they are while DeepSpeed 0.19.8 casts all others to bfloat16.
-
-    It keeps buffers that a model names in float32, but parameters (weights of routers) "follow the dtype".
-    """
-    cast_all = deepspeed.DeepSpeedEngine._cast_module_mixed_precision
-
-    def cast_others(*args: Any, **options: Any) -> None:
-        before = [parameter.data for parameter in kept]
-        cast_all(*args, **options)
-        for parameter, data in zip(kept, before, strict=True):
-            parameter.data = data
-
-    deepspeed.DeepSpeedEngine._cast_module_mixed_precision = cast_others
-    try:
-        yield
-    finally:
-        deepspeed.DeepSpeedEngine._cast_module_mixed_precision = cast_all
-
-
-def _kept_is_cut(model: Any) -> Problem:
-    names = list(kept_parameters(model))
-    return Problem(
-        what=f"model type {model.config.model_type!r} keeps weights in float32, which ZeRO-3 can't",
-        where="deepspeed",
-        got=f"{len(names)} of them, such as {names[0]}",
-        remedy="set deepspeed: zero2 (or zero2-offload), or model.dtype: float32",
-    )
-
-
 class Engine:
     """DeepSpeed behind three verbs: step, save, load."""
 
@@ -171,11 +141,7 @@ class Engine:
         complete = complete_ds_config(ds_config, recipe)
         if loads_universal:
             complete["checkpoint"] = {**complete.get("checkpoint", {}), "load_universal": True}
-        kept = [] if self.autocasts else list(kept_parameters(model.causal_lm).values())
-        if self.autocasts:
-            compute_apart(model.causal_lm)
-        elif self.save_dtype == torch.bfloat16 and self.stage == 3 and kept:
-            raise UserInputError(_kept_is_cut(model.causal_lm))
+        kept = keep_float32(model.causal_lm, autocasts=self.autocasts, stage=self.stage)
         # its figures of memory, at any log level
         with casting_all_but(kept), contextlib.redirect_stdout(io.StringIO()) as said:
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=complete)

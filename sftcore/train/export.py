@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -26,7 +27,7 @@ from sftcore import dist
 from sftcore.config import Recipe
 from sftcore.data.chat import turn_ends
 from sftcore.data.tokens import codec_of
-from sftcore.errors import UserInputError
+from sftcore.errors import SftError, UserInputError
 from sftcore.fsio import atomic_folder, read_json, write_json
 from sftcore.model.adapters import ADAPTER_WEIGHTS, write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
@@ -37,8 +38,9 @@ from sftcore.precision import dtype_of
 from sftcore.settings import MATCHING_FILE
 from sftcore.train.engine import Engine
 from sftcore.train.model_card import write_card
-from sftcore.train.reload import check_export, check_files, digest_of, fits_again, observe
+from sftcore.train.reload import Trained, check_export, check_files, digest_of, fits_again, observe
 
+log = logging.getLogger(__name__)
 SHARD_BYTES = 2 * 10**9
 WHOLE_FILE = "model.safetensors"
 LAYER = re.compile(r"\D*\.\d+\.|.*")  # of "model.layers.3.mlp.up_proj.weight": "model.layers.3."
@@ -51,28 +53,40 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
 
     Raises:
         MissingEnvironmentError: the disk is full; nothing is left there.
-        TrainingFailed: weights are missing, or what is loaded is not what was trained; likewise.
+        TrainingFailed: weights are missing, or what is loaded is not what was trained; likewise. All ranks
+            raise what rank 0 has met.
     """
     if recipe.classifies:
         tokenizer = _with_pad_token(tokenizer)
     config = _saved_config(engine, tokenizer, recipe)
     trained = observe(engine, config, recipe)
     weights = trained.noting(engine.gathered_weights())
+    failure: SftError | None = None
     if dist.rank() == 0:
-        with atomic_folder(folder) as temporary:
-            _write_texts(engine, tokenizer, recipe, config=config, folder=temporary)
-            fits = fits_again(recipe, trained)
-            written = _write_weights(engine, weights, temporary, recipe, notes_digests=not fits)
-            write_card(recipe, temporary)
-            if fits:
-                check_export(temporary, recipe, trained)
-            else:
-                check_files(temporary, written)
-            write_checksums(temporary)
+        try:
+            with atomic_folder(folder) as temporary:
+                _write_texts(engine, tokenizer, recipe, config=config, folder=temporary)
+                _write_and_check(engine, weights, recipe, folder=temporary, trained=trained)
+                write_checksums(temporary)
+        except SftError as error:
+            failure = error
+    for _ in weights:  # all of them on other ranks; what a failure has left on this one
+        pass
+    if (first := dist.gather_objects(failure)[0]) is not None:
+        raise failure or first
+
+
+def _write_and_check(
+    engine: Engine, weights: Iterable[Named], recipe: Recipe, *, folder: Path, trained: Trained
+) -> None:
+    fits = fits_again(recipe, trained)
+    written = _write_weights(engine, weights, folder, recipe, notes_digests=not fits)
+    write_card(recipe, folder)
+    if fits:
+        check_export(folder, recipe, trained)
     else:
-        for _ in weights:
-            pass
-    dist.barrier()
+        log.info("%s: its files are compared with what was trained; no room to load it", folder.name)
+        check_files(folder, written)
 
 
 def _write_texts(engine: Engine, tokenizer: Any, recipe: Recipe, *, config: Any, folder: Path) -> None:

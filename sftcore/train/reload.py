@@ -74,7 +74,7 @@ def observe(engine: Engine, config: Any, recipe: Recipe) -> Trained:
     """
     ids, separator_id = probe_tokens(config), separator_in(engine.loss_model)
     model = engine.loss_model.causal_lm
-    with engine.autocast():
+    with engine.autocast(), engine.gathering():
         logits = logits_of(model, ids, separator_id)
     return Trained(
         ids=ids,
