@@ -30,6 +30,7 @@ TRIAL = Chat(
     )
 )
 SYSTEM_ROLES = ("system", "developer")
+MOST_TREATED_ALONE = 2  # answers; where more are treated by what they say, all may be
 
 
 class ChatRenderer:
@@ -104,7 +105,10 @@ class ChatRenderer:
         layout, places = self._laid_out(text, turns)
         borders = [0]
         for i in chat.answers:
-            if (answer := layout.answers[i]) is not None:
+            answer = layout.answers[i]
+            if isinstance(answer, str):
+                raise ChatRefused(answer)
+            if answer is not None:
                 borders += [places[i][0] - answer.lead, places[i][1] + answer.close]
         if len(borders) == 1:
             raise ChatRefused("the template marks no turn of this chat as trained")
@@ -116,14 +120,16 @@ class ChatRenderer:
     def _laid_out(self, text: str, turns: Sequence[Message]) -> tuple[Layout, list[Block]]:
         """The layout of a rendering, and where the contents stand in it."""
         contents = [turn.content for turn in turns]
-        layout = self._layouts.by_roles(turns)
-        if (places := found_places(text, layout, contents)) is not None:
-            return layout, places
-        layout = self._layouts.by_contents(turns, layout)
-        if (places := found_places(text, layout, contents)) is not None:
-            return layout, places
-        changed = next((i for i, t in enumerate(turns) if t.content.strip() not in text), 0)
-        raise ChatRefused(lost(changed, turns[changed].role))
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        plain = layout = self._layouts.by_roles(turns)
+        treated: set[int] = set()
+        while len(places := found_places(text, layout, contents)) < len(turns):
+            odd = next((i for i in answers if i >= len(places) and i not in treated), None)
+            if odd is None or len(places) in treated:
+                raise ChatRefused(lost(len(places), turns[len(places)].role))
+            treated.update([odd] if len(treated) < MOST_TREATED_ALONE else answers)
+            layout = self._layouts.by_contents(turns, plain, treated)
+        return layout, places
 
 
 def turn_ends(codec: Codec) -> tuple[int, int]:

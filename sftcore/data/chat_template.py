@@ -25,11 +25,14 @@ from sftcore.paths import file_fault
 DAY = date(2024, 7, 26)  # of templates that take a day from outside (`date_string`), Llama 3's own default
 DAY_FORMAT = "%d %b %Y"
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-CLOCK = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+CLOCK = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 OTHER_CLOCK = re.compile(r"strftime_now\s*\(")
 MAX_SAID, MAX_RENDERED = 200, 2**26  # letters
 MAX_ENDED = 3  # of chats that are ended by force, 10 s each
 READS_CLOCK = "the template reads the clock, so samples would depend on the day: set data.today: YYYY-MM-DD"
+COMPUTES_CLOCK = (
+    "the template reads the clock in a format that it computes, which no fixed day can stand for: "
+)
 Block = tuple[int, int]
 Rendered = tuple[list[str], list[list[Block]]]  # of each chat
 
@@ -84,7 +87,8 @@ class ChatTemplate:
                 texts, blocks = cast(Rendered, render_jinja_template([chat], **values))
         except TemplateError as error:
             said = shown(str(error), MAX_SAID)
-            raise ChatRefused(said if said == READS_CLOCK else f"the template says: {said}") from error
+            is_ours = said.startswith((READS_CLOCK, COMPUTES_CLOCK))
+            raise ChatRefused(said if is_ours else f"the template says: {said}") from error
         except TookTooMuch as error:
             self._num_ended += 1
             if self._num_ended >= MAX_ENDED:
@@ -113,7 +117,7 @@ def _without_clock(source: str, today: date | None) -> str:
             return f"raise_exception({READS_CLOCK!r})"
         return repr(today.strftime(found["format"]))
 
-    return OTHER_CLOCK.sub(f"raise_exception({READS_CLOCK!r}, ", CLOCK.sub(written, source))
+    return OTHER_CLOCK.sub(f"raise_exception({COMPUTES_CLOCK!r} ~ ", CLOCK.sub(written, source))
 
 
 def template_of(tokenizer: Any) -> str:

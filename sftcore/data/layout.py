@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, takewhile
@@ -52,11 +52,11 @@ class Layout:
 
     Args:
         segments: before, between and behind the contents.
-        answers: of each turn; None where it is not trained.
+        answers: of each turn; None where it is none, or is not marked; a text: why it can't be trained.
     """
 
     segments: tuple[str, ...]
-    answers: tuple[Answer | None, ...]
+    answers: tuple[Answer | str | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +111,15 @@ class LayoutMaker:
             self._kept[roles] = made
         return self._kept[roles]
 
-    def by_contents(self, turns: Sequence[Message], plain: Layout) -> Layout:
-        """The layout of one chat whose answers the template treats by what they say (thoughts, say)."""
+    def by_contents(self, turns: Sequence[Message], plain: Layout, treated: Container[int]) -> Layout:
+        """The layout of one chat some of whose answers the template treats by what they say (thoughts, say).
+
+        Args:
+            plain: of its roles.
+            treated: places of these answers.
+        """
         slots = [
-            Slot(turn=turn, is_mark=False, lead=plain.segments[i])
-            if turn.role == "assistant"
-            else _mark(i, turn.role)
+            Slot(turn=turn, is_mark=False, lead=plain.segments[i]) if i in treated else _mark(i, turn.role)
             for i, turn in enumerate(turns)
         ]
         return self._made(slots, plain)
@@ -126,12 +129,12 @@ class LayoutMaker:
         whole = self._placed(slots, text)
         places = [i for i, slot in enumerate(slots) if slot.turn.role == "assistant"]
         must = {*places[:VERIFIED_FIRST], *places[-VERIFIED_LAST:]}
-        known: dict[tuple[str, ...], Answer] = {}
-        answers: list[Answer | None] = [None] * len(slots)
+        known: dict[tuple[str, ...], Answer | str] = {}
+        answers: list[Answer | str | None] = [None] * len(slots)
         for i in places:
             key = (*whole.around(i), *(slot.turn.role for slot in slots[i - 1 : i + 2]))
             if i in must or key not in known:
-                known[key] = self._verified(whole, i, plain)
+                known[key] = self._judged(whole, i, plain)
             answers[i] = known[key]
         if self._template.has_blocks:
             answers = [_by_blocks(answer, i, whole, blocks) for i, answer in enumerate(answers)]
@@ -169,6 +172,13 @@ class LayoutMaker:
             raise ChatRefused("the template writes a turn twice")
         return _Rendering(slots=slots, text=text, places=places)
 
+    def _judged(self, whole: _Rendering, i: int, plain: Layout | None) -> Answer | str:
+        """What belongs to turn `i`, or why it can't be trained."""
+        try:
+            return self._verified(whole, i, plain)
+        except ChatRefused as why:
+            return str(why)
+
     def _verified(self, whole: _Rendering, i: int, plain: Layout | None) -> Answer:
         """What belongs to turn `i`: compares it as the last turn with itself before a user's."""
         slots = whole.slots
@@ -184,7 +194,9 @@ class LayoutMaker:
             raise ChatRefused(f"turn {i + 1} is written otherwise when it is the last")
         if as_history is None:
             known = plain.answers[i] if plain else None
-            return replace(known, lead=len(here[0])) if known else self._closing(here[0], as_last[1], None)
+            if isinstance(known, Answer):
+                return replace(known, lead=len(here[0]))
+            return self._closing(here[0], as_last[1], None)
         if not as_last[0].endswith(as_history[0]):
             raise ChatRefused(f"turn {i + 1} begins otherwise once it is history")
         # what only the last answer has before it (an empty thought) is context
@@ -212,12 +224,14 @@ class LayoutMaker:
             common = last  # a token of its own ends the conversation
         specials = [n for n, token in enumerate(common) if self._special.fullmatch(token)]
         if not specials:
-            ends = any(map(self._special.fullmatch, last))
-            what = "an answer ends with another token once it is history" if ends else "no end-of-turn token"
-            raise ChatRefused(f"{what} follows an assistant turn" if not ends else what)
-        first = specials[0]
-        ends_at = [*takewhile(lambda n: n == first or common[n] != self._opener, specials)][-1]
-        close = len("".join(common[: ends_at + 1]))
+            has_end = any(map(self._special.fullmatch, last))
+            what = "an answer ends with another token once it is history"
+            raise ChatRefused(what if has_end else "no end-of-turn token follows an assistant turn")
+        # a token that opens turns closes one only where the turn's own text ends with it
+        ends = [*takewhile(lambda n: common[n] != self._opener or common == last, specials)]
+        if not ends:
+            raise ChatRefused("no end-of-turn token follows an assistant turn, but another turn's header")
+        close = len("".join(common[: ends[-1] + 1]))
         return Answer(lead=len(lead), close=close, most=len(as_last) if is_own else close)
 
     @cached_property
@@ -266,11 +280,15 @@ def forms(content: str) -> dict[str, None]:
     return dict.fromkeys([*stripped, *lines, *escaped])
 
 
-def found_places(text: str, layout: Layout, contents: Sequence[str]) -> list[Block] | None:
-    """Where the contents stand in a rendering that holds them and the layout's segments, and nothing else."""
+def found_places(text: str, layout: Layout, contents: Sequence[str]) -> list[Block]:
+    """Where the contents stand in a rendering that holds them and the layout's segments, and nothing else.
+
+    Returns:
+        (start, end) of each; fewer than there are contents if the rendering is another from there on.
+    """
     places: list[Block] = []
     if not text.startswith(layout.segments[0]):
-        return None
+        return places
     start = len(layout.segments[0])
     for content, behind in zip(contents, layout.segments[1:], strict=True):
         tried = (content,) if text.startswith(behind, start + len(content)) else forms(content)
@@ -283,18 +301,20 @@ def found_places(text: str, layout: Layout, contents: Sequence[str]) -> list[Blo
             None,
         )
         if end is None:
-            return None
+            return places
         places.append((start, end))
         start = end + len(behind)
-    return places if start == len(text) else None
+    return places if start == len(text) else places[:-1]
 
 
-def _by_blocks(answer: Answer | None, i: int, whole: _Rendering, blocks: Sequence[Block]) -> Answer | None:
+def _by_blocks(
+    answer: Answer | str | None, i: int, whole: _Rendering, blocks: Sequence[Block]
+) -> Answer | str | None:
     """`answer` as the template's {% generation %} blocks have it; None: it is in none."""
     start, end = whole.places[i]
     block = next((b for b in blocks if b[0] < end and start < b[1]), None)
-    if block is None:
-        return None
+    if block is None or isinstance(answer, str):
+        return answer if block else None
     if answer is None:
         raise ChatRefused(f"a {{% generation %}} block marks turn {i + 1}, which is no assistant's")
     if _skip_space(whole.text, block[0]) > _skip_space(whole.text, start - answer.lead):
