@@ -13,7 +13,8 @@ from sftcore.data.contents import Chat, Message
 from sftcore.data.tokens import codec_of
 from sftcore.errors import UserInputError
 
-TOKENS = "<bos> </s> <s> [INST] [/INST] <head> <tail> <eot> <open> <user> <bot> <end> <done> <final> <over>".split()
+TOKENS = [f"<{name}>" for name in "bos s head tail eot open user bot end done final over".split()]
+TOKENS += ["</s>", "[INST]", "[/INST]"]
 LLAMA3 = (
     "{% for m in messages %}{{ '<bos>' if loop.first else '' }}<head>{{ m.role }}<tail>\n\n"
     "{{ m.content | trim }}<eot>{% endfor %}"
