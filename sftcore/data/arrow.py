@@ -11,6 +11,7 @@ of checks.
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from sftcore.recipe import HUB_PREFIX
 
 BATCH_ROWS = 1000
 PARQUET = ".parquet"
+ARROW_SCHEMA = b"ARROW:schema"
 
 
 def is_dataset(file: Path) -> bool:
@@ -79,9 +81,36 @@ def _open_parquet(file: Path) -> Any:
 
     with read_errors_explained(file):
         try:
-            return pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file)
+            if any(_holds_dictionary(field.type) for field in parquet.schema_arrow):
+                parquet.close()
+                return pq.ParquetFile(pa.BufferReader(_without_arrow_schema(file)))
+            return parquet
         except (pa.ArrowException, ValueError) as error:
             raise damaged(file, f"not a Parquet file: {error}", remedy="fetch it again") from error
+
+
+def _holds_dictionary(kind: Any) -> bool:
+    """Whether a dictionary lies within a list or struct, of which Arrow refuses all for one bad text."""
+    import pyarrow as pa
+
+    inner = [kind.field(i).type for i in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+    return any(pa.types.is_dictionary(part) or _holds_dictionary(part) for part in inner)
+
+
+def _without_arrow_schema(file: Path) -> Any:
+    """The bytes of a Parquet file, in which dictionaries are the texts that they stand for.
+
+    The writer's Arrow types lie under a key of the footer, which is renamed in a private mapping.
+    """
+    import pyarrow as pa
+
+    with open(file, "rb") as handle:
+        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+    footer = len(mapped) - 8 - int.from_bytes(mapped[-8:-4], "little")
+    if (key := mapped.find(ARROW_SCHEMA, max(0, footer))) >= 0:
+        mapped[key : key + len(ARROW_SCHEMA)] = ARROW_SCHEMA.lower()
+    return pa.py_buffer(mapped)
 
 
 def _dataset_batches(source: Source, file: Path, span: Span, note: Note) -> Iterator[Any]:

@@ -47,7 +47,7 @@ class KnownDigests:
                 return digest
         looked = time.time_ns()
         digest = sha256_of_file(file)
-        if stat.st_mtime_ns + SETTLED_NANOSECONDS < looked:
+        if _changed(stat) + SETTLED_NANOSECONDS < looked:
             self._remember(key, stat, digest)
         return digest
 
@@ -60,7 +60,7 @@ class KnownDigests:
         now = time.time_ns()
         for file, digest in digests.items():
             stat = file.stat()
-            if since <= stat.st_mtime_ns < now - SETTLED_NANOSECONDS:
+            if since <= stat.st_mtime_ns and _changed(stat) < now - SETTLED_NANOSECONDS:
                 self._remember(_key(file), stat, digest)
 
     def _remember(self, key: str, stat: os.stat_result, digest: str) -> None:
@@ -77,6 +77,11 @@ class KnownDigests:
 
 def _key(file: Path) -> str:
     return str(file.resolve()).encode("utf-8", "backslashreplace").decode()
+
+
+def _changed(stat: os.stat_result) -> int:
+    """When a file was last written, or had its times set."""
+    return max(stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def _state(stat: os.stat_result) -> list[int]:

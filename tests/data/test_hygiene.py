@@ -105,3 +105,29 @@ def test_hashes_are_64_bits():
     many = records(*(Completion(prompt=str(i), completion="x") for i in range(2000)))
     assert judge(many, many[::2]) == [LEAK, None] * 1000
     assert np.dtype(np.uint64).itemsize == 8
+
+
+def test_unseen_characters_hide_no_leak():
+    for unseen in "\u200b\u00ad\u2060\ufeff\u200e":
+        train = Completion(prompt=f"Where{unseen} is An{unseen}n?", completion="a")
+        assert judge(records(train), records(Completion(prompt="where is Ann?", completion="b"))) == [LEAK]
+
+
+def test_a_system_turn_hides_no_leak():
+    system = Message(role="system", content="Be kind.")
+    plain = chat("a", "b", "c", "d")
+    said = Chat(messages=(system, *plain.messages))
+    later = Chat(messages=(*plain.messages[:2], system, *plain.messages[2:]))
+    other = chat("a", "b", "c", "other")
+    for train in (said, later):
+        assert judge(records(train), records(other)) == judge(records(other), records(train)) == [LEAK]
+    assert judge(records(said), records(chat("a", "x"))) == [LEAK]  # its first answer
+    assert judge(records(said), records(chat("b", "x"))) == [None]
+
+
+def test_a_turn_that_is_not_trained_makes_another_sample_and_no_leak():
+    plain = chat("a", "b", "c", "d")
+    turns = [plain.messages[0], Message(role="assistant", content="b", is_trained=False), *plain.messages[2:]]
+    masked = Chat(messages=tuple(turns))
+    assert judge(records(plain, masked, plain), []) == [None, None, DUPLICATE]
+    assert judge(records(plain, masked), records(chat("a", "x"))) == [LEAK, None]

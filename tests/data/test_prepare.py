@@ -8,10 +8,11 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from tiny_tokenizers import build_bpe
+from tiny_tokenizers import CHATML, build_bpe
 
 import sftcore.data.prepare as prepare_module
 from sftcore.config import Recipe
+from sftcore.data.check import check_store, check_text
 from sftcore.data.contents import Fact
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_items, load_records, prepare_store, store_fingerprint
@@ -19,6 +20,7 @@ from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
 from sftcore.data.store import TokenStore
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.fsio import read_jsonl
 
 FACTS = [
     {"relation": "P1", "subject": f"S{i}", "answers": ["Paris", "Rome"], "question": f"Where is S{i}?"}
@@ -381,3 +383,58 @@ def test_numbers_of_the_account_are_logged(recipe, bpe, cache, caplog):
     store = prepare_store(recipe(FACTS, test=FACTS[:1]), bpe, cache_root=cache)
     assert f"store {store.fingerprint}: 20 rows read, 19 samples, 1 rejected" in caplog.text
     assert "rejected_by_reason: leak 1" in caplog.text
+
+
+def test_equal_prompts_with_different_answers_are_kept_and_counted(recipe, bpe, cache):
+    rows = [
+        {"relation": "P19", "subject": "Ann", "answers": ["Rome"]},
+        {"relation": "P19", "subject": "Ann", "answers": ["Paris"]},
+        {"relation": "P19", "subject": "Bo", "answers": ["Rome"]},
+        {"relation": "P19", "subject": "Bo", "answers": ["Rome"]},
+        {"relation": "P19", "subject": "Cy", "answers": ["Rome"], "question": "Where was Di born?"},
+        {"relation": "P20", "subject": "Di", "answers": ["Oslo"], "question": "Where was Di born?"},
+    ]
+    it = recipe(rows)
+    store = prepare_store(it, bpe, cache_root=cache)
+    assert account(store)["num_samples"] == 6
+    assert store.manifest["altered_by_reason"] == {"duplicate_kept": 1, "other_answer": 4}
+    listed = [
+        e["row"] for e in read_jsonl(store.folder / "ledger.jsonl") if e.get("change") == "other_answer"
+    ]
+    assert listed == [1, 2, 5, 6]
+    report = check_store(it, store)
+    assert report["other_answers"] == 4
+    assert "other answers    4 samples share a prompt that is answered otherwise" in check_text(report)
+
+
+SAID = (("system", "Be."), ("user", "Hi"), ("assistant", "yo"))
+CHAT = {"messages": [{"role": role, "content": text} for role, text in SAID]}
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+def test_system_turns_go_where_the_recipe_says(recipe, cache, write):
+    tokenizer = build_bpe()
+    tokenizer.chat_template = STRICT + CHATML
+    about = {"task": "chat", "format": "jsonl"}
+    with pytest.raises(UserInputError, match="no system(.|\n)*data.system: merge"):
+        prepare_store(recipe([CHAT], **about), tokenizer, cache_root=cache)
+    for system, said, change in (("merge", "Be.\n\nHi", "system_merged"), ("drop", "Hi", "system_dropped")):
+        store = prepare_store(recipe([CHAT], system=system, **about), tokenizer, cache_root=cache)
+        text = tokenizer.decode(store[0].input_ids)
+        assert f"user\n{said}<|im_end|>" in text and text.endswith("assistant\nyo<|im_end|>")
+        assert account(store)["num_samples"] == 1 and store.manifest["altered_by_reason"] == {change: 1}
+
+
+def test_the_day_of_a_template_is_part_of_a_stores_key(recipe, cache):
+    tokenizer = build_bpe()
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + CHATML.replace(
+        "{% if loop.first", "{% if false"
+    )
+    days = {}
+    for today in ("2025-01-02", "2025-01-03"):
+        it = recipe([CHAT], task="chat", format="jsonl", today=today)
+        store = prepare_store(it, tokenizer, cache_root=cache)
+        days[store.fingerprint] = tokenizer.decode(store[0].input_ids)[:10]
+    assert sorted(days.values()) == ["2025-01-02", "2025-01-03"]
+    with pytest.raises(UserInputError, match="reads the clock"):
+        prepare_store(recipe([CHAT], task="chat", format="jsonl"), tokenizer, cache_root=cache)

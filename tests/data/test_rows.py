@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import zipfile
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from sftcore.data.cells import csv_rows, split_rows
 from sftcore.data.ledger import Change, Reason, Rejection
-from sftcore.data.rows import RawRow, json_line_rows, json_list_rows, text_lines
+from sftcore.data.rows import RawRow, json_line_rows, json_list_rows, json_rows, text_lines
 from sftcore.errors import UserInputError
 
 CELLS = st.text(
@@ -176,3 +177,56 @@ def test_numbers_of_any_length_stay_whole(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text("\n".join(f'{{"id": {number}}}' for number in NUMBERS))
     assert [row.value["id"] for row in json_line_rows(path)] == NUMBERS
+
+
+def archive(*names) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        for name in names:
+            file.writestr(name, "x")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (archive("[Content_Types].xml", "xl/workbook.xml"), "this is an Excel workbook.*\n.*as CSV"),
+        (archive("word/document.xml"), "this is a Word document"),
+        (archive("a.jsonl"), "this is a zip archive.*\n.*unpack it"),
+        ('{"a": "x"}\n{"a": "y"}'.encode("utf-16-le"), "UTF-16 or UTF-32 text without a mark.*\n.*iconv"),
+        ('{"a": "北京"}\n'.encode("utf-16-be"), "UTF-16 or UTF-32 text without a mark"),
+        ('{"a": 1}'.encode("utf-32-le"), "UTF-16 or UTF-32 text without a mark"),
+    ],
+)
+def test_files_of_other_programs_and_text_without_a_mark_are_named(write, data, message):
+    with pytest.raises(UserInputError, match=message):
+        list(text_lines(write("a.jsonl", data)))
+
+
+def test_a_single_nul_costs_its_row_only(write):
+    rows = values(json_line_rows(write("a.jsonl", b'{"a": "long enough", "b": "x\0y"}\n{"a": 1}\n')))
+    assert rows == [Reason.UNREADABLE_LINE, {"a": 1}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_in_a_file_of_lines_is_read_as_one_and_noted(write, indent):
+    notes = []
+    path = write("a.jsonl", json.dumps([{"a": 1}, {"a": 2}], indent=indent))
+    assert values(json_rows(path, notes.append)) == [{"a": 1}, {"a": 2}]
+    assert [note.change for note in notes] == [Change.JSON_LIST]
+
+
+def test_lines_of_lists_and_damaged_ones_are_still_lines(write):
+    assert values(json_rows(write("a.jsonl", "[1]\n[2]\n"))) == [[1], [2]]
+    assert values(json_rows(write("b.jsonl", '[{"a"\n{"a": 2}\n'))) == [Reason.UNREADABLE_LINE, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "guess"),
+    [("crème brûlée, naïve café", "latin-1", "WINDOWS-1252"), ("乗北京上海", "gb18030", "GB18030")],
+)
+def test_undecodable_rows_name_the_encoding_that_they_look_like(write, read, text, encoding, guess):
+    line = json.dumps({"prompt": text, "completion": "b"}, ensure_ascii=False).encode(encoding)
+    path = write("a.jsonl", b'{"prompt": "a", "completion": "b"}\n' + line)
+    (rejection,) = read("jsonl", path)[1]
+    assert rejection.reason is Reason.UNDECODABLE_BYTES and f"({guess}?)" in rejection.detail

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import build_bpe
+from tiny_tokenizers import build_bpe, build_spaces_in_front
 from tokenizers import pre_tokenizers
 
 from sftcore.data.ledger import Change
@@ -147,3 +148,75 @@ def test_texts_are_encoded_as_the_tokenizer_itself_does(bpe, words):
         expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
         tokenizer(texts, truncation=True, max_length=2)  # would stay in force
         assert codec_of(tokenizer).encode(texts) == expected
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    return build_spaces_in_front()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("Where ", "Paris"), ("Where is ", "Paris is"), ("北 ", "京"), ("is", " Paris")]
+)
+def test_an_answers_ids_decode_to_exactly_its_text(sentencepiece, prompt, answer):
+    encoded = encode(sentencepiece, prompt, answer)
+    (start, end) = encoded.trained[0]
+    before, whole = (sentencepiece.decode(encoded.ids[1:n]) for n in (start, end - 1))
+    assert whole == " " + prompt + answer and whole[len(before) :] == answer
+    assert encoded.ids[: encoded.num_prompt] == sentencepiece(prompt)["input_ids"]
+
+
+@given(
+    st.lists(st.sampled_from(["Paris", " is", "is ", "北", " ", "P", "<s>", "</s>"]), min_size=4, max_size=10)
+)
+def test_so_do_those_of_turns_with_a_torn_seam_between_them(pieces):
+    tokenizer = build_spaces_in_front()
+    pieces = [pieces[0], *(p if p.strip() else "is" for p in pieces[1:])][: len(pieces) // 2 * 2]
+    encoded = encode(tokenizer, *pieces, is_bare=False)
+    if encoded is None or encoded.changes == ():
+        return
+    for (start, end), piece in zip(encoded.trained, pieces[1::2], strict=True):
+        text = tokenizer.decode(encoded.ids[start:end])
+        assert text.replace("</s> ", "</s>").replace("<s> ", "<s>") == piece
+
+
+def test_a_vocabulary_without_the_bare_spelling_keeps_the_space(sentencepiece):
+    codec = codec_of(sentencepiece)
+    assert codec.encode_continued(["Paris", " Paris", "<s>is"]) == [
+        sentencepiece.convert_tokens_to_ids(["Paris"]),
+        sentencepiece.convert_tokens_to_ids(["▁Paris"]),
+        sentencepiece.convert_tokens_to_ids(["<s>", "▁is"]),
+    ]
+
+
+def test_the_stop_token_is_trained_once(bpe):
+    for answer in ("yes", "yes<|im_end|>", "yes<|im_end|>\n", "yes<|im_end|> <|im_end|>\n\n"):
+        encoded = encode(bpe, "A: ", answer)
+        assert bpe.decode(encoded.ids[encoded.num_prompt :]) == "yes<|im_end|>"
+    inside = encode(bpe, "A: ", "a<|im_end|>\nb")
+    assert bpe.decode(inside.ids[inside.num_prompt :]) == "a<|im_end|>\nb<|im_end|>"
+
+
+@given(st.lists(TEXTS, min_size=2, max_size=12), st.booleans())
+def test_cutting_turns_at_special_tokens_changes_no_id(texts, is_local):
+    tokenizer = build_bpe()
+    if not is_local:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    pieces = [f"<|im_start|>{text}<|im_end|>" for text in texts[: len(texts) // 2 * 2]]
+    encoded = encode(tokenizer, *pieces, is_bare=False)
+    assert encoded.ids == tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
+    assert encoded.changes == ()
+
+
+def test_each_turn_of_a_long_chat_is_encoded_a_bounded_number_of_times(bpe):
+    codec = codec_of(bpe)
+    seen = []
+    pieces = tuple("<|im_start|>北京在哪里<|im_end|>" for _ in range(400))
+    counted = SimpleNamespace(
+        last_added=codec.last_added,
+        stop_text=codec.stop_text,
+        encode=lambda texts: seen.extend(texts) or codec.encode(texts),
+        encode_continued=codec.encode_continued,
+    )
+    encode_drafts(counted, [Draft(pieces=pieces, is_bare=False)])
+    assert sum(map(len, seen)) < 3 * len("".join(pieces))

@@ -128,3 +128,25 @@ def test_codec_is_frozen(bpe):
     assert isinstance(codec_of(bpe), Codec)
     with pytest.raises(AttributeError):
         codec_of(bpe).stop_id = 3
+
+
+def test_a_chat_template_is_chosen_by_name_or_file(tmp_path):
+    from tiny_tokenizers import CHATML
+
+    from sftcore.data.chat_template import template_of
+
+    tokenizer = build_bpe()
+    tokenizer.chat_template = {"rag": "R", "tool_use": "T"}
+    tokenizer.save_pretrained(tmp_path / "m")
+    folder, file = str(tmp_path / "m"), tmp_path / "own.jinja"
+    file.write_text(CHATML)
+    with pytest.raises(
+        UserInputError, match="several chat templates(.|\n)*rag, tool_use(.|\n)*model.chat_template"
+    ):
+        template_of(load_tokenizer(folder))
+    assert template_of(load_tokenizer(folder, chat_template="rag")) == "R"
+    assert template_of(load_tokenizer(folder, chat_template=str(file))) == CHATML
+    with pytest.raises(UserInputError, match="no such chat template(.|\n)*got: rga(.|\n)*rag, tool_use"):
+        load_tokenizer(folder, chat_template="rga")
+    tokenizer.chat_template = {"default": "D", "rag": "R"}
+    assert template_of(tokenizer) == "D"

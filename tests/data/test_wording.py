@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from sftcore.config import InlineTemplate, Recipe
 from sftcore.data.contents import Pair
+from sftcore.data.relations import load_relations
 from sftcore.data.wording import (
     PLACEHOLDERS,
     PromptOptions,
@@ -164,3 +167,26 @@ def test_question_patterns_have_one_place_for_the_subject():
 
 def test_every_task_with_templates_has_its_placeholders():
     assert set(PLACEHOLDERS) == {"qa", "matching"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"question": "Who rules?"}, "each text holds {subject} exactly once; got 'Who rules?'"),
+        ({"question": "Who rules {subject}, {subject}?"}, "each text holds {subject} exactly once"),
+        ({"question": 7}, "each text holds {subject} exactly once; got 7"),
+        ({"completions": None}, "completions is a list of at least one prefix"),
+        ({"extra": 1}, "a relation has the keys name, domain, question, completions"),
+    ],
+)
+def test_a_file_of_relations_is_read_by_one_rule_for_training_and_probing(tmp_path, entry, message):
+    good = {"name": "r", "domain": "in", "question": "Who rules {subject}?", "completions": ["{subject}:"]}
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"rule": good | entry}))
+    for read in (lambda: question_patterns(str(path)), lambda: load_relations(path)):
+        with pytest.raises(UserInputError) as caught:
+            read()
+        assert message in str(caught.value)
+    path = tmp_path / "good.json"
+    path.write_text(json.dumps({"rule": good}))
+    assert question_patterns(str(path))["rule"] == good["question"] == load_relations(path)["rule"].question

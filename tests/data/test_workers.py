@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -213,12 +214,14 @@ def test_all_unusable_files_are_named_at_once(recipe, bpe, tmp_path, write):
 
 
 def test_ready_stores_are_not_read_again(recipe, bpe, tmp_path, monkeypatch):
-    """Checksums are remembered once files are two seconds old, and forgotten when one is written to."""
+    """Checksums are remembered once files have settled, and forgotten when one is written to."""
+    monkeypatch.setattr("sftcore.data.digests.SETTLED_NANOSECONDS", 10**7)
     old = time.time() - 10
     store = prepare_store(recipe, bpe, cache_root=tmp_path / "s", num_workers=1)
     sources = [f for f in tmp_path.rglob("*.jsonl*") if "s/" not in str(f.relative_to(tmp_path))]
     for path in [*store.described_files(), *sources]:
         os.utime(path, (old, old))
+    time.sleep(0.05)
     prepare_store(recipe, bpe, cache_root=tmp_path / "s")
     hashed = []
     monkeypatch.setattr("sftcore.data.digests.sha256_of_file", lambda path: hashed.append(path) or "0")
@@ -246,3 +249,16 @@ def test_what_was_written_here_is_not_read_again_and_what_others_wrote_is(recipe
     known.learn({others: "0"}, since=others.stat().st_mtime_ns + 1)
     known.sha256(others)
     assert hashed == [others]
+
+
+def test_a_file_edited_in_place_is_read_again_though_size_and_time_are_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr("sftcore.data.digests.SETTLED_NANOSECONDS", 0)
+    file = tmp_path / "a.jsonl"
+    known = KnownDigests(tmp_path / "digests.json")
+    digests = []
+    for text in ("old", "new"):
+        file.write_text(text)
+        os.utime(file, ns=(10**18, 10**18))
+        time.sleep(0.05)  # more than a tick of the file system's clock
+        digests.append(known.sha256(file))
+    assert digests == [hashlib.sha256(text).hexdigest() for text in (b"old", b"new")]

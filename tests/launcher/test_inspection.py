@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from launcher_commands import save
 from tiny import write_lines
@@ -34,3 +35,21 @@ def test_a_sample_cannot_colour_the_terminal(tiny_recipe):
     tiny_recipe["data"] = {"train": [{"format": "jsonl", "path": "c.jsonl"}]}
     shown = "".join(inspect_recipe(load_recipe(Path(save(tiny_recipe))), num_samples=1, colour=False))
     assert "\\x1b[31mred\\x07" in shown and not re.search(r"[\x00-\x1f\x7f-\x9f]", shown.replace("\n", ""))
+
+
+def test_spaces_of_sentencepiece_are_shown():
+    import numpy as np
+    from tiny_tokenizers import build_spaces_in_front
+
+    from launcher.inspection import _token_lines, marked_text
+
+    tokenizer = build_spaces_in_front()
+    ids = tokenizer("Paris is Paris")["input_ids"]
+    labels = np.array([-100] * (len(ids) - 2) + [ids[-1], -100])
+    sample = SimpleNamespace(input_ids=np.array(ids), labels=labels)
+    assert marked_text(sample, tokenizer, ("[", "]")) == "<s> Paris is[ Paris]"
+    assert [line.split(maxsplit=2)[2] for line in _token_lines(sample, tokenizer, ("[", "]"))][1:] == [
+        "' Paris'",
+        "' is'",
+        "[' Paris']",
+    ]

@@ -126,3 +126,21 @@ def test_a_plan_needs_a_configuration_and_a_tokenizer_but_no_weights(tiny_recipe
     recipe = recipe_of(tiny_recipe, model={"path": "./half", "dtype": "bfloat16"})
     plan, outlook, refusal = look_ahead(recipe, world=8, device=choose_device("l40s"), mfu=0.4)
     assert refusal is None and outlook["best"] and plan["predictions"]["num_parameters"] == 28_192
+
+
+def test_the_end_of_a_turn_counts_as_a_stop_token_where_chats_are_trained(tiny_recipe):
+    """A base model's end of text is another token than the one that its chat template ends answers with."""
+    from tiny import tiny_tokenizer
+    from tiny_tokenizers import CHATML
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = CHATML
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    Path("c.jsonl").write_text("")
+    data = {"train": [{"format": "jsonl", "path": "c.jsonl"}]}
+    chats = recipe_of(tiny_recipe, task="chat", data=data)
+    store = SimpleNamespace(last_targets=np.array([end, end], np.int32))
+    assert describe_stop(chats, store, tokenizer) == {"trained": "yes", "share": 1.0, "stop_ids": [0, end]}
+    facts = describe_stop(recipe_of(tiny_recipe), store, tokenizer)
+    assert facts == {"trained": "no", "share": 0.0, "stop_ids": [0]}
