@@ -14,6 +14,7 @@ import yaml
 
 from sftcore.errors import Problem, UserInputError
 from sftcore.knowledge.restore import restore
+from sftcore.model.weight_files import write_checksums
 
 
 def restore_model(
@@ -34,6 +35,8 @@ def restore_model(
         what, remedy = "these two are swapped: --base was trained from --tuned", "swap them"
         raise UserInputError(Problem(what=what, where=f"--base {base}", remedy=remedy))
     reports = restore(base, tuned, targets)
+    for folder in targets.values():
+        write_checksums(folder)
     return [f"{targets[percent]}: {_told(report)}" for percent, report in reports.items()]
 
 

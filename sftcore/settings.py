@@ -62,6 +62,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, per step
 NUM_CLASSES = 2  # of a pair: different, same
 MATCHING_FILE = "matching.json"  # beside the weights: which prompts and label words they were trained with
+CHECKSUMS = "weights.sha256"  # in the folder of a result: of the files that decide its numbers
 BARE_LABELS = ("0", "1")  # what files write for them, whatever the label words are
 
 

@@ -27,7 +27,7 @@ import torch
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder, write_json
 from sftcore.log import progress
-from sftcore.model.weight_files import write_checksums
+from sftcore.settings import CHECKSUMS
 
 log = logging.getLogger(__name__)
 CHUNK = 2**22  # weights in memory at once: 8 MB in bfloat16, about 100 MB with all that is worked out
@@ -96,10 +96,10 @@ def restore(base: Path, tuned: Path, targets: dict[float, Path]) -> dict[float, 
     for percent, target in targets.items():
         with atomic_folder(target) as folder:
             shutil.copytree(tuned, folder, dirs_exist_ok=True)
+            (folder / CHECKSUMS).unlink(missing_ok=True)  # of the weights that were copied
             about = _report(percent, pairs, thresholds[percent], num_changed)
             reports[percent] = about | _write(pairs, folder, thresholds[percent])
             write_json(folder / REPORT, reports[percent])
-            write_checksums(folder)
     return reports
 
 

@@ -20,9 +20,8 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_file, sha256_of_file
 from sftcore.model.identity import model_files
 from sftcore.paths import file_fault
-from sftcore.settings import MATCHING_FILE
+from sftcore.settings import CHECKSUMS, MATCHING_FILE
 
-CHECKSUMS = "weights.sha256"
 LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 OLD_PICKLE = b"\x80"  # torch.save before 1.6 wrote no zip file

@@ -20,8 +20,9 @@ from launcher.whole_run import run_whole
 from sftcore.errors import SftError, UserInputError
 from sftcore.fsio import read_json, read_jsonl, write_json
 from sftcore.knowledge.level_files import read_levels
-from sftcore.model.weight_files import CHECKSUMS, check_unchanged, check_weight_files, write_checksums
+from sftcore.model.weight_files import check_unchanged, check_weight_files, write_checksums
 from sftcore.recipe import load_recipe
+from sftcore.settings import CHECKSUMS
 
 HOWS = ("empty", "cut", "flipped", "garbage", "folder", "link")
 COMMANDS = ("train", "evaluate", "report")
