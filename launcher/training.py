@@ -213,10 +213,11 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
             except StoppedOnRequest:
                 dist.barrier()  # no rank may take another's end for a failure
                 raise
-        if validation and recipe.train.keep == "best":
-            validation.promote_best(engine)
-        else:
-            export_weights(engine, tokenizer, recipe, folder=recipe.result_folder)
+        with watchdog.suspended():
+            if validation and recipe.train.keep == "best":
+                validation.promote_best(engine)
+            else:
+                export_weights(engine, tokenizer, recipe, folder=recipe.result_folder)
         engine.close()
 
 
