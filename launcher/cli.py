@@ -252,15 +252,16 @@ def train(
 def rationales(
     recipe: RecipePath,
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="if not RUN/rationales.jsonl")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="all counts, for a program")] = False,
     set_: Overrides = None,
     run: RunFolder = None,
 ) -> None:
     """Ask a teacher why training pairs match or not; keep the pairs on whose label it agrees."""
     loaded = load(recipe, set_, run)
-    from launcher.rationales import write_rationales
+    from launcher.rationales import in_a_sentence, write_rationales
 
-    for key, value in write_rationales(loaded, to).items():
-        print(f"{key}: {value}")
+    summary = write_rationales(loaded, to)
+    print(json.dumps(summary, indent=1, ensure_ascii=False) if as_json else in_a_sentence(summary))
 
 
 @app.command()

@@ -137,6 +137,20 @@ def summarise(counts: Counter[str], replies: Replies, teacher: TeacherSettings) 
     }
 
 
+def in_a_sentence(summary: Mapping[str, Any]) -> str:
+    """What became of the pairs, what it cost, and where the kept ones are.
+
+    >>> in_a_sentence({"num_pairs": 4, "kept": 2, "disagreeing": 1, "unparsable": 1, "failed": 0, "cost": 0.0,
+    ...                "num_input_tokens": 1200, "num_output_tokens": 80, "file": "r.jsonl"})
+    '2 of 4 pairs kept (1 disagreeing, 1 unparsable, 0 failed), 1,200 tokens in and 80 out: r.jsonl'
+    """
+    others = ", ".join(f"{summary[fate]:,} {fate}" for fate in ("disagreeing", "unparsable", "failed"))
+    kept = f"{summary['kept']:,} of {summary['num_pairs']:,} pairs kept ({others})"
+    tokens = f"{summary['num_input_tokens']:,} tokens in and {summary['num_output_tokens']:,} out"
+    cost = f", cost {summary['cost']:.2f}" if summary["cost"] else ""
+    return f"{kept}, {tokens}{cost}: {summary['file']}"
+
+
 def warn_of_failures(summary: Mapping[str, Any]) -> None:
     """One line: how many pairs got no reply, and why."""
     if whys := summary["failed_by_reason"]:

@@ -286,10 +286,10 @@ def state_of(run: StudyRun) -> str:
 
 
 def status_table(study: Study) -> str:
-    """A line a run: state, accuracy before and after, losses, seconds; then a count of states."""
+    """A line a run: state, accuracy before and after, losses, time; then a count of states."""
     width = max(len(run.name) for run in study.runs)
     rows = [(run, _row(run)) for run in study.runs]
-    lines = [f"{'run':<{width}}  {'state':<9}{'base':>8}{'tuned':>8}{'loss':>9}{'valid':>9}{'seconds':>9}"]
+    lines = [f"{'run':<{width}}  {'state':<9}{'base':>8}{'tuned':>8}{'loss':>9}{'valid':>9}{'time':>14}"]
     lines += [f"{run.name:<{width}}  {_status(run, row)}".rstrip() for run, row in rows]
     counts = Counter(row["state"] for _, row in rows)
     return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
@@ -307,8 +307,9 @@ def _status(run: StudyRun, row: dict[str, Any]) -> str:
         return state
     shares = [f"{row[key]:.1%}" if row[key] is not None else "-" for key in ("acc_base", "acc_tuned")]
     losses = [format_loss(row[key]) for key in ("last_loss", "lowest_valid_loss")]
+    spent = duration(read_object(folder / FINISHED, "seconds")["seconds"])
     numbers = f"{shares[0]:>8}{shares[1]:>8}{losses[0]:>9}{losses[1]:>9}"
-    return f"{state:<9}{numbers}{read_object(folder / FINISHED, 'seconds')['seconds']:>9}"
+    return f"{state:<9}{numbers}{spent:>14}"
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     if file_fault(path) == "no such file":
-        remedy = "see recipes/ for some to copy"
+        remedy = "see recipes/ for some to copy, or give the folder of a run"
         raise UserInputError(Problem(what="no such recipe", where=str(path), remedy=remedy))
     raw = read_yaml(path)
     if not isinstance(raw, dict):

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from sftcore.amounts import duration
 from sftcore.evaluate.score import FEW_ITEMS, MAIN_SPLIT, paired_change, side_by_side
 from sftcore.fsio import atomic_file, write_json
 from sftcore.run_recipe import RECIPE
@@ -218,6 +219,7 @@ def render_page(report: Mapping[str, Any], files: RunFiles) -> str:
         "relation": format_relation,
         "tie": tie_numbers,
         "value": format_value,
+        "duration": duration,
         "setting": format_setting,
         "flat": flatten,
     }

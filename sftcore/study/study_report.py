@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from sftcore.amounts import duration
 from sftcore.evaluate.score import FEW_ITEMS
 from sftcore.fsio import atomic_file, write_json
 from sftcore.study.figures import levels_figure
@@ -110,6 +111,7 @@ def _environment() -> jinja2.Environment:
         "relation": format_relation,
         "tie": tie_numbers,
         "value": format_value,
+        "duration": duration,
         "setting": format_setting,
         "flat": flatten,
         "set": describe_set,

@@ -38,6 +38,8 @@ def test_every_command_takes_a_run_folder(tiny_recipe, tmp_path, monkeypatch):
     assert "is finished" in done("train", run).stderr
     assert Path(run, "eval/tuned/scores.json").is_file() and not Path("runs").exists()
     assert Path(run, "recipe.yaml").read_bytes() == before
+    moved = Path(run).rename("moved")  # its recipe still names the old place
+    assert "tuned:" in done("evaluate", str(moved)).stdout and not Path(run).exists()
 
 
 def test_other_folders_are_no_runs(tiny_recipe):
