@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.notice import SIGNAL, notice_seconds, with_notice
 from launcher.run_folder import open_run
 from sftcore.config import Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
@@ -100,11 +101,17 @@ class Job:
                 [
                     f"SFTCORE_PYTHON=${{SFTCORE_PYTHON:-{shlex.quote(sys.executable)}}}",
                     f"SFTCORE_ENV=${{SFTCORE_ENV:-{shlex.quote(str(ENV_FILE))}}}",
+                    *self._notice_lines(),
                     f"set -- {shlex.join(self.arguments)}",
                 ]
             ),
         }
         return fill_in((TEMPLATES / self.template).read_text(encoding="utf-8"), values)
+
+    def _notice_lines(self) -> list[str]:
+        """Tells ranks how long ahead of the end the signal comes, where that is not the template's."""
+        asked = SIGNAL.fullmatch(self.options.get("signal", ""))
+        return [f"SFTCORE_NOTICE=${{SFTCORE_NOTICE:-{asked[1]}}}"] if asked else []
 
 
 def fill_in(template: str, values: Mapping[str, str]) -> str:
@@ -149,10 +156,11 @@ def _option_line(key: str, value: str) -> str:
 def train_job(recipe: Recipe, resources: Resources, worker_arguments: Sequence[str]) -> Job:
     """The training job of a recipe whose run folder is absolute."""
     run = recipe.run_folder
+    needed = notice_seconds(recipe, has_gpus=resources.gpus_per_node > 0)
     options = {
         "job-name": recipe.name,
         "output": str(run / "slurm" / "train-%j.log"),
-        **resources.train_options(),
+        **with_notice(resources.train_options(), needed),
     }
     arguments = [str(run / "recipe.yaml"), "--run", str(run), *worker_arguments]
     return Job(name="train", template="train.sbatch", options=options, arguments=arguments)

@@ -15,6 +15,7 @@ from launching import run_cells, steps, write_recipe
 from warm import BIN
 
 from launcher.attempts import begin_attempt
+from launcher.notice import notice_seconds, with_notice
 from launcher.slurm import TEMPLATES, Resources, fill_in, recipe_jobs, train_job
 from sftcore.errors import TrainingFailed, UserInputError
 from sftcore.fsio import read_jsonl
@@ -206,6 +207,28 @@ def test_a_script_is_filled_in_strictly(tiny_recipe, tmp_path):
         fill_in("#@sbatch@\n", {"sbatch": "", "time": "1"})
     names = [job.name for job in recipe_jobs(recipe, resources, num_shards=4)]
     assert names == ["prepare", "prepare-merge", "train", "evaluate", "evaluate-merge", "report"]
+
+
+def test_the_notice_follows_from_the_recipe_and_is_held_against_the_limit(tiny_recipe, tmp_path, caplog):
+    recipe = load_recipe(write_recipe(tiny_recipe, "r"), [f"run={tmp_path / 'r'}"])
+
+    def script(**options: str) -> str:
+        return train_job(recipe, Resources(ranks_per_node=2, options=options), []).script()
+
+    text = script(time="10")
+    assert "#SBATCH --signal=B:USR1@180\n" in text and "SFTCORE_NOTICE=${SFTCORE_NOTICE:-180}\n" in text
+    longer = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"capacity": 10**8})})
+    needed = notice_seconds(longer, has_gpus=False)
+    assert (
+        180 < notice_seconds(longer, has_gpus=False) <= 3600 and notice_seconds(longer, has_gpus=True) == 180
+    )
+    assert with_notice({}, needed) == {"signal": f"B:USR1@{needed}"} and not caplog.records
+    assert "#SBATCH --signal=B:USR1@90\n" in script(signal="B:USR1@90", time="2")
+    assert "a stop may take 180 s here" in caplog.text
+    for time in ("3", "2:59", "0:03:00", "0-0:3"):
+        with pytest.raises(UserInputError, match=r"--time: the time limit is no longer than the notice"):
+            script(time=time)
+    script(time="3:01")
 
 
 def test_a_flag_a_path_with_spaces_and_the_cores_of_a_rank_reach_the_script(tiny_recipe, tmp_path):

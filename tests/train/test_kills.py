@@ -62,3 +62,7 @@ def check_same() -> None:
     assert weights_hash("cut") == weights_hash("whole")
     assert [s["step"] for s in steps("cut")] == list(range(1, 161))
     assert [s["loss"] for s in steps("cut")] == [s["loss"] for s in steps("whole")]
+    left = [*Path("runs/cut").rglob("*.tmp"), *Path("runs/cut").rglob(".*.tmp")]
+    assert not left, "what a kill left is gone by the end"
+    kept = Path("runs/cut/checkpoints").iterdir()
+    assert all((folder / "COMMITTED").is_file() for folder in kept)
