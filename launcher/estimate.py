@@ -102,7 +102,7 @@ def _sizes(sections: str) -> Sizes:
     return Sizes(
         records={split: len(records) for split, records in found.items()},
         sample_tokens=mean(lengths),
-        body=cost.num_body_parameters,
+        body=cost.num_active_parameters,
         head=cost.hidden_size * cost.vocabulary,
     )
 

@@ -17,14 +17,11 @@ Where a layer has a sliding window w, len^2 / 2 becomes the number of pairs in t
 from __future__ import annotations
 
 import copy
-import logging
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings, Recipe
@@ -33,10 +30,10 @@ from sftcore.model.attention.needs import head_sizes
 from sftcore.model.code import is_trusted
 from sftcore.model.load import load_config
 from sftcore.model.loss import columns_per_block
-from sftcore.model.miniature import build, shrink
-from sftcore.model.ours import slim_layers
 from sftcore.model.proof import refusing
 from sftcore.model.reach import count_unreached
+from sftcore.model.roles import count_active, count_quantised, hidden_matrices
+from sftcore.model.saved import SavedBytes, saved_bytes
 from sftcore.settings import NUM_CLASSES
 
 FLOPS_PER_WEIGHT = 6  # 2 forward, 4 backward
@@ -44,19 +41,7 @@ FLOPS_PER_FROZEN_WEIGHT = 4  # 2 forward, 2 backward: only the gradient of its i
 TRAINING_BYTES = 2  # bfloat16
 MASTER_BYTES, MOMENT_BYTES, EIGHT_BIT_MOMENT_BYTES = 4, 8, 2  # a float32 weight; both moments of Adam
 FOUR_BIT_BYTES = 0.516  # nf4 in blocks of 64 with 8-bit scales of 32-bit scales (QLoRA, arXiv 2305.14314)
-COUNTED_TOKENS = 64
-COUNTED = "sftcore_counted"
 FOLLOW_LENGTH = ("dynamic", "longrope")  # kinds of rotary positions that look at the text's length
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SavedBytes:
-    """Bytes that autograd keeps of one token."""
-
-    all_layers: int
-    dearest_layer: int
-    inputs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +59,10 @@ class ModelCost:
         num_banded_layers: those of the L with a sliding window.
         window: positions that those see; 0 if there are none.
         num_trained_parameters: all that texts reach, or an adapter's.
+        num_active_parameters: of the body, those that a token meets: of experts, the chosen ones' share.
+        num_active_trained_parameters: of the trained ones beside frozen weights, likewise.
+        num_quantised_parameters: what QLoRA holds in 4 bits: weights of single linear layers.
+        num_muon_parameters: the trained ones that Muon updates.
         num_unreached_parameters: those that no text reaches: loaded, and neither trained nor computed with.
         saved_bytes: what autograd keeps for backward of one token, in the training dtype: of all layers, of
             the dearest layer, and of the layers' inputs alone.
@@ -90,6 +79,10 @@ class ModelCost:
     num_banded_layers: int
     window: int
     num_trained_parameters: int
+    num_active_parameters: int
+    num_active_trained_parameters: int
+    num_quantised_parameters: int
+    num_muon_parameters: int
     num_unreached_parameters: int
     saved_bytes: SavedBytes
     saved_bytes_called: SavedBytes
@@ -99,9 +92,9 @@ class ModelCost:
         """For balancing packs, in FLOPs: frozen weights have no gradient of their own, 4 instead of 6."""
         each = FLOPS_PER_WEIGHT if self.trains_all else FLOPS_PER_FROZEN_WEIGHT
         per_layer = FLOPS_PER_WEIGHT * self.attention_width
-        beside = 0 if self.trains_all else FLOPS_PER_WEIGHT * self.num_trained_parameters
+        beside = 0 if self.trains_all else FLOPS_PER_WEIGHT * self.num_active_trained_parameters
         return CostCoefficients(
-            per_token=each * self.num_body_parameters + beside,
+            per_token=each * self.num_active_parameters + beside,
             per_square=per_layer * (self.num_layers - self.num_banded_layers),
             per_trained=each * self.hidden_size * self.vocabulary,
             per_banded_square=per_layer * self.num_banded_layers,
@@ -129,7 +122,7 @@ class ModelCost:
         (arXiv 1910.02054); gradients are accumulated in float32. Frozen weights have neither.
 
         Args:
-            quantised: the layers' weights are held in 4 bits.
+            quantised: linear layers' weights are held in 4 bits.
             optimizer: as in the recipe.
             frozen_bytes: of a weight beside an adapter, if not `weight_bytes`.
         """
@@ -139,11 +132,11 @@ class ModelCost:
         held = weight_bytes if self.trains_all or frozen_bytes is None else frozen_bytes
         weights: float = self.num_parameters * held
         if quantised:
-            weights -= self.num_body_parameters * (held - FOUR_BIT_BYTES)
+            weights -= self.num_quantised_parameters * (held - FOUR_BIT_BYTES)
         weights += 0 if self.trains_all else n * weight_bytes
         state = n * (master + moments)
         if optimizer == "muon":  # one moment of the layers' matrices
-            state -= (self.num_body_parameters if self.trains_all else n) * MOMENT_BYTES // 2
+            state -= self.num_muon_parameters * MOMENT_BYTES // 2
         return {
             "weights": int(weights) // (world if stage >= 3 else 1),
             "gradients": n * 4 // (world if stage >= 2 else 1),
@@ -206,12 +199,21 @@ def _measure(config: Any, adapter: AdapterSettings | None, num_classes: int | No
     idle = count_unreached(model.named_parameters(), config, kind)
     text = config.get_text_config()
     banded, window = _sliding_windows(text)
-    trained = (
-        total - idle if adapter is None or adapter.kind == "none" else _adapter_parameters(model, adapter)
-    )
+    body = total - idle - sum(outside.values())
+    active = count_active(model.named_parameters(), config) - idle - sum(outside.values())
+    quantised = count_quantised(model)
+    if adapter is not None and adapter.kind != "none":
+        with torch.device("meta"):
+            add_adapter(model, adapter, seed=0)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = sum(p.numel() for _, p in named) - count_unreached(named, config, kind)
     return ModelCost(
         num_parameters=total,
-        num_body_parameters=total - idle - sum(outside.values()),
+        num_body_parameters=body,
+        num_active_parameters=active,
+        num_active_trained_parameters=count_active(named, config),
+        num_quantised_parameters=quantised,
+        num_muon_parameters=sum(p.numel() for p in hidden_matrices(model)),
         num_unreached_parameters=idle,
         hidden_size=text.hidden_size,
         vocabulary=num_classes or output.weight.shape[0],
@@ -221,8 +223,8 @@ def _measure(config: Any, adapter: AdapterSettings | None, num_classes: int | No
         num_banded_layers=banded,
         window=window,
         num_trained_parameters=trained,
-        saved_bytes=_saved_bytes(model, config, kind, calls_products=False),
-        saved_bytes_called=_saved_bytes(model, config, kind, calls_products=True),
+        saved_bytes=saved_bytes(model, config, kind, calls_products=False),
+        saved_bytes_called=saved_bytes(model, config, kind, calls_products=True),
     )
 
 
@@ -237,24 +239,6 @@ def _with_static_positions(config: Any) -> Any:
     return changed
 
 
-def _saved_bytes(model: Any, config: Any, kind: Any, *, calls_products: bool) -> SavedBytes:
-    """`count_saved_bytes` on meta; where code reads values, a miniature's, scaled by width and depth."""
-    try:
-        return count_saved_bytes(model, calls_products=calls_products)
-    except RuntimeError as error:
-        log.info("%s is counted on a miniature: %s", config.model_type, str(error).splitlines()[0])
-    small = shrink(config)
-    saved = count_saved_bytes(build(small, kind), calls_products=calls_products)
-    text, small_text = config.get_text_config(), small.get_text_config()
-    width = text.hidden_size / small_text.hidden_size
-    depth = text.num_hidden_layers / small_text.num_hidden_layers
-    return SavedBytes(
-        all_layers=int(saved.all_layers * width * depth),
-        dearest_layer=int(saved.dearest_layer * width),
-        inputs=int(saved.inputs * width * depth),
-    )
-
-
 def _sliding_windows(text: Any) -> tuple[int, int]:
     """How many layers have a sliding window, and its positions."""
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
@@ -263,81 +247,13 @@ def _sliding_windows(text: Any) -> tuple[int, int]:
     return banded, int(window or 0)
 
 
-class _CountedAttention(torch.autograd.Function):
-    """Keeps what fused attention kernels keep: queries, keys, values, output, and a float32 per row."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        batch, heads, tokens, _ = query.shape
-        out = query.new_zeros(batch, tokens, heads, value.shape[-1]).transpose(1, 2)  # laid out as kernels do
-        ctx.save_for_backward(query, key, value, out, out.new_empty(out.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError("counted, not computed")
-
-
-def _counted_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-) -> tuple[torch.Tensor, None]:
-    return _CountedAttention.apply(query, key, value).transpose(1, 2), None
-
-
-def count_saved_bytes(model: Any, *, calls_products: bool = False) -> SavedBytes:
-    """What autograd keeps per token of a forward, by running one on the meta device.
-
-    Args:
-        model: a causal LM, on the meta device where its code reads no values; it is converted to bfloat16.
-        calls_products: give every product a hook, as ZeRO-3 does.
-    """
-    AttentionInterface.register(COUNTED, _counted_attention)  # without a mask of that name none is made
-    model.to(torch.bfloat16).train().set_attn_implementation(COUNTED)
-    slim_layers(model)
-    products = [m for m in model.modules() if calls_products and type(m) is torch.nn.Linear]
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    kept: dict[int, torch.Tensor] = {}  # by storage; the tensors stay, so that no identity is used twice
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    marks: list[int] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            kept.setdefault(storage, tensor)
-        return tensor
-
-    def total() -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-    hooks = [layer.register_forward_pre_hook(lambda *_: marks.append(total())) for layer in layers]
-    hooks += [product.register_forward_hook(lambda *_: None) for product in products]
-    ids = torch.ones(1, COUNTED_TOKENS, dtype=torch.int64, device=model.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        state = model.get_decoder()(
-            input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False
-        ).last_hidden_state
-    for hook in hooks:
-        hook.remove()
-    each = [after - before for before, after in pairwise([*marks, total()])]
-    return SavedBytes(
-        all_layers=total() // COUNTED_TOKENS,
-        dearest_layer=max(each, default=0) // COUNTED_TOKENS,
-        inputs=len(layers) * state.element_size() * state.shape[-1],
-    )
-
-
 def measure_recipe(recipe: Recipe) -> ModelCost:
     """Sizes of the recipe's model."""
     num_classes = NUM_CLASSES if recipe.classifies else None
     cost = measure_model(load_config(recipe.model), recipe.adapter, num_classes=num_classes)
     if cost.trains_all or not recipe.model.add_tokens:
         return cost
-    beside = cost.num_parameters - cost.num_body_parameters  # the vocabulary is trained with the adapter
+    beside = (
+        cost.num_parameters - cost.num_unreached_parameters - cost.num_body_parameters
+    )  # the vocabulary is trained with the adapter
     return replace(cost, num_trained_parameters=cost.num_trained_parameters + beside)
-
-
-def _adapter_parameters(model: Any, adapter: AdapterSettings) -> int:
-    """Trained parameters of an adapter on a model that lies on the meta device."""
-    with torch.device("meta"):
-        add_adapter(model, adapter, seed=0)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -7,6 +7,8 @@ Trade-off: layers are changed in place, which is quick and needs no second model
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -62,7 +64,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
             )
         )
     options = {"use_reentrant": False, "determinism_check": "none"}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    with warnings.catch_warnings():  # transformers 5.23 has a new name for it, which 5.17 has not
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def install_head(model: PreTrainedModel, *, z_loss: float, label_smoothing: float, kind: str) -> None:

@@ -22,11 +22,11 @@ from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.heap import is_out_of_memory
 from sftcore.model.forward import decode_states, output_head, pack_arguments, states_by_transformers
 from sftcore.model.quantise import keep_trainable_layout
+from sftcore.model.roles import is_routed
 
 TOLERANCES = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # relative to the largest value
 DOCUMENTS = (5, 7)  # tokens of the two
 MAX_CROSSED_WINDOW = 64
-EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
 BROKEN = (TypeError, LookupError, AttributeError, AssertionError, ValueError, ImportError)
 ENVIRONMENT = (torch.AcceleratorError, torch.distributed.DistError)  # RuntimeErrors of devices and of ranks
 NOT_PACKED = "can't train in packs"
@@ -129,8 +129,7 @@ def computes_attention(
     off = torch.cat(offs)
     if model.dtype != torch.bfloat16:
         return bool(off.max() < TOLERANCES[model.dtype])
-    is_routed = not EXPERTS.isdisjoint(model.config.get_text_config().to_dict())
-    return bool((off.min() if is_routed else off.median()) < TOLERANCES[model.dtype])
+    return bool((off.min() if is_routed(model.config) else off.median()) < TOLERANCES[model.dtype])
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def unreached(config: Any, kind: Any) -> frozenset[str]:
     return _FOUND[key]
 
 
+@torch.enable_grad()
 def _find(config: Any, kind: Any) -> frozenset[str]:
     try:
         model = build(shrink(config), kind, attn_implementation="eager").train()
@@ -85,9 +86,9 @@ def unreached_layers(model: PreTrainedModel) -> list[str]:
 
 
 def count_unreached(named: Iterable[tuple[str, torch.Tensor]], config: Any, kind: Any) -> int:
-    """Parameters beyond reach among these."""
+    """Parameters beyond reach among these, and those that the model itself does not train."""
     patterns = unreached(config, kind)
-    return sum(p.numel() for name, p in named if pattern(name) in patterns)
+    return sum(p.numel() for name, p in named if not p.requires_grad or pattern(name) in patterns)
 
 
 def _kind_of(model: PreTrainedModel) -> Any:

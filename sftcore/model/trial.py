@@ -114,6 +114,7 @@ def _too_long(model_type: str, reached: dict[str, int], longest: int) -> Problem
     )
 
 
+@torch.enable_grad()
 def _error_of(config: Any, way: Way) -> SftError | None:
     """The refusal of a configuration's miniature; None if packs are right, or if it can't be built."""
     try:

@@ -19,6 +19,7 @@ from torch import nn
 from sftcore.config import TrainSettings
 from sftcore.errors import Problem, UserInputError
 from sftcore.model.quantise import require_bitsandbytes
+from sftcore.model.roles import hidden_matrices
 
 MUON_MOMENTUM = 0.95
 # bitsandbytes counts a tensor's elements in 32 bits with a sign; DeepSpeed makes a group one tensor and pads
@@ -116,7 +117,8 @@ def _make_muon(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
     """
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    matrices = _hidden_matrices(model)
+    causal_lm: Any = model.get_submodule("causal_lm")
+    matrices = hidden_matrices(causal_lm)
     chosen = {id(p) for p in matrices}
     for parameter in model.parameters():
         parameter.use_muon = id(parameter) in chosen  # type: ignore[attr-defined]  # DeepSpeed looks there
@@ -139,15 +141,3 @@ def _make_muon(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
         groups += [group | adam] if group["params"] else []
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
     return optimizer
-
-
-def _hidden_matrices(model: nn.Module) -> list[Any]:
-    """Trainable weights of linear layers between embedding and output layer."""
-    causal_lm: Any = model.get_submodule("causal_lm")
-    decoder = causal_lm.get_decoder()
-    embedding = decoder.get_input_embeddings().weight
-    return [
-        module.weight
-        for module in decoder.modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad and module.weight is not embedding
-    ]

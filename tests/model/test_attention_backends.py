@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, PreTrai
 from sftcore.batching.collate import UNTRAINED, Batch, collate
 from sftcore.config import Recipe
 from sftcore.errors import UserInputError
-from sftcore.model import cost, load, shared_prefix
+from sftcore.model import load, saved, shared_prefix
 from sftcore.model.attention import BACKENDS, ability_table, choose_attention, flash, torch_varlen, tree
 from sftcore.model.attention.flex import flex_docs_attention
 from sftcore.model.attention.needs import AttentionNeeds, needs_of
@@ -321,7 +321,7 @@ def test_registered_names_mean_nothing_to_transformers(monkeypatch):
         choose_attention(tiny_config("llama"), backend, dtype="bfloat16", device="cuda")
         for backend in BACKENDS
     ]
-    names += [tree.NAME, shared_prefix.NAME, cost.COUNTED]
+    names += [tree.NAME, shared_prefix.NAME, saved.COUNTED]
     assert len(set(names)) == len(BACKENDS) + 3
     for name in names:
         assert not any(part in name for part in ("flash", "sdpa", "flex_attention", "paged", "eager"))
