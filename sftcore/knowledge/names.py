@@ -140,7 +140,7 @@ def _goes_on(find: Find, name: str) -> bool:
     """Whether words in capitals behind the find make it another name."""
     if find.after or find.last + 1 >= len(find.text.cased):
         return False
-    lists, behind = word_lists(), find.text.cased[find.last + 1 : find.last + 1 + READ_AHEAD]
+    lists, behind = word_lists(), _words_behind(find)
     if find.text.joints[find.last + 1] == "-":
         return _is_compound(core(find.text.cased[find.last]), core(behind[0]))
     for word in behind:
@@ -152,6 +152,18 @@ def _goes_on(find: Find, name: str) -> bool:
         if word != bare:
             return False
     return False
+
+
+def _words_behind(find: Find) -> list[str]:
+    """The next words, the letters of an initialism as one: F C -> FC."""
+    first, text = find.last + 1, find.text
+    found: list[str] = []
+    for number in range(first, min(first + READ_AHEAD, len(text.cased))):
+        if found and text.joints[number] == ".":
+            found[-1] += text.cased[number]
+        else:
+            found.append(text.cased[number])
+    return found
 
 
 def _keeps_identity(name: str, word: str) -> bool:

@@ -131,7 +131,7 @@ def test_golden_cases(text: str, answers: list[str], expected: bool) -> None:
 
 
 def test_labelled_completions_are_judged_as_people_do() -> None:
-    """Labelled by hand; the second half before the rules met it, which then had 0.87 and 0.98."""
+    """Labelled by hand; the last 250 rows before the rules met them, which had 0.87 and 0.98 then."""
     found = [(int(row["hit"]), AnswerMatcher([row["answer"]], ALIASES)) for row in LABELLED]
     verdicts = [
         (hit, matcher.matches(row["completion"])) for (hit, matcher), row in zip(found, LABELLED, strict=True)
@@ -139,7 +139,7 @@ def test_labelled_completions_are_judged_as_people_do() -> None:
     hits = sum(hit and verdict for hit, verdict in verdicts)
     assert len(LABELLED) > 400 and {hit for hit, _ in verdicts} == {0, 1}
     assert sum(any(map(is_unspaced, row["answer"])) for row in LABELLED) > 40, "Chinese, too"
-    assert hits / sum(verdict for _, verdict in verdicts) > 0.99  # precision
+    assert hits / sum(verdict for _, verdict in verdicts) > 0.98  # precision
     assert hits / sum(hit for hit, _ in verdicts) > 0.99  # recall
 
 
