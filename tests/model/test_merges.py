@@ -25,6 +25,10 @@ LAYOUTS = ("gpt2", "gemma3", "phi", "llama")  # transposed; nested with vision; 
 ROUTED = ("mixtral", "qwen3_moe", "olmoe")
 
 
+def but_slow(names: tuple[str, ...], *slow: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
 @pytest.fixture
 def base(request, tmp_path) -> Path:
     return save_base(request.param, tmp_path / request.param)
@@ -71,7 +75,7 @@ def check_merge(base: Path, tmp_path: Path, adapter: dict, add_tokens: list[str]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("base", LAYOUTS, indirect=True)
+@pytest.mark.parametrize("base", but_slow(LAYOUTS, "phi", "llama"), indirect=True)
 def test_every_kind_on_every_layout(base, tmp_path, kind):
     check_merge(base, tmp_path, KINDS[kind], [])
 
@@ -81,7 +85,7 @@ def test_added_tokens_are_merged_with_all_that_the_head_has(base, tmp_path):
     check_merge(base, tmp_path, KINDS["lora"], NEW)
 
 
-@pytest.mark.parametrize("base", ROUTED, indirect=True)
+@pytest.mark.parametrize("base", but_slow(ROUTED, "qwen3_moe", "olmoe"), indirect=True)
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
 def test_adapters_on_and_beside_experts(base, tmp_path, targets, kind):

@@ -18,6 +18,7 @@ from sftcore.model.merge import merge_adapter
 from sftcore.train.engine import Engine
 
 FAMILIES = {"beam": "mlp.gate.weight", "ernie4_5_moe": "mlp.gate.weight", "glm4_moe": None}
+STAGES = [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))]
 BIAS = "e_score_correction_bias"
 
 
@@ -43,7 +44,7 @@ def base(request, tmp_path) -> Path:
     return save_base(request.param, tmp_path / request.param)  # in float32: bfloat16 has not all its values
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("base", FAMILIES, indirect=True)
 def test_routers_and_biases_are_float32_while_training_and_in_the_export(base, tmp_path, stage):
     before, held = load_file(base / "model.safetensors"), trained(recipe_of(base, stage), tmp_path / "out")
@@ -78,7 +79,7 @@ def test_routers_in_float32_are_refused_at_zero_3(base, tmp_path):
         trained(recipe_of(base, 3), tmp_path / "out")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("base", FAMILIES, indirect=True)
 def test_adapters_leave_routers_in_float32_and_merges_too(base, tmp_path, stage):
     adapter = {"kind": "lora", "r": 4, "targets": ["q_proj", "v_proj"]}
