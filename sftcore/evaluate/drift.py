@@ -20,7 +20,7 @@ from sftcore.data.records import Record
 from sftcore.evaluate.score import FEW_ITEMS
 from sftcore.knowledge.templates import Relation, completion_prompts
 from sftcore.model.generate import batches_by_length
-from sftcore.model.shared_prefix import CachedRows
+from sftcore.model.rows import lone_or_cached_rows
 
 NUM_TOKENS = 10
 PROMPTS_PER_BATCH = 32
@@ -71,7 +71,7 @@ def first_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> to
     """(num_prompts, V) float32 logits of the first token of each completion, on the CPU."""
     logits: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     for batch in batches_by_length(prompts, prompts_per_batch=PROMPTS_PER_BATCH):
-        found = CachedRows(model, [prompts[i] for i in batch]).logits.float().cpu()
+        found = lone_or_cached_rows(model, [prompts[i] for i in batch]).logits.float().cpu()
         for i, row in zip(batch, found, strict=True):
             logits[i] = row
     return torch.stack(logits)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sftcore.model.shared_prefix import CachedRows, SharedPrefixRows, arrange, shared_prefix
+from sftcore.model.rows import decoding_rows
+from sftcore.model.shared_prefix import arrange
 
 ROWS_PER_CHUNK = 32  # of logits that are sampled from at once: 6 MB in float32 for 49,152 tokens
 TOKENS_PER_BLOCK = 256
@@ -97,12 +98,8 @@ def decode_batch(
     n = completions_per_prompt
     completions: list[list[int]] = [[] for _ in range(len(prompts) * n)]
     branches = [_Branch(p, p, [], list(range(p * n, p * n + n))) for p in range(len(prompts))]
-    with shared_prefix(model) as is_shared:
-        rows: SharedPrefixRows | CachedRows
-        if is_shared:
-            rows = SharedPrefixRows(model, prompts, max_rows=len(completions), max_new_tokens=max_new_tokens)
-        else:
-            rows = CachedRows(model, prompts)
+    sizes = {"max_rows": len(completions), "max_new_tokens": max_new_tokens}
+    with decoding_rows(model, prompts, **sizes) as rows:
         for step in range(max_new_tokens):
             grown = [b for b in _grow(branches, rows.logits, sampling, step) if b.tokens[-1] not in stop_ids]
             for branch in grown:

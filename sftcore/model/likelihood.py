@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sftcore.config import ModelSettings
 from sftcore.dist import WHOLE, Share
-from sftcore.errors import Problem, UserInputError
+from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.log import progress
 from sftcore.model.adapters import CLASSIFIER
 from sftcore.model.attention.needs import needs_of
@@ -30,7 +30,9 @@ from sftcore.model.attention.tree import Fork, Tree, lacks, register_tree_attent
 from sftcore.model.classifier import restore_classifier
 from sftcore.model.load import load_for_decoding
 from sftcore.model.loss import CHUNK_ELEMENTS
-from sftcore.model.proof import BROKEN, close, computes_attention, probe_ids
+from sftcore.model.miniature import BREAKS
+from sftcore.model.proof import close, computes_attention, probe_ids
+from sftcore.model.trial import Way, bound_length, try_code
 from sftcore.precision import dtype_of
 
 PACK_TOKENS = 2048
@@ -141,16 +143,20 @@ def load_for_scoring(
     model = load_for_decoding(settings, quantised=quantised, attention=attention, kind=kind)
     if classifies:
         restore_classifier(model, Path(settings.path))
-    if reasons := lacks(needs_of(model.config, dtype=dtype_of(settings), device=model.device.type)):
-        raise UserInputError(_unfit(settings, ", ".join(reasons)))
     try:
+        if reasons := lacks(needs_of(model.config, dtype=dtype_of(settings), device=model.device.type)):
+            raise UserInputError(_unfit(settings, ", ".join(reasons)))
         has_own_logits, has_own_states = classifies or _logits_agree(model), _states_agree(model)
-    except BROKEN as error:
+    except BREAKS as error:
         raise UserInputError(_unfit(settings, str(error).strip().split("\n")[0])) from error
     if not has_own_logits:
         raise UserInputError(_unfit(settings, "it changes its logits in a way that the scores would miss"))
     if not has_own_states:
         raise UserInputError(_unfit(settings, "its attention is none of those that we compute"))
+    try:
+        try_code(model.config, Way(longest=0, kind=kind))
+    except SftError as error:
+        raise UserInputError(_unfit(settings, error.problems[0].what)) from error
     return model
 
 
@@ -238,6 +244,26 @@ def _mean_states(pack: ScoringPack, states_TD: torch.Tensor) -> torch.Tensor:
     return torch.stack([states_TD[path].float().mean(0) for path in paths]).to(states_TD.dtype)
 
 
+def _check_lengths(model: PreTrainedModel, questions: Sequence[Question]) -> None:
+    """Refuse texts beyond a length at which they would change what the others of a pack get.
+
+    Raises:
+        UserInputError: with that length.
+    """
+    bound = bound_length(model.config)
+    longest = max((len(q.prompt) + max(map(len, q.continuations), default=0) for q in questions), default=0)
+    if bound is not None and longest > bound:
+        raise UserInputError(
+            Problem(
+                what=f"labels can't be scored: model type {model.config.model_type!r} computes longer texts "
+                "otherwise, and all of a pack with them",
+                got=f"a text of {longest} tokens",
+                allowed=f"at most {bound}",
+                remedy="set matching.predict: generate, or shorten the texts",
+            )
+        )
+
+
 @torch.inference_mode()
 def _for_all(
     model: PreTrainedModel,
@@ -247,6 +273,7 @@ def _for_all(
     share: Share,
 ) -> list[Any]:
     """Run every pack of the share; results in the questions' order, None for others."""
+    _check_lengths(model, questions)
     results: list[Any] = [None] * len(questions)
     packs = share.of(list(pack_questions(questions, capacity=capacity)))
     with progress("scoring", sum(len(pack.numbers) for pack in packs)) as advance:

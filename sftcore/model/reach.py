@@ -40,6 +40,7 @@ def unreached(config: Any, kind: Any) -> frozenset[str]:
     return _FOUND[key]
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _find(config: Any, kind: Any) -> frozenset[str]:
     try:

@@ -28,6 +28,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from sftcore.model.attention.needs import refuse_unapplied
 from sftcore.model.forward import attention_set
+from sftcore.model.miniature import BREAKS
 
 log = logging.getLogger(__name__)
 NAME = "sftcore_shared_prefix"
@@ -338,20 +339,21 @@ def proves_equal(model: PreTrainedModel) -> bool:
     vocabulary = model.config.get_text_config().vocab_size
     texts = [[i * 7 % vocabulary for i in range(1, n)] for n in (7, 5, 7)]
     texts[2][-1] = 3 % vocabulary  # the same prompt as the first, another ending
-    own = [model(input_ids=torch.tensor([text], device=model.device)).logits[0, -1].float() for text in texts]
+    alone = (torch.tensor([text], device=model.device) for text in texts)
+    own = [model(input_ids=ids, use_cache=False).logits[0, -1].float() for ids in alone]
     try:
         with _own_attention(model):
             prompts = [texts[0][:-2], texts[1][:-2]]
             rows = SharedPrefixRows(model, prompts, max_rows=3, max_new_tokens=3)
             rows.advance([0, 1], [texts[0][-2], texts[1][-2]])
             rows.advance([0, 1, 0], [text[-1] for text in texts])
-    except (TypeError, ValueError, LookupError) as error:
+    except BREAKS as error:
         log.debug("no shared prefixes: %s", error)
         return False
-    return _agree(rows.logits.float(), torch.stack(own), model.dtype)
+    return agree(rows.logits.float(), torch.stack(own), model.dtype)
 
 
-def _agree(ours_RV: torch.Tensor, own_RV: torch.Tensor, dtype: torch.dtype) -> bool:
+def agree(ours_RV: torch.Tensor, own_RV: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether logits are equal: those of every row in float32, of the middle row in lower precisions.
 
     There rounding alone can throw a row far off: of SmolLM2's three in bfloat16, 4, 8 and 18 % (a tuned one:

@@ -27,7 +27,7 @@ from sftcore.config import Recipe
 from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.model.attention.reference import reference_attention, register_reference_attention
 from sftcore.model.forward import decode_states
-from sftcore.model.miniature import BELOW, BEYOND, BREAKS, build, lengths_of, shrink
+from sftcore.model.miniature import BELOW, BEYOND, BREAKS, FAR, build, lengths_of, shrink
 from sftcore.model.ours import checkpoint_activations, install_head, slim_layers
 from sftcore.model.proof import NOT_PACKED, bare_batch, close, head_logits, probe_ids, unfit
 
@@ -51,6 +51,7 @@ UNDIVIDED = "transformers does not run its decoder apart from its output layer"
 GRADIENTS = "its gradients in packs are others than those of its documents alone"
 
 _TRIED: set[str] = set()  # configurations and ways that passed in this process
+_BOUNDS: dict[str, int | None] = {}  # of configurations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,23 +98,45 @@ def try_code(config: Any, way: Way) -> None:
     if error is None:
         _TRIED.add(key)
         return
-    reached = {key: size for key, size in lengths_of(config).items() if size < way.longest}
-    if reached and _error_of(config, replace(way, longest=0)) is None:
-        raise UserInputError(_too_long(config.model_type, reached, way.longest)) from error
+    length = _right_up_to(config, way)
+    if length is not None:
+        raise UserInputError(_too_long(config, length, way.longest)) from error
     raise error
 
 
-def _too_long(model_type: str, reached: dict[str, int], longest: int) -> Problem:
-    named = ", ".join(f"{key}: {size}" for key, size in reached.items())
-    return Problem(
-        what=f"model type {model_type!r} {NOT_PACKED} of texts on both sides of {named}",
-        where="data.max_length",
-        got=str(longest),
-        allowed=f"at most {min(reached.values())}",
-        remedy=f"set data.max_length: {min(reached.values())}",
+def bound_length(config: Any) -> int | None:
+    """Tokens up to which texts don't change what is computed for others in a forward; None: without end.
+
+    None, too, where they mix at any length.
+    """
+    way = Way(longest=FAR)
+    key = config.to_json_string(use_diff=False)
+    if key not in _BOUNDS:
+        is_bound = bool(lengths_of(config)) and _error_of(config, way) is not None
+        _BOUNDS[key] = _right_up_to(config, way) if is_bound else None
+    return _BOUNDS[key]
+
+
+def _right_up_to(config: Any, way: Way) -> int | None:
+    """The largest length of the configuration up to which packs are right; None if there is none."""
+    reached = {size for size in lengths_of(config).values() if size < way.longest}
+    return next(
+        (n for n in sorted(reached)[::-1] if _error_of(config, replace(way, longest=n)) is None), None
     )
 
 
+def _too_long(config: Any, length: int, longest: int) -> Problem:
+    named = ", ".join(f"{key}: {size}" for key, size in lengths_of(config).items() if size == length)
+    return Problem(
+        what=f"model type {config.model_type!r} {NOT_PACKED} of texts on both sides of {named}",
+        where="data.max_length",
+        got=str(longest),
+        allowed=f"at most {length}",
+        remedy=f"set data.max_length: {length}",
+    )
+
+
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _error_of(config: Any, way: Way) -> SftError | None:
     """The refusal of a configuration's miniature; None if packs are right, or if it can't be built."""
