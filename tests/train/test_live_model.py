@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, run_cells, steps, write_recipe
 from test_validation import with_valid
+from tiny import SUBJECTS, write_lines
 
 from sftcore.fsio import read_jsonl
 
@@ -67,3 +68,22 @@ def test_at_all_stages_with_two_ranks_and_after_a_stop(tiny_recipe, kind):
     assert said.count("resuming after step") == len(often)
     for name in pairs:
         check_pair(name, ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_classes_are_named_in_the_export_alone(tiny_recipe, adapter):
+    for name, first in (("pairs", 0), ("held", 50)):
+        texts = [f"{SUBJECTS[i % 12]} {first + i}" for i in range(16)]
+        sides = [{"sentence1": text, "sentence2": f"{text} {i % 2}"} for i, text in enumerate(texts)]
+        write_lines(Path(f"{name}.jsonl"), [row | {"label": i % 2} for i, row in enumerate(sides)])
+    recipe = {**tiny_recipe, "task": "matching", "matching": {"mode": "discriminative"}}
+    data = {"train": [{"format": "pairs", "path": "pairs.jsonl"}], "test": []}
+    recipe |= {"data": data, "adapter": KINDS[adapter]}
+    never = write_recipe(recipe, f"{adapter}-never", train={"lr": 2e-3})
+    recipe["data"] = {**data, "valid": [{"format": "pairs", "path": "held.jsonl"}]}
+    often = write_recipe(recipe, f"{adapter}-often", train=BEST)
+    run_cells([often, never], ranks=1, script=WATCHED)
+    result = "model" if adapter == "full" else "adapter"
+    assert (Path("runs") / f"{adapter}-often" / result).is_dir()
+    check_pair(adapter, ranks=1)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import run_cells, write_recipe
-from tiny import SUBJECTS, write_lines
+from tiny import SUBJECTS, TINY, write_lines
+from tiny_tokenizers import CHATML, build_bpe
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launcher.exporting import export_run
 from sftcore.model.origin import base_licence, base_name
@@ -90,6 +92,22 @@ def test_cards_of_classifiers(recipe, monkeypatch):
         assert said.strip() in ("different", "same")
     front, text = card_of(Path("runs/own/model"))
     assert front["pipeline_tag"] == "text-classification" and "sftcore match . --pairs" in text
+
+
+def test_the_card_of_a_chat_speaks_through_the_template(recipe, monkeypatch, tmp_path):
+    base = tmp_path / "bases" / "tiny-1b"
+    tokenizer = build_bpe()
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    config = LlamaConfig(**TINY | {"vocab_size": len(tokenizer)}, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    turns = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "In France."}]
+    write_lines(Path("chats.jsonl"), [{"messages": turns}] * 4)
+    data = {"train": [{"format": "jsonl", "path": "chats.jsonl"}], "test": []}
+    run_cells([write_recipe(recipe, "chat", task="chat", data=data, train={"epochs": 1})], ranks=1)
+    check(Path("runs/chat/model"), monkeypatch, library="transformers", task="text-generation")
+    (code,) = CODE.findall(card_of(Path("runs/chat/model"))[1])
+    assert "apply_chat_template(messages, add_generation_prompt=True" in code
 
 
 def test_a_local_folder_without_origin_or_licence_is_only_named(tmp_path):
