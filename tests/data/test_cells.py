@@ -6,7 +6,7 @@ import csv
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftcore.data.cells import is_quoted, table_rows
@@ -65,6 +65,7 @@ def test_a_quoted_name_shows_that_cells_are_quoted(write, read):
     assert contents(records) == [("x", "y")]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5))
 def test_what_a_writer_of_quoted_tabs_wrote_is_read_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("tsv") / "a.tsv"

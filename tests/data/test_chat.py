@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, build_bpe
 
@@ -109,6 +109,7 @@ def test_space_around_a_turn_is_trained():
 
 
 @pytest.mark.parametrize("template", [CHATML, MASKED, THINKING, LLAMA2])
+@settings(deadline=None)
 @given(st.lists(CONTENTS, min_size=2, max_size=6))
 def test_pieces_are_what_inference_feeds_and_what_it_should_write(template, contents):
     render, conversation = renderer(template), chat(*contents)
