@@ -31,7 +31,13 @@ TRAINED_IF_TRUE = frozenset(
     " train_on_turn learn".split()
 )
 TRAINED_IF_FALSE = frozenset("masked is_masked mask_loss ignore_loss no_loss".split())
-IDLE = {"prefix": False, "enabled": True, "partial": False}  # the value that asks for nothing
+IDLE = {
+    "prefix": False,
+    "enabled": True,
+    "partial": False,
+    "ipython": False,
+    "eot": True,
+}  # the value that asks for nothing
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 NOTHING = ("", "[]", "{}", "null")
 UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")

@@ -166,6 +166,7 @@ def test_an_answers_ids_decode_to_exactly_its_text(sentencepiece, prompt, answer
     assert encoded.ids[: encoded.num_prompt] == sentencepiece(prompt)["input_ids"]
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.sampled_from(["Paris", " is", "is ", "北", " ", "P", "<s>", "</s>"]), min_size=4, max_size=10)
 )
@@ -197,6 +198,7 @@ def test_the_stop_token_is_trained_once(bpe):
     assert bpe.decode(inside.ids[inside.num_prompt :]) == "a<|im_end|>\nb<|im_end|>"
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(TEXTS, min_size=2, max_size=12), st.booleans())
 def test_cutting_turns_at_special_tokens_changes_no_id(texts, is_local):
     tokenizer = build_bpe()
