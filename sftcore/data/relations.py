@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from sftcore.data.rows import has_surrogates
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_json
 from sftcore.recipe import ASSETS
@@ -91,6 +92,8 @@ def _entry_faults(entry: Any) -> Iterator[str]:
     for text in (entry["question"], *prefixes):
         if not isinstance(text, str) or text.count(SUBJECT) != 1:
             yield f"each text holds {SUBJECT} exactly once; got {text!r}"
+        elif has_surrogates(text):
+            yield f"each text is text: no half characters; got {text!r}"
     for prefix in map(str, prefixes):
         if prefix != prefix.strip():
             yield f"a prefix has no spaces around it (the model writes the next one); got {prefix!r}"

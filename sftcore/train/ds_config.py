@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sftcore.config import Recipe
+from sftcore.display import shown_value
 from sftcore.errors import Problem, UserInputError
 from sftcore.precision import dtype_of
 
@@ -52,11 +53,16 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserInputError(Problem(what=f"can't read as JSON: {error}", where=str(path))) from error
     if not isinstance(config, dict):
         raise UserInputError(Problem(what="a DeepSpeed configuration is a JSON object", where=str(path)))
     problems = [problem for key in config if (problem := _check_key(key, path))]
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if type(stage) is not int or not 0 <= stage <= 3:
+        got, where = shown_value(stage), f"{path}: zero_optimization.stage"
+        problems.append(Problem(what="no ZeRO stage", where=where, got=got, allowed="0, 1, 2, 3"))
     if problems:
         raise UserInputError(*problems)
     return config

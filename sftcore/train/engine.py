@@ -19,6 +19,7 @@ DeepSpeed averages gradients over `world` ranks: it would step along (1 / world)
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -36,11 +37,12 @@ if not torch.cuda.is_available():
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from sftcore import dist
 from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
-from sftcore.errors import TrainingFailed
+from sftcore.errors import Problem, TrainingFailed, UserInputError
 from sftcore.heap import keep_freed_memory
 from sftcore.model.forward import output_head
 from sftcore.model.kept import kept_pattern, persistent_buffers
@@ -48,6 +50,7 @@ from sftcore.model.loss import TrainedTokenHead
 from sftcore.model.ours import LossModel
 from sftcore.model.quantise import keep_trainable_layout
 from sftcore.model.tied import share_gradient
+from sftcore.recipe import deepspeed_file
 from sftcore.train.builds import await_other_builds, put_own_programs_first
 from sftcore.train.casting import casting_all_but, keep_float32
 from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
@@ -141,6 +144,7 @@ class Engine:
         complete = complete_ds_config(ds_config, recipe)
         if loads_universal:
             complete["checkpoint"] = {**complete.get("checkpoint", {}), "load_universal": True}
+        _check_config(complete, recipe)
         kept = keep_float32(model.causal_lm, autocasts=self.autocasts, stage=self.stage)
         # its figures of memory, at any log level
         with casting_all_but(kept), contextlib.redirect_stdout(io.StringIO()) as said:
@@ -347,3 +351,17 @@ class Engine:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
             self._hooked_norm = norm.item()
         self._finite_grad_norm()
+
+
+def _check_config(complete: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse a configuration that DeepSpeed itself can't read.
+
+    Raises:
+        UserInputError: with what DeepSpeed says.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            DeepSpeedConfig(copy.deepcopy(complete))
+    except Exception as error:  # its sections raise whatever a value of another type leads to
+        what = f"DeepSpeed can't read this: {str(error).split('For further')[0].strip()}"
+        raise UserInputError(Problem(what=what, where=str(deepspeed_file(recipe)))) from error
