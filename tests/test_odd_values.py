@@ -48,7 +48,7 @@ def test_what_is_no_password_stays():
 
 
 def test_a_message_holds_nothing_that_a_terminal_obeys_and_is_bounded():
-    odd = "\x1b[31m\x07\x00\u202e\ud800\u2028" + "x" * 10**6
+    odd = "\x1b[31m\x07\x00\u202e\ud800\u2028" + "x" * 10**4
     text = str(UserInputError(*[Problem(what=odd, where=f"a\nb{odd}", got=odd)] * 10_000))
     assert not set("\x1b\x07\x00\u202e\u2028") & set(text)
     assert len(text) < 3 * (MAX_PROBLEMS + 1) * (MAX_LETTERS + 100) and "... and 9960 more problems" in text

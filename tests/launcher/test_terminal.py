@@ -25,14 +25,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 def command(*arguments: str | bytes, before=None, **more) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | more.pop("environment", {})
-    return subprocess.run(
-        [*CLI, *arguments],
-        env=environment,
-        capture_output="stdout" not in more,
-        preexec_fn=before,
-        text=True,
-        **more,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+    return subprocess.run([*CLI, *arguments], env=environment, preexec_fn=before, text=True, **streams)
 
 
 def check_refused(done: subprocess.CompletedProcess[str], code: int, message: str) -> None:
@@ -52,13 +46,13 @@ def test_a_deleted_current_folder_is_told(tmp_path):
         os.rmdir(tmp_path / "gone")
 
     (tmp_path / "gone").mkdir()
-    check_refused(command("plan", "r.yaml", before=leave), 3, "the current folder is gone")
+    check_refused(command("prepare", "r.yaml", before=leave), 3, "the current folder is gone")
 
 
 @pytest.mark.parametrize("name", ["北京.yaml".encode(), b"\xff\xfe.yaml", b"\x1b[31m.yaml"])
 def test_an_ascii_terminal_and_odd_arguments(tmp_path, name):
     ascii_only = {"PYTHONIOENCODING": "ascii", "LANG": "C", "LC_ALL": "C"}
-    done = command("plan", name, cwd=tmp_path, environment=ascii_only)
+    done = command("prepare", name, cwd=tmp_path, environment=ascii_only)
     check_refused(done, 2, "no such recipe")
     assert done.stderr.isascii() and "\x1b" not in done.stderr
 
