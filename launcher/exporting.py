@@ -40,7 +40,7 @@ def export_run(run: Path, to: Path, *, merge: bool) -> None:
     check_unchanged(result)
     if not merge:
         with atomic_folder(to) as temporary:
-            shutil.copytree(result, temporary, dirs_exist_ok=True)
+            shutil.copytree(result, temporary, dirs_exist_ok=True, ignore_dangling_symlinks=True)
             write_card(recipe, temporary)  # again: the run may have been evaluated since
         return
     if not is_adapter(result):

@@ -110,7 +110,7 @@ def check_unchanged(folder: Path) -> None:
         UserInputError: naming the files.
     """
     file = folder / CHECKSUMS
-    if not file.exists():
+    if not (file.exists() or file.is_symlink()):
         return
     changed = _changed(folder, _read_checksums(file))
     if changed:

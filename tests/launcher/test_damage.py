@@ -106,6 +106,27 @@ def test_every_file_damaged_in_every_way(finished, monkeypatch):
     assert codes[0] > 20 and codes[2] > 20, codes
 
 
+@pytest.mark.slow
+def test_every_file_of_an_adapter_damaged_in_every_way(tiny_recipe):
+    path = Path(save(tiny_recipe, adapter={"kind": "lora", "r": 2}))
+    run_whole(load_recipe(path))
+    scores = (RUN / "eval/tuned/scores.json").read_bytes()
+    shutil.copytree(RUN / "adapter", "good")
+    codes: Counter[int] = Counter()
+    for name in sorted(file.name for file in Path("good").iterdir()):
+        for how in HOWS:
+            shutil.rmtree(RUN / "adapter")
+            shutil.copytree("good", RUN / "adapter")
+            damage(RUN / "adapter" / name, how, random.Random(f"{name} {how}"))
+            for command in (["evaluate", str(path)], ["export", str(RUN), "--to", "out"]):
+                code, said = run_in_process(*command)
+                assert code == 2 or name == "README.md", (name, how, command, said)
+                codes[code] += 1
+            assert (RUN / "eval/tuned/scores.json").read_bytes() == scores, "the old scores stay"
+            shutil.rmtree("out", ignore_errors=True)
+    assert codes[2] > 50
+
+
 def test_damaged_weights_are_named_whichever_they_are(finished, tiny_recipe):
     base = Path("base")
     shutil.copytree(tiny_recipe["model"]["path"], base)
