@@ -36,6 +36,7 @@ PROCESS_SECONDS = 60  # imports, reading and writing the model
 PROBE_PROMPT_TOKENS, NAME_TOKENS = 15, 4
 FORMS_PER_PROMPT = 4  # of 60 shipped facts, whose names and articles are scored
 GPU_DECODED_AT = 0.2  # of a GPU's peak, an assumption (docs/memory-levels.md)
+GPU_FORWARD_SECONDS = 0.02  # of a forward at least, whose kernels are started one by one: an assumption, too
 MAX_SOURCE_BYTES = 100e6
 
 
@@ -149,4 +150,9 @@ def probe_seconds(recipe: Recipe, num_prompts: int, device: Device) -> float | N
     )
     if not device.is_gpu:
         return flops / matmul_rate(dtype_of(recipe.model))
-    return None if device.peak_flops is None else flops * DECODED_AT / (GPU_DECODED_AT * device.peak_flops)
+    if device.peak_flops is None:
+        return None
+    is_drawn = recipe.probe.estimator == "sampling"
+    rows = num_prompts * (recipe.probe.samples if is_drawn else FORMS_PER_PROMPT)
+    forwards = rows / recipe.probe.batch_rows * (recipe.probe.max_new_tokens if is_drawn else 1)
+    return max(flops * DECODED_AT / (GPU_DECODED_AT * device.peak_flops), forwards * GPU_FORWARD_SECONDS)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher import estimate
-from launcher.estimate import estimate_seconds
+from launcher.estimate import estimate_seconds, probe_seconds
 from launcher.whole_run import PROBED, shared_name
 from sftcore.config import Recipe
 from sftcore.knowledge.level_files import LEVEL_FILES
 from sftcore.precision import matmul_rate
 from sftcore.recipe import load_recipe
+from sftcore.train.devices import choose_device
 
 RATE = 1e6  # FLOP a second: a machine so slow that a tiny model's work outweighs the constants
 
@@ -65,3 +67,13 @@ def test_large_data_are_not_read_for_it(tiny_recipe, write, slow_machine, monkey
 
 def test_the_rate_is_one_of_a_computer():
     assert 1e8 < matmul_rate("float32") < 1e16
+
+
+def test_a_probe_on_a_gpu_is_bound_by_its_rate_or_by_its_forwards(tiny_recipe, write):
+    """56 prompts x 3 samples are 168 rows of 4 tokens: 168 / 640 x 4 forwards of 20 ms."""
+    recipe = load_recipe(write(tiny_recipe))
+    device = choose_device("h100")
+    assert probe_seconds(recipe, 56, device) == pytest.approx(168 / 640 * 4 * 0.02)
+    slow = replace(device, peak_flops=1e6)
+    assert probe_seconds(recipe, 56, slow) == pytest.approx(2 * probe_seconds(recipe, 28, slow)) > 1
+    assert probe_seconds(recipe, 56, replace(device, peak_flops=None)) is None
