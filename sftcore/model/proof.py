@@ -1,11 +1,11 @@
-"""The proof that a model trains in packs as it computes alone, and refusals of those that don't, by name.
+"""The proof that a model's weights train in packs as they compute alone, and refusals by name.
 
 In: a model with per-document attention and the trained-token head. Out: nothing, or a `UserInputError`.
 Invariant: two documents packed give the states that each gives alone; alone they give what transformers' own
-attention gives; our head gives the model's own logits. What breaks on the way is a refusal, not a traceback.
-Trade-off: six forwards of 5 to 12 tokens at every start (0.4 s for 270M on two cores) hold for any
-architecture, where a list of known ones would be out of date. Sliding windows of at most 64 positions are
-crossed; longer ones are taken as transformers hands them over: crossing 4,096 would cost minutes on a CPU.
+attention gives; our head gives the model's own logits: in the dtype, by the backend, on the device of training.
+Trade-off: six forwards of 5 to 12 tokens at every start (0.4 s for 270M on two cores). Gradients, and what
+changes with a text's length, `trial` has shown on a miniature of the same code; here only windows of at most 64
+positions are crossed: crossing 4,096 would cost minutes on a CPU.
 """
 
 from __future__ import annotations

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from families import REFUSED, config_of
 from launcher_commands import save, sftcore
 
 from launcher.outlook import describe_stop, look_ahead, outlook_table, predict_hours, why_not_trainable
-from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.errors import MissingEnvironmentError, SftError, UserInputError
+from sftcore.model.load import load_for_training
 from sftcore.recipe import load_recipe
 from sftcore.train.devices import Device, choose_device
 
@@ -144,3 +148,16 @@ def test_the_end_of_a_turn_counts_as_a_stop_token_where_chats_are_trained(tiny_r
     assert describe_stop(chats, store, tokenizer) == {"trained": "yes", "share": 1.0, "stop_ids": [0, end]}
     facts = describe_stop(recipe_of(tiny_recipe), store, tokenizer)
     assert facts == {"trained": "no", "share": 0.0, "stop_ids": [0]}
+
+
+@pytest.mark.parametrize("family", ["cohere", "bloom", "gptj", "mamba", "stablelm"])
+def test_what_training_refuses_is_refused_with_the_same_reason(tiny_recipe, tmp_path, family):
+    """A miniature tells: no weights are there to be read."""
+    config_of(family).save_pretrained(tmp_path / "model")
+    for file in Path(tiny_recipe["model"]["path"]).glob("*token*"):
+        shutil.copy(file, tmp_path / "model")
+    recipe = recipe_of(tiny_recipe, model={"path": str(tmp_path / "model"), "dtype": "float32"})
+    refusal = why_not_trainable(recipe, CPUS)
+    assert re.search(f"can't train in packs.*{REFUSED[family]}", refusal.problems[0].what)
+    with pytest.raises(SftError, match="can't train in packs"):
+        load_for_training(recipe)

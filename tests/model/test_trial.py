@@ -7,10 +7,11 @@ import torch
 from families import ALL, ON_GPUS, REFUSED, TRAINED, UNBUILDABLE, full_config_of, model_of
 from transformers import AutoModelForCausalLM
 
-from sftcore.errors import SftError, UserInputError
+from sftcore.errors import MissingEnvironmentError, SftError, UserInputError
 from sftcore.model import ours
 from sftcore.model.cost import measure_model
 from sftcore.model.miniature import BEYOND, SWITCH, build, lengths_of, shrink
+from sftcore.model.proof import refusing
 from sftcore.model.trial import Way, try_code
 
 FACTORS = {"short_factor": [1.0 + i / 48 for i in range(48)], "long_factor": [2.0 + i for i in range(48)]}
@@ -117,3 +118,14 @@ def test_a_trial_leaves_random_numbers_alone():
     torch.manual_seed(5)
     try_code(full_config_of("llama", vocab_size=700), ANY)
     assert torch.equal(torch.rand(1), expected) and BEYOND > SWITCH
+
+
+def test_failures_of_a_device_or_of_memory_say_nothing_of_the_model():
+    refused = pytest.raises(UserInputError, match="'llama' can't x: RuntimeError: shapes differ")
+    with refused, refusing("llama", "can't x"):
+        raise RuntimeError("shapes differ")
+    lacking = pytest.raises(MissingEnvironmentError, match="out of memory while model type 'llama'")
+    with lacking, refusing("llama", "can't x"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(torch.AcceleratorError), refusing("llama", "can't x"):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
