@@ -2,10 +2,10 @@
 
 In: a model with per-document attention and the trained-token head. Out: nothing, or a `UserInputError`.
 Invariant: two documents packed give the states that each gives alone; alone they give what transformers' own
-attention gives; our head gives the model's own logits: in the dtype, by the backend, on the device of training.
+attention gives; our head gives the model's own logits: in the dtype, backend and place of training.
 Trade-off: six forwards of 5 to 12 tokens at every start (0.4 s for 270M on two cores). Gradients, and what
-changes with a text's length, `trial` has shown on a miniature of the same code; here only windows of at most 64
-positions are crossed: crossing 4,096 would cost minutes on a CPU.
+changes with a text's length, `trial` has shown on a miniature of the same code; only windows of at most 64
+positions are crossed here: crossing 4,096 would cost minutes on a CPU.
 """
 
 from __future__ import annotations
