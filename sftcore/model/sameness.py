@@ -22,6 +22,9 @@ TOLERANCES = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # relative to the larg
 ROUTERS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
 MARGIN = 1.5  # times the weights: what a load needs beside them
 MEMORY_FILE = Path("/proc/meminfo")
+GROUP_FILE, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+V2 = ("memory.max", "memory.current", "inactive_file")  # docs.kernel.org/admin-guide/cgroup-v2.html
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def probe_tokens(config: Any) -> torch.Tensor:
@@ -65,7 +68,39 @@ def is_same(share: float, dtype: torch.dtype) -> bool:
 
 
 def has_room_for(num_bytes: int) -> bool:
-    """Whether this machine has memory for a model of so many bytes, without swapping."""
+    """Whether this process may take memory for a model of so many bytes, without swapping."""
     lines = MEMORY_FILE.read_text(encoding="utf-8").splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return num_bytes * MARGIN < available
+    return num_bytes * MARGIN < min([available, *_left_in_groups()])
+
+
+def _left_in_groups() -> list[int]:
+    """What each control group around this process has left (Slurm's --mem, containers), if there are any.
+
+    Pages of files that were read count as left: the kernel drops them first.
+    """
+    if not GROUP_FILE.is_file():
+        return []
+    left = []
+    for line in GROUP_FILE.read_text(encoding="utf-8").splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        root = GROUPS / kinds
+        limit, used, dropped = V1 if kinds else V2
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            numbers = [_number_in(folder / limit), _number_in(folder / used)]
+            if None not in numbers:
+                stat = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+                cached = sum(int(row.split()[1]) for row in stat if row.startswith(f"{dropped} "))
+                left.append(int(numbers[0] or 0) - int(numbers[1] or 0) + cached)
+    return left
+
+
+def _number_in(file: Path) -> int | None:
+    """The number that a file holds; None if there is no such file, or no limit."""
+    text = file.read_text(encoding="utf-8").strip() if file.is_file() else "max"
+    return None if text == "max" else int(text)
