@@ -63,6 +63,7 @@ def test_the_report_counts_what_is_there(make, bpe, tmp_path):
     text = check_text(report)
     for expected in ("14 of 18 rows", "0: 5 (35.7%)", "1 kept, 0 dropped", "f1.jsonl: 5 samples"):
         assert expected in text
+    report["sources"][0]["name"] = "$x^{$ \x1b[0m \udcff [red].jsonl"  # a file's name may be anything
     draw_check(report, tmp_path / "run/check.png")
     assert (tmp_path / "run/check.png").read_bytes()[:4] == b"\x89PNG"
     json.dumps(report, allow_nan=False)

@@ -119,6 +119,13 @@ def test_samples_are_views_of_the_map_and_read_only(tmp_path):
         store[0].input_ids[0] = 1
 
 
+def test_an_open_store_keeps_no_file_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    store = written(tmp_path / "store", per_part=1)
+    assert len(store._parts) == len(THREE) and len(os.listdir("/proc/self/fd")) == before
+    assert store[0].input_ids.tolist()
+
+
 def test_manifest_keeps_the_account(tmp_path):
     ledger = Ledger()
     rows = [1, 2, Rejection(file="f", row=3, reason=Reason.WRONG_TYPE), 4]

@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.request
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from launcher.rationales import _as_asked, keep_agreeing, summarise, warn_of_fai
 from sftcore.data.contents import Pair
 from sftcore.data.records import Record
 from sftcore.data.teacher import Failure, Reply
+from sftcore.errors import MissingEnvironmentError
 from sftcore.fsio import read_json, read_jsonl
 from sftcore.recipe import load_recipe
 from sftcore.settings import MatchingSettings, TeacherSettings
@@ -41,6 +42,19 @@ def teacher_recipe(folder: Path, **teacher) -> Path:
     path = Path("asked.yaml")
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def test_the_password_of_a_server_is_in_no_file(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    address = "http://me:hunter2@127.0.0.1:9/v1?api_key=hunter2"  # nobody listens there
+    path = teacher_recipe(tiny_model_folder, base_url=address, model="m", max_retries=0, timeout_seconds=5)
+    recipe = load_recipe(path)
+    path.unlink()  # the user's own copy
+    with suppress(MissingEnvironmentError):
+        write_rationales(recipe)
+    texts = [file.read_text(errors="replace") for file in Path("runs").rglob("*") if file.is_file()]
+    assert any("http://***@127.0.0.1:9/v1?api_key=***" in text for text in texts)
+    assert not any("hunter2" in text for text in texts)
 
 
 def test_what_agrees_is_kept_and_all_is_counted():

@@ -21,3 +21,8 @@ def test_figures_do_not_depend_on_a_users_matplotlib_settings(fake: Any) -> None
     assert "n = 20" in plain[1] and "pattern" in plain[1]  # both levels are hatched
     assert "loss, mean of 4 steps" in plain[2] and "learning rate" not in plain[2]  # 1999 steps in 500 bins
     assert all(len(figure) < 60_000 for figure in plain)
+
+
+def test_names_are_drawn_as_they_stand_and_never_as_formulas() -> None:
+    figure = levels_figure({"$x^2$ $y_{": {"0": 5, "4": 7}, "a\x1b\x00b": {"1": 1}})
+    assert "$x^2$ $y_{: 12 facts" in figure and "a\\x1b\\x00b: 1 facts" in figure

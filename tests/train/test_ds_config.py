@@ -54,6 +54,10 @@ def test_the_recipe_decides_precision_clipping_and_accumulation(stage, dtype):
         ({"gradient_clipping": 1.0}, "use train.max_grad_norm"),
         ({"bf16": {}, "train_batch_size": 8}, "(?s)use model.dtype.*use batch"),
         ([1], "is a JSON object"),
+        ({"zero_optimization": {"stage": float("inf")}}, "(?s)no ZeRO stage.*inf"),
+        ({"zero_optimization": {"stage": True}}, "no ZeRO stage"),
+        ({"zero_optimization": {"stage": 4}}, "(?s)no ZeRO stage.*0, 1, 2, 3"),
+        ({"zero_optimization": 3.5}, "no ZeRO stage"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, content, message):
@@ -63,7 +67,8 @@ def test_wrong_files_are_refused(tmp_path, content, message):
         read_ds_config(path)
 
 
-def test_a_file_that_is_not_json_is_refused(tmp_path):
-    (tmp_path / "ds.json").write_text("{stage: 1}")
+@pytest.mark.parametrize("text", ["{stage: 1}", "[" * 100_000, f'{{"x": {"9" * 5000}}}', ""])
+def test_a_file_that_is_not_json_is_refused(tmp_path, text):
+    (tmp_path / "ds.json").write_text(text)
     with pytest.raises(UserInputError, match="can't read as JSON"):
         read_ds_config(tmp_path / "ds.json")
