@@ -95,7 +95,7 @@ class Source(Settings):
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
         """Format and columns of the preset, where they aren't given."""
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
             return values
         if values.get("preset") == "alpaca":
             return {"format": "jsonl", "columns": ALPACA, **values}
