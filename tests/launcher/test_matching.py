@@ -322,12 +322,12 @@ def test_columns_that_are_not_there_name_the_options_of_the_command(scorer):
         (
             "gbk.tsv",
             "句子甲\t句子乙\t标签\n几点开门\t何时开门\t1\n".encode("gbk"),
-            "not UTF-8(.|\n)*do: .*iconv -f GB18030",
+            "not UTF-8(.|\n)*do: .*iconv -f ENCODING",
         ),
         (
             "raw.tsv",
             "几点开门\t何时开门\t1\n".encode("gbk"),
-            "undecodable_bytes\n(.|\n)*do: .*iconv -f GB18030",
+            "undecodable_bytes\n(.|\n)*do: .*iconv -f ENCODING",
         ),
         ("empty.tsv", b"", "no pair in this file(.|\n)*do: give a file with a pair in each row"),
         ("header.csv", b"text_a,text_b\n", "no pair in this file(.|\n)*do: give a file"),
