@@ -179,12 +179,54 @@ def test_a_clock_in_the_template_is_the_recipes_or_refused():
         renderer(dated)
     assert "02 Jan 2025" in renderer(dated, date(2025, 1, 2)).pieces(TWO)[0]
     computed = dated.replace("'%d %b %Y'", "'%d' + '%b'")
+    assert "02Jan" in renderer(computed, date(2025, 1, 2)).pieces(TWO)[0]
     with pytest.raises(UserInputError, match="reads the clock"):
-        renderer(computed, date(2025, 1, 2))
+        renderer(computed)
     asks = "{% if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
     asks += "{{ date_string }}"
     assert renderer(asks + LLAMA3).pieces(TWO)[0].startswith("26 Jul 2024")
     assert renderer(asks + LLAMA3, date(2025, 1, 2)).pieces(TWO)[0].startswith("02 Jan 2025")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "{% set n = strftime_now %}{{ n('%d %b') }}",
+        "{{ (strftime_now)('%d %b') }}",
+        "{{ strftime_now('%d' + ' %b') }}",
+        "{{ strftime_now('%d'|trim) }}{{ strftime_now(format=' %b') }}",
+        "{% set f = '%d %b' %}{{ strftime_now(f) }}",
+        "{% macro day(now) %}{{ now('%d %b') }}{% endmacro %}{{ day(strftime_now) }}",
+    ],
+)
+@pytest.mark.parametrize("start", ["", "\n", "  "])
+def test_however_a_template_asks_the_clock_it_gets_the_recipes_day(call, start):
+    written = renderer(f"{start}{{% if true %}}{call}{{% endif %}}\n{LLAMA3}", date(2025, 2, 3)).pieces(TWO)[
+        0
+    ]
+    plain = renderer(f"{start}{{% if true %}}03 Feb{{% endif %}}\n{LLAMA3}").pieces(TWO)[0]
+    assert written == plain and "03 Feb" in plain  # and the template's own white space is as it was
+    with pytest.raises(UserInputError, match="data.today"):
+        renderer(call + LLAMA3)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ strftime_now }}", "writes the clock itself"),
+        ("{{ strftime_now|string }}", "writes the clock itself"),
+        ("{{ [strftime_now] }}", "writes the clock itself"),
+        ("{{ range(1000)|random }}", "draws at random"),
+        ("{{ lipsum(1) }}", "draws at random"),
+        ("{{ raise_exception }}", "an object's address"),
+        ("{{ cycler('a') }}", "an object's address"),
+    ],
+)
+def test_what_differs_from_run_to_run_is_refused(source, message):
+    with pytest.raises(UserInputError, match=message):
+        renderer(source + LLAMA3, date(2025, 2, 3))
+    said = chat("what is at 0x7f?", "a place at 0x7f")
+    assert renderer(LLAMA3).pieces(said)[1].startswith("a place at 0x7f")
 
 
 def test_a_template_that_fails_on_a_chat_costs_its_row():
