@@ -114,6 +114,8 @@ class Source(Settings):
             readable = ", ".join(FIELDS_READ[self.format]) or "none"
             raise ValueError(f"format {self.format} has no columns.{unread[0]}; those it has: {readable}")
         is_hub = self.path.startswith("hub:")
+        if is_hub and ("://" in self.path or not self.path.removeprefix("hub:").strip("./ ")):
+            raise ValueError("after `hub:` stands a data set's name, e.g. hub:org/name")
         if is_hub and self.split is None:
             raise ValueError("a data set by name needs `split`, e.g. split: train")
         if not is_hub and (self.split or self.subset):
