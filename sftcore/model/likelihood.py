@@ -23,15 +23,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from sftcore.config import ModelSettings
 from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, SftError, UserInputError
+from sftcore.heap import is_out_of_memory
 from sftcore.log import progress
-from sftcore.model.adapters import CLASSIFIER
+from sftcore.model.adapters import CLASSIFIER, is_adapter
 from sftcore.model.attention.needs import needs_of
 from sftcore.model.attention.tree import Fork, Tree, lacks, register_tree_attention
 from sftcore.model.classifier import restore_classifier
-from sftcore.model.load import load_for_decoding
+from sftcore.model.identity import base_of
+from sftcore.model.load import load_config, load_for_decoding
 from sftcore.model.loss import CHUNK_ELEMENTS
 from sftcore.model.miniature import BREAKS
-from sftcore.model.proof import close, computes_attention, probe_ids
+from sftcore.model.proof import ENVIRONMENT, NOT_PACKED, close, computes_attention, probe_ids
 from sftcore.model.trial import Way, bound_length, try_code
 from sftcore.precision import dtype_of
 
@@ -139,25 +141,44 @@ def load_for_scoring(
         UserInputError: no such model, or one whose attention or logits this module would get wrong.
     """
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    _check_code(settings, kind)
     attention = register_tree_attention()
-    model = load_for_decoding(settings, quantised=quantised, attention=attention, kind=kind)
-    if classifies:
-        restore_classifier(model, Path(settings.path))
     try:
-        if reasons := lacks(needs_of(model.config, dtype=dtype_of(settings), device=model.device.type)):
-            raise UserInputError(_unfit(settings, ", ".join(reasons)))
+        model = load_for_decoding(settings, quantised=quantised, attention=attention, kind=kind)
+        if classifies:
+            restore_classifier(model, Path(settings.path))
         has_own_logits, has_own_states = classifies or _logits_agree(model), _states_agree(model)
+    except ENVIRONMENT:
+        raise
     except BREAKS as error:
+        if is_out_of_memory(error):
+            raise
         raise UserInputError(_unfit(settings, str(error).strip().split("\n")[0])) from error
     if not has_own_logits:
         raise UserInputError(_unfit(settings, "it changes its logits in a way that the scores would miss"))
     if not has_own_states:
         raise UserInputError(_unfit(settings, "its attention is none of those that we compute"))
-    try:
-        try_code(model.config, Way(longest=0, kind=kind))
-    except SftError as error:
-        raise UserInputError(_unfit(settings, error.problems[0].what)) from error
     return model
+
+
+def _check_code(settings: ModelSettings, kind: Any) -> None:
+    """Refuse a model whose code would get trees wrong, by its configuration alone.
+
+    Raises:
+        UserInputError: with the reason that training gives.
+        MissingEnvironmentError: it needs a package that is not installed.
+    """
+    folder = Path(settings.path)
+    base = settings.model_copy(update={"path": base_of(folder)}) if is_adapter(folder) else settings
+    config = load_config(base)
+    try:
+        try_code(config, Way(longest=0, kind=kind))
+    except SftError as error:
+        why = error.problems[0].what.rpartition(f"{NOT_PACKED}: ")[2].replace("the loss", "the scores")
+        raise type(error)(_unfit(settings, why)) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if reasons := lacks(needs_of(config, dtype=dtype_of(settings), device=device)):
+        raise UserInputError(_unfit(settings, ", ".join(reasons)))
 
 
 def _unfit(settings: ModelSettings, why: str) -> Problem:

@@ -105,7 +105,7 @@ def forget(monkeypatch) -> None:
     monkeypatch.setattr(needs, "UNAPPLIED", {})
     monkeypatch.setattr(needs, "SINK_MODEL_TYPES", frozenset())
     monkeypatch.setattr(needs, "refuse_unapplied", lambda *_: None)
-    for name in ("tree", "sdpa_docs"):
+    for name in ("tree", "sdpa_docs", "reference"):
         monkeypatch.setattr(f"sftcore.model.attention.{name}.refuse_unapplied", lambda *_: None)
         monkeypatch.setattr("sftcore.model.attention.sdpa_docs.lacks_of_all", lambda _: [])
 
