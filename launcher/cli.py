@@ -159,12 +159,12 @@ def plan(
     run: RunFolder = None,
 ) -> None:
     """Steps, packs, predicted memory and hours, what fits, what won't train; touches no GPU."""
+    loaded = load(recipe, set_, run, has_gpu=gpu is not None or gpu_memory is not None)
     from launcher.outlook import look_ahead, outlook_table
     from launcher.preflight import plan_table
     from sftcore.train.devices import choose_device
 
     device = choose_device(gpu, memory_gigabytes=gpu_memory, teraflops=gpu_tflops)
-    loaded = load(recipe, set_, run, has_gpu=device.is_gpu)
     described, outlook, refusal = look_ahead(loaded, world=world, device=device, mfu=mfu)
     if as_json:
         print(json.dumps({**described, "outlook": outlook}, indent=1, ensure_ascii=False))
