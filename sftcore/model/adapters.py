@@ -23,23 +23,21 @@ from transformers.pytorch_utils import Conv1D
 
 from sftcore.config import AdapterSettings
 from sftcore.errors import Problem, TrainingFailed, UserInputError
-from sftcore.fsio import read_json
+from sftcore.model.adapter_files import (
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    adapter_to_continue,
+    is_update,
+    read_adapter,
+    whole_layers,
+)
 from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.reach import unreached_layers
 from sftcore.model.vocabulary import vocabulary_modules, vocabulary_weights
 from sftcore.model.weight_files import check_weight_files
 
-PREFIX = "base_model.model."
-COMPARED = {  # keys of adapter_config.json that have to agree -> what the recipe calls them
-    "r": "r",
-    "lora_alpha": "alpha",
-    "target_modules": "targets",
-    "use_rslora": "rslora",
-    "use_dora": "dora",
-}
 CLASSIFIER = "score"  # the classifier's name in all of transformers' decoders
 CLASSIFIES = "SEQ_CLS"  # peft's word for it
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def add_adapter(
@@ -56,7 +54,7 @@ def add_adapter(
     """
     _check_targets(model, settings)
     torch.manual_seed(seed)
-    config = _fresh_config(model, settings) if saved is None else _saved_config(saved, settings)
+    config = _fresh_config(model, settings) if saved is None else _to_continue(saved, settings)
     config.task_type = CLASSIFIES if is_classifier(model) else "CAUSAL_LM"
     try:
         model.add_adapter(config)
@@ -70,6 +68,12 @@ def add_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
     _check_names(model)
+
+
+def _to_continue(saved: Path, settings: AdapterSettings) -> Any:
+    config = adapter_to_continue(saved, settings)
+    config.modules_to_save = None  # as the recipe asks for them; the file's overwrite the model's own
+    return config
 
 
 def _fresh_config(model: PreTrainedModel, settings: AdapterSettings) -> Any:
@@ -150,63 +154,6 @@ def is_classifier(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings() is None
 
 
-def _saved_config(folder: Path, settings: AdapterSettings) -> Any:
-    """The configuration of a saved adapter, to be trained on; keys that its peft did not know have defaults.
-
-    Raises:
-        UserInputError: it was trained with other settings than the recipe's, or can't be trained on.
-    """
-    from peft import PeftConfig
-
-    config: Any = PeftConfig.from_pretrained(str(folder))
-    if problems := _differences(config, settings, folder) + _untrainable(config, folder):
-        raise UserInputError(*problems)
-    config.inference_mode = False
-    config.lora_dropout = settings.dropout
-    config.modules_to_save = None  # as the recipe asks for them; the file's overwrite the model's own
-    return config
-
-
-def _differences(config: Any, settings: AdapterSettings, folder: Path) -> list[Problem]:
-    """What the recipe says otherwise than the saved adapter, whose targets are listed one by one."""
-    given, found = settings.model_dump(), config.to_dict()
-    pairs = [(name, found[key], given[name]) for key, name in COMPARED.items()]
-    return [
-        Problem(
-            what=f"the adapter to go on from has another {name}",
-            where=str(folder),
-            got=str(_plain(saved)),
-            allowed=str(_plain(ours)),
-            remedy=f"set adapter.{name} as it was trained",
-        )
-        for name, saved, ours in pairs
-        if _plain(saved) != _plain(ours) and ours != "all-linear"
-    ]
-
-
-def _plain(value: Any) -> Any:
-    """A peft setting as it can be compared: sets and lists alike."""
-    return sorted(value) if isinstance(value, set | list | tuple) else value
-
-
-def _untrainable(config: Any, folder: Path) -> list[Problem]:
-    odd = {
-        "peft_type": str(config.peft_type.value) != "LORA",
-        "bias": config.bias != "none",
-        "init_lora_weights": isinstance(config.init_lora_weights, str)
-        and config.init_lora_weights != "gaussian",
-        "trainable_token_indices": bool(config.trainable_token_indices),
-        "layer_replication": bool(config.layer_replication),
-    }
-    found = {key: vars(config)[key] for key, is_odd in odd.items() if is_odd}
-    written = read_json(folder / ADAPTER_CONFIG)  # what this peft does not know, it would leave out
-    found |= {key: value for key, value in written.items() if value and key not in vars(config)}
-    return [
-        Problem(what="an adapter of this kind can't be trained on", where=f"{folder}: {key}", got=str(value))
-        for key, value in found.items()
-    ]
-
-
 def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Put a saved adapter beside the layers of its base model, in place.
 
@@ -215,18 +162,21 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         UserInputError: the folder's weights are not those that its configuration asks for.
     """
-    from peft import PeftConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     check_weight_files(folder)
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_adapter(folder)
     config.inference_mode = True
     config.modules_to_save = None  # layers trained whole overwrite the model's own, ties and all
     inject_adapter_in_model(config, model)
     fill_adapter(model, folder)
 
 
-def fill_adapter(model: PreTrainedModel, folder: Path) -> None:
+def fill_adapter(model: PreTrainedModel, folder: Path, *, is_trained: bool = False) -> None:
     """Load a folder's weights into the adapter that `model` has.
+
+    Args:
+        is_trained: layers of it that were trained whole have to be trained on: nothing else is exported.
 
     Raises:
         UserInputError: they are not those that the adapter asks for.
@@ -237,6 +187,8 @@ def fill_adapter(model: PreTrainedModel, folder: Path) -> None:
         name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()
     }
     whole = {name: weights.pop(name) for name in list(weights) if not is_update(name)}
+    if is_trained:
+        _check_trained(model, whole, folder)
     _overwrite(model, whole, folder)
     result: Any = set_peft_model_state_dict(model, weights)
     wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
@@ -246,9 +198,20 @@ def fill_adapter(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def is_update(name: str) -> bool:
-    """Whether a weight of an adapter's file is a low-rank update, rather than a layer trained whole."""
-    return ".lora_" in name
+def _check_trained(model: PreTrainedModel, whole: dict[str, torch.Tensor], folder: Path) -> None:
+    """Refuse layers that were trained whole and won't be here; the base's own (peft adds some) do no harm."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    trained = {id(own[name]) for name in trained_names(model)}
+    lost = [
+        name
+        for name, tensor in whole.items()
+        if name in own
+        and id(own[name]) not in trained
+        and own[name].shape == tensor.shape
+        and not torch.equal(own[name].cpu(), tensor.to(own[name].dtype))
+    ]
+    if lost:
+        raise UserInputError(whole_layers(lost, folder))
 
 
 def _overwrite(model: PreTrainedModel, whole: dict[str, torch.Tensor], folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
+from sftcore.model.adapter_files import check_continued
 from sftcore.model.positions import position_limit
 from sftcore.model.prequantised import already_quantised
 
@@ -25,13 +26,14 @@ def check_demands(recipe: Recipe, config: Any) -> None:
     """Refuse a model that training would not treat as its configuration says (`encoder` checks more).
 
     Raises:
-        UserInputError: its weights are quantised, samples may be longer than it has positions, or its
-            routers have a loss of their own.
+        UserInputError: its weights are quantised, samples may be longer than it has positions, its routers
+            have a loss of their own, or the adapter to go on from can't be trained on.
     """
     is_encoder = recipe.task == "matching" and recipe.matching.mode == "encoder"
     checks = (already_quantised,) if is_encoder else (already_quantised, _short_table, _router_loss)
     if problems := [problem for check in checks if (problem := check(recipe, config))]:
         raise UserInputError(*problems)
+    check_continued(recipe)
 
 
 def _short_table(recipe: Recipe, config: Any) -> Problem | None:

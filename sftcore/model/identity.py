@@ -9,10 +9,10 @@ other changes, never another model's levels. 16 GB are read at about 1 GB/s.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from sftcore.fsio import fingerprint_of, sha256_of_file
+from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import fingerprint_of, read_object, sha256_of_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIGS = ("config.json", ADAPTER_CONFIG, "generation_config.json")  # the last names tokens that end a text
@@ -44,6 +44,20 @@ def fingerprint_model(path: str) -> str:
 
 
 def base_of(folder: Path) -> str:
-    """The base model that an adapter folder names."""
-    base: str = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    """The base model that an adapter folder names.
+
+    Raises:
+        UserInputError: it names none.
+    """
+    path, key = folder / ADAPTER_CONFIG, "base_model_name_or_path"
+    base = read_object(path, key)[key]
+    if not isinstance(base, str) or not base:
+        raise UserInputError(
+            Problem(
+                what="names no base",
+                where=f"{path}: {key}",
+                got=repr(base)[:80],
+                allowed="a folder or a name",
+            )
+        )
     return base

@@ -111,7 +111,7 @@ def load_trainable(
         add_adapter(model, recipe.adapter, seed=recipe.training_seed, saved=saved)
         train_whole_layers(model, vocabulary=bool(settings.add_tokens))
         if saved is not None:
-            fill_adapter(model, saved)
+            fill_adapter(model, saved, is_trained=True)
     return LossModel(model)
 
 

@@ -36,17 +36,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from sftcore.config import ModelSettings
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder, read_json, write_json
-from sftcore.model.adapters import (
-    ADAPTER_WEIGHTS,
-    CLASSIFIER,
-    CLASSIFIES,
-    PREFIX,
-    is_update,
-    merge_weight,
-)
+from sftcore.model.adapter_files import ADAPTER_WEIGHTS, PREFIX, adapter_values, is_update
+from sftcore.model.adapters import CLASSIFIER, CLASSIFIES, merge_weight
 from sftcore.model.code import copy_code
 from sftcore.model.fold import check_logits, fold_model, logits_with_adapter
-from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.kept import kept_pattern
 from sftcore.model.quantise import quantisation_settings, round_trip
 from sftcore.model.weight_files import check_weight_files, write_checksums
@@ -147,7 +140,7 @@ def merge_adapter(
     weights = {name.removeprefix(PREFIX): t for name, t in load_file(adapter / ADAPTER_WEIGHTS).items()}
     skeleton = skeleton_of(settings)
     merge = Merge(
-        config=read_json(adapter / ADAPTER_CONFIG),
+        config=adapter_values(adapter),
         parts=_parts(weights),
         whole=_whole(weights, skeleton, shards),
         dtype=dtype,

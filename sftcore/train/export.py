@@ -29,7 +29,8 @@ from sftcore.data.chat import turn_ends
 from sftcore.data.tokens import codec_of
 from sftcore.errors import SftError, UserInputError
 from sftcore.fsio import atomic_folder, read_json, write_json
-from sftcore.model.adapters import ADAPTER_WEIGHTS, write_adapter
+from sftcore.model.adapter_files import ADAPTER_WEIGHTS
+from sftcore.model.adapters import write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
 from sftcore.model.code import copy_code, local_folder
 from sftcore.model.merge import GENERATION_CONFIG

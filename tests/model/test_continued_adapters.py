@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from sftcore.config import Recipe
 from sftcore.errors import UserInputError
-from sftcore.model.load import load_for_training
+from sftcore.model.adapter_files import read_adapter
+from sftcore.model.demands import check_demands
+from sftcore.model.identity import fingerprint_model
+from sftcore.model.load import load_config, load_for_training
 from sftcore.model.merge import merge_adapter
 from sftcore.model.sameness import plain_logits
 from sftcore.recipe import deepspeed_file
@@ -137,3 +140,64 @@ def test_an_adapter_of_a_newer_kind_is_refused(base, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"bends_weights": "twice"}))
     with pytest.raises(UserInputError, match=r"(?s)bends_weights: an adapter of this kind.*got: twice"):
         load_for_training(recipe_for(base, tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("{}", r"adapter_config.json: lacks peft_type"),
+        ('{"peft_type": "LORA"}', r"adapter_config.json: lacks r, lora_alpha, target_modules"),
+        ("[]", r"(?s)adapter_config.json: must be a mapping"),
+        ("{", r"adapter_config.json: not valid JSON"),
+        ({"r": "4"}, r"(?s)adapter_config.json: r: damaged\n.*got: '4'\n.*a whole number above 0"),
+        ({"r": 0}, r"(?s)adapter_config.json: r: damaged\n.*got: 0"),
+        ({"r": True}, r"(?s)adapter_config.json: r: damaged\n.*got: True"),
+        ({"lora_alpha": None}, r"(?s)adapter_config.json: lora_alpha: damaged\n.*got: None"),
+        ({"target_modules": 5}, r"(?s)adapter_config.json: target_modules: damaged"),
+        ({"rank_pattern": {"q_proj": -1}}, r"(?s)adapter_config.json: rank_pattern: damaged"),
+        ({"peft_type": "NEW"}, r"adapter_config.json: peft can't read this: .*NEW"),
+        ({"peft_type": "IA3"}, r"(?s)peft_type: an adapter of this kind can't be trained on"),
+        ({"layers_to_transform": "x"}, r"adapter_config.json: layers_to_transform: damaged"),
+        ({"target_modules": ".*", "layers_to_transform": [0]}, r"adapter_config.json: peft can't read this"),
+        ({"r": 0, "use_dora": "yes"}, r"(?s)r: damaged.*use_dora: damaged\n.*true or false"),
+    ],
+)
+def test_a_damaged_configuration_is_named_by_file_and_key_before_anything_is_loaded(
+    base, tmp_path, written, told
+):
+    saved_by_peft(base, tmp_path / "saved")
+    file = tmp_path / "saved" / "adapter_config.json"
+    text = written if isinstance(written, str) else json.dumps(json.loads(file.read_text()) | written)
+    file.write_text(text)
+    recipe = recipe_for(base, tmp_path / "saved")
+    with pytest.raises(UserInputError, match=told):
+        check_demands(recipe, load_config(recipe.model))
+    if isinstance(written, str):
+        with pytest.raises(UserInputError, match="adapter_config.json: "):
+            fingerprint_model(str(tmp_path / "saved"))
+    if "can't be trained on" not in told:
+        with pytest.raises(UserInputError, match=told):
+            read_adapter(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("module", ["norm", "lm_head", "input_layernorm"])
+def test_layers_trained_whole_are_refused_by_their_weights_before_anything_is_loaded(base, tmp_path, module):
+    saved_by_peft(base, tmp_path / "saved", modules_to_save=[module])
+    recipe = recipe_for(base, tmp_path / "saved")
+    with pytest.raises(UserInputError, match=rf"(?s)trained whole.*got: .*{module}\.weight"):
+        check_demands(recipe, load_config(recipe.model))
+
+
+def test_layers_trained_whole_are_refused_where_only_the_model_tells_which(base, tmp_path):
+    saved_by_peft(base, tmp_path / "saved")
+    file = tmp_path / "saved" / "adapter_model.safetensors"
+    norm = torch.full((32,), 2.0)
+    own = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert norm.shape == own.model.norm.weight.shape
+    for tensor, is_own in ((own.model.norm.weight.detach(), True), (norm, False)):
+        save_file(load_file(file) | {"base_model.model.model.norm.weight": tensor}, file)
+        if is_own:
+            load_for_training(recipe_for(base, tmp_path / "saved"))
+            continue
+        with pytest.raises(UserInputError, match="(?s)trained whole.*got: model.norm.weight"):
+            load_for_training(recipe_for(base, tmp_path / "saved"))

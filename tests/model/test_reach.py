@@ -9,7 +9,8 @@ import torch
 from families import collated, config_of, documents, full_config_of, recipe_for, save_family
 from transformers import AutoModelForCausalLM
 
-from sftcore.model.adapters import is_update, trained_names
+from sftcore.model.adapter_files import is_update
+from sftcore.model.adapters import trained_names
 from sftcore.model.cost import measure_model
 from sftcore.model.load import load_for_training
 from sftcore.model.reach import unreached
