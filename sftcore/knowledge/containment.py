@@ -32,18 +32,34 @@ from sftcore.knowledge.aliases import ALIASES_PATH as ALIASES_PATH
 from sftcore.knowledge.aliases import HEADER as HEADER
 from sftcore.knowledge.aliases import AliasRow as AliasRow
 from sftcore.knowledge.aliases import AliasTable as AliasTable
+from sftcore.knowledge.dates import date_pattern
 from sftcore.knowledge.names import (
     READ_AHEAD,
     Find,
+    begins_sentence,
     common_words,
     core,
+    is_countable,
+    is_everyday_opening,
     is_opening,
     is_part_of_another,
+    is_shouted,
+    may_go_on,
     word_lists,
+    words_of_no_name,
     words_that_need_capitals,
 )
-from sftcore.knowledge.numbers import SETTLED_AFTER, number_pattern
-from sftcore.knowledge.spelling import WRITTEN_OUT, Spelling, Words, fold, spellings_of, tidy, words_of
+from sftcore.knowledge.numbers import SETTLED_AFTER, is_of_a_name, number_pattern
+from sftcore.knowledge.spelling import (
+    WRITTEN_OUT,
+    Spelling,
+    Words,
+    fold,
+    spellings_of,
+    tidy,
+    versions_of,
+    words_of,
+)
 from sftcore.knowledge.spelling import normalise as normalise
 
 FINAL_MARKS = ".!?"
@@ -79,6 +95,8 @@ class _Name:
         capitals: numbers of its words that must begin with a capital.
         is_proper: it is written with a capital, so that it may be a part of a longer name.
         is_function_word: it is one of those that open sentences ("It", "Who").
+        is_everyday: everyday words that no country has for its name ("Reading").
+        is_of_a_kind: a kind of music or stuff that may be a thing, too ("rock").
     """
 
     text: str
@@ -89,6 +107,8 @@ class _Name:
     capitals: frozenset[int]
     is_proper: bool
     is_function_word: bool
+    is_everyday: bool
+    is_of_a_kind: bool
 
     def occurs_in(self, text: Words, *, settled: bool, anywhere: bool) -> bool:
         """Whether the name stands in `text`, as words and outside other names.
@@ -100,14 +120,15 @@ class _Name:
         """
         for start in word_finds(text.folded, self.text):
             end = start + len(self.text)
-            is_hit = anywhere or self._is_meant(Find.at(text, start, end), start)
-            if is_hit and (not settled or self._is_settled(text, end)):
+            find = Find.at(text, start, end)
+            is_hit = anywhere or self._is_meant(find, start)
+            if is_hit and (not settled or self._is_settled(find, end)):
                 return True
         return False
 
     def _is_meant(self, find: Find, start: int) -> bool:
         """Whether a find has the capitals of the name and is not a part of something else."""
-        if any(not find.word(n)[:1].isupper() for n in self.capitals):
+        if any(not core(find.word(n))[:1].isupper() for n in self.capitals):
             return False
         if not self._has_initials(find):
             return False
@@ -116,13 +137,20 @@ class _Name:
             return False
         if self.is_function_word and is_opening(find):
             return False
+        if self.is_everyday and is_everyday_opening(find):
+            return False
+        if self.is_of_a_kind and is_countable(find):
+            return False
         return not (self.is_proper and is_part_of_another(find, name=self.spelling.words))
 
     def _has_initials(self, find: Find) -> bool:
         """Whether initialisms are in capitals or have full stops, and none goes on ("U.S." in "U.S.S.R.")."""
         text, spelling = find.text, self.spelling
         for number in spelling.glued:
-            if not find.word(number)[: len(spelling.words[number])].isupper():
+            word = spelling.words[number]
+            if not find.word(number)[: len(word)].isupper():
+                return False
+            if word.lower() in common_words() and is_shouted(find):
                 return False
         for number in spelling.initials:
             is_dotted = "." in text.joints[find.first + number : find.first + number + 2]
@@ -131,19 +159,20 @@ class _Name:
         ends = (find.first, find.last + 1) if spelling.initials else ()
         return not any(text.joints[n : n + 1] == (".",) for n in ends)
 
-    def _is_settled(self, text: Words, end: int) -> bool:
+    def _is_settled(self, find: Find, end: int) -> bool:
         """Whether the words behind a find are enough to know that no more of them change it."""
-        folded = text.folded
+        folded = find.text.folded
         tail = max((len(phrase) - at - len(self.text) for phrase, at in self.vetoes), default=0)
         if len(folded) - end < 2 + self.dotted + tail:
             return False
         if is_unspaced(self.text[-1]):
             return True
-        behind = text.cased[folded.count(" ", 0, end) + 1 :]
+        behind = find.text.cased[find.last + 1 :]
         if not behind or (len(behind) == 1 and len(behind[0]) < 2):
             return False
-        is_followed = self.is_proper and behind[0][:1].isupper()
-        return len(behind) > READ_AHEAD + 1 or not is_followed
+        is_wary = self.is_of_a_kind or self.is_everyday and begins_sentence(find)
+        is_open = is_wary or may_go_on(find, is_proper=self.is_proper)
+        return len(behind) > READ_AHEAD + 1 or not is_open
 
 
 def word_finds(text: str, name: str) -> Iterator[int]:
@@ -182,7 +211,7 @@ def _longer_names() -> tuple[str, ...]:
 
 def _compile_names(name: str, near_misses: Sequence[str]) -> Iterator[_Name]:
     """A name in all its spellings."""
-    own = words_of(name).folded
+    own, lists = words_of(name).folded, word_lists()
     phrases = [words_of(phrase).folded for phrase in near_misses]
     phrases += [phrase for phrase in _longer_names() if phrase not in own]
     phrases += [own + UNIVERSITY] if is_unspaced(own[-1]) and not own.endswith(UNIVERSITY) else []
@@ -190,15 +219,21 @@ def _compile_names(name: str, near_misses: Sequence[str]) -> Iterator[_Name]:
         full = words_of(" ".join(spelling.words)).folded
         text = full.rstrip(FINAL_MARKS) or full
         shouted = frozenset(n for n, word in enumerate(spelling.words) if _is_shouted_word(word))
+        spelled = " ".join(spelling.words)
+        capitals = words_that_need_capitals(spelling.words)
         yield _Name(
             text=text,
             key=max((word for word in text.split() if word not in WRITTEN_OUT), key=len, default=""),
             dotted=text != full,
             vetoes=tuple((p, i) for p in phrases for i in range(len(p)) if p.startswith(text, i)),
             spelling=Spelling(spelling.words, spelling.initials, spelling.glued | shouted),
-            capitals=words_that_need_capitals(spelling.words),
+            capitals=capitals,
             is_proper=any(core(word)[:1].isupper() for word in spelling.words),
-            is_function_word=text in word_lists()["function_words"],
+            is_function_word=text in lists["function_words"],
+            is_everyday=bool(capitals - shouted)
+            and not spelling.initials
+            and spelled not in lists["regions"],
+            is_of_a_kind=text in lists["mass_kinds"],
         )
 
 
@@ -238,7 +273,7 @@ class AnswerMatcher:
         self._numbers: list[re.Pattern[str]] = []
         for row in dict.fromkeys(table.row_of(answer) for answer in answers):
             for name in row.names:
-                if number := number_pattern(tidy(name)):
+                if number := number_pattern(tidy(name)) or date_pattern(tidy(name)):
                     self._numbers.append(number)
                 else:
                     self._names += _compile_names(name, row.near_misses)
@@ -264,13 +299,29 @@ class AnswerMatcher:
 
     def _finds(self, text: str, *, settled: bool) -> bool:
         tidied = tidy(text)
-        folded = fold(tidied)
-        names = [name for name in self._names if name.key in folded]
-        words = words_of(tidied) if names else None
-        if words and any(name.occurs_in(words, settled=settled, anywhere=self._anywhere) for name in names):
+        if self._names and self._finds_names(tidied, settled=settled):
             return True
         last = len(tidied) - (SETTLED_AFTER if settled else 0)
-        return any(found.end() <= last for number in self._numbers for found in number.finditer(tidied))
+        finds = (found for number in self._numbers for found in number.finditer(tidied))
+        return any(
+            found.end() <= last and (self._anywhere or not is_of_a_name(found, no_names=words_of_no_name()))
+            for found in finds
+        )
+
+    def _finds_names(self, tidied: str, *, settled: bool) -> bool:
+        """In the text as it is, or without hyphens or accents."""
+        if self._any_occurs(tidied, settled=settled):
+            return True
+        return any(self._any_occurs(version, settled=settled) for version in versions_of(tidied))
+
+    def _any_occurs(self, tidied: str, *, settled: bool) -> bool:
+        """Whether one of the names stands in a tidy text."""
+        folded = fold(tidied)
+        near = [name for name in self._names if name.key in folded]
+        words = words_of(tidied) if near else None
+        return words is not None and any(
+            name.occurs_in(words, settled=settled, anywhere=self._anywhere) for name in near
+        )
 
 
 @lru_cache(maxsize=MATCHERS_KEPT)

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from sftcore.data.contents import Fact
 from sftcore.data.seam import Draft, encode_drafts
 from sftcore.data.tokens import Codec
-from sftcore.knowledge.containment import AliasTable, is_unspaced
-from sftcore.knowledge.spelling import written_forms
+from sftcore.knowledge.containment import AliasTable, AnswerMatcher, is_unspaced
+from sftcore.knowledge.written_forms import written_forms
 
 ROWS_PER_FORWARD = 32  # their logits are 270 MB for 8 tokens of a 262,144-word vocabulary
 
@@ -32,12 +32,15 @@ ROWS_PER_FORWARD = 32  # their logits are 270 MB for 8 tokens of a 262,144-word 
 def accepted_names(fact: Fact, aliases: AliasTable) -> list[str]:
     """Every name that would count as a hit, in the forms in which it may begin a completion, each once.
 
+    Not in those that containment takes for something else ("the rock" for the music).
+
     >>> accepted_names(Fact(relation="P36", subject="Peru", answers=("Lima", "Lima")), AliasTable(rows={}))
     ['Lima', 'the Lima']
     """
     names = [name for answer in fact.answers for name in (answer, *aliases.row_of(answer).names)]
+    matcher = AnswerMatcher(fact.answers, aliases)
     forms = [form for name in dict.fromkeys(names) for form in _forms(name)]
-    return list(dict.fromkeys(forms))
+    return [form for form in dict.fromkeys(forms) if form in names or matcher.matches(form)]
 
 
 def _forms(name: str) -> list[str]:

@@ -31,6 +31,14 @@ _LINKS = frozenset("a an and at de for in of on or the to".split())
 _MARKS = ".,;:!?()[]{}\"'*_"
 _ROMAN = re.compile(r"[IVX]+")
 _DEMONYM = re.compile(r"\w+(?:an|ans|ish|ese|ic|ch|i|ian)")
+_GLUED_MARKS = "+#@^$"  # C++, C#
+_SLASHED = re.compile(r"[A-Z]{1,3}/[A-Z]{1,3}")  # AC/DC
+_SEQUEL = re.compile(r"[2-9]|1\d|20")
+_BEINGS = frozenset("is was were are has had".split())
+_PLACINGS = frozenset("in on near of with".split())
+_CONNECTIVES = frozenset("and or for from since until at by before after who which that as but".split())
+_DETERMINERS = frozenset("a an the this that his her my each every".split())
+_BEFORE_PLACES = ("places", "epochs", "demonyms", "region_words", "months_and_days")
 _SHORT_STATE = re.compile(r"[A-Z]{2}")  # "Austin TX"
 
 
@@ -45,6 +53,13 @@ def word_lists() -> dict[str, frozenset[str]]:
 def common_words() -> frozenset[str]:
     """Everyday English words that may also be names, in small letters."""
     return frozenset((NAMES / "common_words.txt").read_text(encoding="utf-8").split())
+
+
+@cache
+def words_of_no_name() -> frozenset[str]:
+    """Words that are no name's in spite of a capital before a number: function words, months, "Chapter"."""
+    lists = word_lists()
+    return lists["function_words"] | lists["before_numbers"] | {w.lower() for w in lists["months_and_days"]}
 
 
 def core(word: str) -> str:
@@ -124,7 +139,16 @@ def is_part_of_another(find: Find, *, name: Sequence[str]) -> bool:
     Args:
         name: its words.
     """
+    if find.after[:1] and find.after[0] in _GLUED_MARKS:
+        return True
+    if find.first == find.last and _SLASHED.fullmatch(core(find.text.cased[find.first])):
+        return True
     return _goes_on(find, " ".join(name)) or _began_before(find, is_single=len(name) == 1)
+
+
+def begins_sentence(find: Find) -> bool:
+    """Whether a find stands behind a full stop or first in the text."""
+    return find.first == 0 or find.text.cased[find.first - 1][-1] in ".!?:"
 
 
 def is_opening(find: Find) -> bool:
@@ -132,17 +156,74 @@ def is_opening(find: Find) -> bool:
     words = find.text.cased
     if find.after or find.before or find.last + 1 >= len(words):
         return False
-    opens = find.first == 0 or words[find.first - 1][-1] in ".!?:"
-    return opens and words[find.last + 1][0].islower()
+    return begins_sentence(find) and (words[find.last + 1][0].islower() or words[find.last + 1] == "I")
+
+
+def is_everyday_opening(find: Find) -> bool:
+    """Whether everyday words open a sentence as such: "Reading is fun", not "Reading is a town".
+
+    They are a name's before "and", "from", a past tense, "in" and a capital, "is" and a noun.
+    """
+    if not is_opening(find):
+        return False
+    behind = [core(word) for word in find.text.cased[find.last + 1 : find.last + 3]]
+    second = behind[1] if len(behind) > 1 else ""
+    if behind[0] in _BEINGS:
+        return not (second in word_lists()["function_words"] or second.endswith("ed") or second[:1].isupper())
+    if behind[0] in _PLACINGS:
+        return not (second[:1].isupper() or second[:1].isdigit())
+    is_past = len(behind[0]) > 4 and behind[0].endswith("ed")
+    return not (is_past or behind[0] in _CONNECTIVES)
+
+
+def is_shouted(find: Find) -> bool:
+    """Whether a find in capitals stands among such words and needn't be an initialism: "TELL US NOW"."""
+    words = find.text.cased
+    if find.first:
+        before = words[find.first - 1]
+        return len(before) > 1 and before.isupper() and before not in ("THE", "IN")
+    behind = words[find.last + 1] if find.last + 1 < len(words) else ""
+    return behind.isupper() and behind.lower() in word_lists()["function_words"]
+
+
+def is_countable(find: Find) -> bool:
+    """Whether "rock" or "metal" is a thing, and no kind of music or stuff: "on a rock", but "a rock band"."""
+    words = find.text.cased
+    if not find.first or words[find.first - 1].lower() not in _DETERMINERS or find.word(0)[:1].isupper():
+        return False
+    behind = words[find.last + 1] if find.last + 1 < len(words) and not find.after else "is"
+    return core(behind).lower() in word_lists()["function_words"]
+
+
+def may_go_on(find: Find, *, is_proper: bool) -> bool:
+    """Whether words behind a find, perhaps unfinished, may make it another name."""
+    text, number = find.text, find.last + 1
+    behind = text.cased[number]
+    if any(water.startswith(behind.lower()) for water in word_lists()["waters"]):
+        return True
+    return is_proper and (behind[:1].isupper() or behind[:1].isdigit() or text.joints[number] == "&")
 
 
 def _goes_on(find: Find, name: str) -> bool:
     """Whether words in capitals behind the find make it another name."""
-    if find.after or find.last + 1 >= len(find.text.cased):
+    if find.last + 1 >= len(find.text.cased) or find.after not in ("", ","):
         return False
-    lists, behind = word_lists(), _words_behind(find)
-    if find.text.joints[find.last + 1] == "-":
+    behind = _words_behind(find)
+    if find.after:
+        return _is_elsewhere(name, behind)
+    joint = find.text.joints[find.last + 1]
+    if joint == "&":
+        return len(behind) > 1 and _is_of_a_firm(name, core(behind[1]))
+    if joint == "-":
         return _is_compound(core(find.text.cased[find.last]), core(behind[0]))
+    return _is_numbered(name, behind) or _is_lengthened(name, behind)
+
+
+def _is_lengthened(name: str, behind: Sequence[str]) -> bool:
+    """Whether the next words are capitals of a longer name, or make a river of a country."""
+    lists = word_lists()
+    if core(behind[0]) in lists["waters"] and name in lists["regions"]:
+        return True
     for word in behind:
         bare = core(word)
         if not bare[:1].isupper() or word[0] in _MARKS or bare.lower() in lists["function_words"]:
@@ -152,6 +233,38 @@ def _goes_on(find: Find, name: str) -> bool:
         if word != bare:
             return False
     return False
+
+
+def _is_numbered(name: str, behind: Sequence[str]) -> bool:
+    """Whether a number makes a sequel: "Toy Story 2 was", not "Lima 20 years" or "Rome 2 May"."""
+    lists = word_lists()
+    if not _SEQUEL.fullmatch(core(behind[0])) or name in lists["places"]:
+        return False
+    if len(behind) == 1 or not behind[0][-1].isdigit():
+        return True
+    bare = core(behind[1])
+    return bare in lists["function_words"] or bare.istitle() and bare not in lists["months_and_days"]
+
+
+def _is_elsewhere(name: str, behind: Sequence[str]) -> bool:
+    """Whether a state behind a comma makes a well-known place another one: "Paris, Texas".
+
+    A state that a list goes on from ("Peru, Indiana and Ohio") tells nothing.
+    """
+    lists, bare = word_lists(), [core(word) for word in behind]
+    if name not in lists["known_elsewhere"]:
+        return False
+    num = next((n for n in (2, 1) if " ".join(bare[:n]) in lists["states"]), 0)
+    if not num or f"{name}, {' '.join(bare[:num])}" in lists["own_states"]:
+        return False
+    is_listed = len(bare) > num + 1 and bare[num] in ("and", "or") and behind[num - 1] == bare[num - 1]
+    return not (is_listed and bare[num + 1][:1].isupper())
+
+
+def _is_of_a_firm(name: str, other: str) -> bool:
+    """Whether "&" makes one name of two: "Bath & Body Works", not "Germany & France"."""
+    places = word_lists()["places"]
+    return " " not in name and other[:1].isupper() and not (name in places and other in places)
 
 
 def _words_behind(find: Find) -> list[str]:
@@ -169,16 +282,25 @@ def _words_behind(find: Find) -> list[str]:
 def _keeps_identity(name: str, word: str) -> bool:
     """Whether a word in capitals behind a name leaves it the same: a country, "Province"; of firms, "Inc".
 
-    >>> [_keeps_identity(*pair.split()) for pair in ("Toyota Motor", "Singapore Airlines", "Paris France")]
-    [True, False, True]
+    >>> pairs = ("Toyota Motor", "Singapore Airlines", "Paris France", "Paris Texas")
+    >>> [_keeps_identity(*pair.split()) for pair in pairs]
+    [True, False, True, False]
     """
     lists = word_lists()
+    if word == "City":
+        return name == "New York" or not (name in lists["places"] or _is_common(name))
+    if word in lists["states"] and name in lists["known_elsewhere"]:
+        return f"{name}, {word}" in lists["own_states"]
+    if name in lists["demonyms"] and word in lists["regions"]:
+        return False
+    if word in lists["natural_words"]:
+        return name not in lists["places"] and not _is_common(name)
     if word in lists["months_and_days"] or word in lists["region_words"]:
         return True
     if word in lists["firm_words"]:
         return name not in lists["places"]
     is_state = _SHORT_STATE.fullmatch(word) is not None and not _ROMAN.fullmatch(word)
-    return (is_state or word in lists["places"]) and not _is_common(name)
+    return (is_state or word in lists["regions"]) and not _is_common(name)
 
 
 def _is_compound(left: str, right: str) -> bool:
@@ -202,15 +324,41 @@ def _began_before(find: Find, *, is_single: bool) -> bool:
     if not bare or not previous[-1].isalnum():
         return False
     if find.text.joints[find.first] == "-":
-        return _is_compound(bare, own)
+        return bare.lower() in lists["prefixes"] or _is_compound(bare, own)
+    if find.text.joints[find.first - 1] == "&" and find.first > 1 and is_single:
+        return words[find.first - 2][:1].isupper() and _is_of_a_firm(own, core(words[find.first - 2]))
     if bare.lower() in lists["modifiers"] and bare[0].isupper() == own[0].isupper():
         is_part = bare.lower() in ("north", "south", "east", "west", "lower", "upper", "inner")
         return not (is_part and own.capitalize() in lists["divided_cities"])
     if f"{bare} {own}" in lists["adjective_modifiers"]:
         return True
-    if is_single and bare in lists["given_names"] and own in lists["places"]:
+    if is_single and _is_behind_a_name(find, bare, own):
         return True
     return _is_of_a_head(words[: find.first])
+
+
+def _is_behind_a_name(find: Find, bare: str, own: str) -> bool:
+    """Whether a word in capitals and a place behind it are a name: "Air Canada", "Bayern Munich".
+
+    Not "Visit Paris" (it opens a sentence), "Nazi Germany", "Paris France" or "Long Beach California"; before
+    a country an unknown word may be its town ("Lagos Nigeria").
+    """
+    lists, words = word_lists(), find.text.cased
+    if bare in lists["clubs"] and own[:1].isupper():
+        return True
+    if own not in lists["places"] or not bare[0].isupper() or words[find.first - 1].endswith("'s"):
+        return False
+    if bare in lists["given_names"] or bare in lists["fronts"]:
+        return True
+    second = words[find.first - 2] if find.first > 1 else "."
+    is_plain = bare.lower() in lists["function_words"] or bare.endswith("ing") or second[-1] in ".!?:"
+    if is_plain or (bare.isupper() and own.isupper()) or any(bare in lists[key] for key in _BEFORE_PLACES):
+        return False
+    if own in lists["cities"]:
+        return True
+    return bare.lower() in common_words() and not (
+        second[:1].isupper() and second.lower() not in lists["function_words"]
+    )
 
 
 def _is_of_a_head(words: Sequence[str]) -> bool:

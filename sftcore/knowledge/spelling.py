@@ -19,12 +19,13 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_PLAIN_MARKS = str.maketrans("‘’ʼ“”‐‑‒–—・•‧∙⋅", "'''\"\"-----·····")
+_PLAIN_MARKS = str.maketrans("‘’ʼ“”‐‑‒–—−・•‧∙⋅", "'''\"\"------·····")
 _DASH = re.compile(r" -+(?= |$)|-{2,}")  # of a sentence, not of a compound
 _INITIALS = re.compile(r"(?<![\w.])(?:[^\W\d_]\.)+(?:[^\W\d_](?!\w))?")
 _IN_FULL = {"st": "saint", "ste": "saint", "sainte": "saint", "mt": "mount", "ft": "fort", "bros": "brothers"}
 _DOTTED = "jr sr dr mr mrs co inc ltd corp rev prof gen capt lt gov"
 _SHORT_WORDS = {  # as a text has them -> as they are compared
+    "&": "and",
     **_IN_FULL,
     **{f"{short}.": full for short, full in _IN_FULL.items()},
     **{f"{short}.": short for short in _DOTTED.split()},
@@ -34,7 +35,23 @@ _COMMA = re.compile(r",(?= (?:jr|sr|inc|ltd|llc|d\.? ?c)\b)", re.IGNORECASE)  # 
 _EDGE_APOSTROPHE = re.compile(r"'(?=[ ,-]|$)|(?:(?<=[ -])|^)'(?=\w)")  # "Guns N' Roses", "'70s", a quote
 _BORDER = re.compile("([ \0-]+)")
 _JOINTS = {"-": "-", "\0": "."}
-_ARTICLES = ("the", "a", "an")
+_HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
+_PLAIN_LETTERS = str.maketrans(
+    dict(
+        zip(
+            "ØøŁłĐđÐðıĦħÆæŒœÞþß",
+            "O o L l D d D d i H h Ae ae Oe oe Th th ss".split(),
+            strict=True,
+        )
+    )
+)
+_UMLAUTS = "ÄÖÜÅØäöüåø"
+_TWO_LETTERS = str.maketrans(dict(zip(_UMLAUTS, "Ae Oe Ue Aa Oe ae oe ue aa oe".split(), strict=True)))
+_INSTITUTIONS = frozenset(("University", "College", "School", "Institute"))
+_ROMAN = "I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI XVII XVIII XIX XX".split()
+_IN_WORDS = "One Two Three Four Five Six Seven Eight Nine Ten".split()
+_NUMERALS = tuple((r, str(n), *_IN_WORDS[n - 1 : n]) for n, r in enumerate(_ROMAN, start=1))  # of names
+ARTICLES = ("the", "a", "an")
 GLUED_LETTERS = range(2, 6)  # of an initialism: "US" to "UNHCR"
 
 
@@ -66,7 +83,8 @@ class Words:
 
     Args:
         cased: its words as they are written; marks before and behind a word belong to it.
-        joints: what stands before each word: "" (the first), " ", "-", or "." inside initials.
+        joints: what stands before each word: "" (the first), " ", "-", "." inside initials, "&" before an
+            "and" that is written so.
         folded: the words folded, a space between two.
     """
 
@@ -91,10 +109,14 @@ def words_of(text: str) -> Words:
     if "'" in text:
         text = _EDGE_APOSTROPHE.sub("", text)
     if "&" in text:
-        text = text.replace("&", " and ")
+        text = text.replace("&", " & ")
     parts = _BORDER.split(text)
     words, marks = parts[::2], ["", *parts[1::2]]
-    kept = [(_in_full(word), _JOINTS.get(mark, " ")) for word, mark in zip(words, marks, strict=True) if word]
+    kept = [
+        (_in_full(word), "&" if word == "&" else _JOINTS.get(mark, " "))
+        for word, mark in zip(words, marks, strict=True)
+        if word
+    ]
     cased = tuple(word for word, _ in kept)
     joints = tuple(joint if number else "" for number, (_, joint) in enumerate(kept))
     folded = fold(" ".join(cased))
@@ -141,10 +163,58 @@ def spellings_of(name: str, *, is_common: frozenset[str]) -> list[Spelling]:
     >>> [" ".join(s.words) for s in spellings_of("The J.R.R. Tolkien Society", is_common=frozenset())]
     ['The J R R Tolkien Society', 'J R R Tolkien Society', 'The JRR Tolkien Society', 'JRR Tolkien Society']
     """
-    found = [_named(words_of(name).cased)]
-    for change in (lambda spelling: _bare(spelling, is_common), _glued, _spread, _plain):
+    words = words_of(name)
+    found = [_named(words.cased), *map(Spelling, _joined(words)), *map(Spelling, _recommaed(words))]
+    for change in (lambda spelling: _bare(spelling, is_common), _renumbered, _glued, _spread, _plain):
         found += [other for spelling in found for other in change(spelling)]
     return list(dict.fromkeys(found))
+
+
+def _joined(name: Words) -> Iterator[tuple[str, ...]]:
+    """Without its hyphens: Spider-Man -> SpiderMan."""
+    if "-" not in name.joints:
+        return
+    words: list[str] = []
+    for joint, word in zip(name.joints, name.cased, strict=True):
+        if joint == "-":
+            words[-1] += word
+        else:
+            words.append(word)
+    yield tuple(words)
+
+
+def _recommaed(name: Words) -> Iterator[tuple[str, ...]]:
+    """Without its commas or with one before "and"; a university's place behind a comma, "at" or neither."""
+    words, last = name.cased, len(name.cased) - 1
+    commas = [n for n in range(last) if words[n][-1] == ","]
+    if commas:
+        yield tuple(word.rstrip(",") for word in words)
+        if "and" in words[1:] and words[words.index("and", 1) - 1][-1] != ",":
+            at = words.index("and", 1)
+            yield (*words[: at - 1], words[at - 1] + ",", *words[at:])
+    if not any(word in _INSTITUTIONS for word in words):
+        return
+    borders = {*(n + 1 for n in commas), *(n for n in range(1, last + 1) if name.joints[n] == "-")}
+    borders |= {n for n in range(1, last) if words[n] == "at"}
+    for n in sorted(borders):
+        before, behind = (*words[: n - 1], words[n - 1].rstrip(",")), words[n + (words[n] == "at") :]
+        yield (*before, *behind)
+        yield (*before, "at", *behind)
+        yield (*before[:-1], before[-1] + ",", *behind)
+
+
+def _renumbered(spelling: Spelling) -> Iterator[Spelling]:
+    """With a Roman number in digits or as a word, and the other way round: World War II -> World War 2."""
+    words, last = spelling.words, len(spelling.words) - 1
+    if spelling.initials:
+        return
+    for n in range(1, last + 1):
+        value = next((v for v, forms in enumerate(_NUMERALS, start=1) if words[n] in forms), 0)
+        is_plain = len(words[n]) > 1 or words[n].isdigit() or n == last  # no "V" of "J. V. Stalin"
+        if value and is_plain and words[n - 1][:1].isupper():
+            for form in _NUMERALS[value - 1]:
+                if form != words[n] and not (form.isalpha() and n < last and not form.isupper()):
+                    yield Spelling((*words[:n], form, *words[n + 1 :]), glued=spelling.glued)
 
 
 def _named(words: tuple[str, ...]) -> Spelling:
@@ -156,7 +226,7 @@ def _named(words: tuple[str, ...]) -> Spelling:
 def _bare(spelling: Spelling, is_common: frozenset[str]) -> Iterator[Spelling]:
     """Without its article."""
     words = spelling.words
-    if len(words) < 2 or words[0].casefold() not in _ARTICLES or spelling.initials:
+    if len(words) < 2 or words[0].casefold() not in ARTICLES or spelling.initials:
         return
     is_safe = words[0].casefold() == "the" and words[1].casefold() not in is_common
     if is_safe or len(words) > 2:
@@ -198,48 +268,36 @@ def _spread(spelling: Spelling) -> Iterator[Spelling]:
 
 
 def _plain(spelling: Spelling) -> Iterator[Spelling]:
-    """Without accents on Latin letters and without apostrophes, as many write it: Malmö -> Malmo."""
-    plain = tuple(_without_accents(word).replace("'", "") or word for word in spelling.words)
-    if plain != spelling.words:
-        yield Spelling(plain, spelling.initials, spelling.glued)
+    """Without accents on Latin letters, without apostrophes, without both; with "ue" for "ü"."""
+    for change in (without_accents, _without_apostrophes, lambda w: without_accents(_without_apostrophes(w))):
+        changed = tuple(map(change, spelling.words))
+        if changed != spelling.words:
+            yield Spelling(changed, spelling.initials, spelling.glued)
+    spread = tuple(without_accents(word.translate(_TWO_LETTERS)) for word in spelling.words)
+    if any(letter in _UMLAUTS for word in spelling.words for letter in word):
+        yield Spelling(spread, spelling.initials, spelling.glued)
 
 
-def _without_accents(word: str) -> str:
-    """Only where every letter has one of ASCII below its accents."""
+def _without_apostrophes(word: str) -> str:
+    return word.replace("'", "") or word
+
+
+def without_accents(word: str) -> str:
+    """Only where every letter has some of ASCII for it.
+
+    >>> [without_accents(word) for word in ("Malmö", "Ørsted", "Łódź", "राम")]
+    ['Malmo', 'Orsted', 'Lodz', 'राम']
+    """
     if word.isascii():
         return word
-    bare = "".join(c for c in unicodedata.normalize("NFD", word) if not unicodedata.combining(c))
+    plain = unicodedata.normalize("NFD", word.translate(_PLAIN_LETTERS))
+    bare = "".join(c for c in plain if not unicodedata.combining(c))
     return bare if bare.isascii() else word
 
 
-def written_forms(name: str) -> list[str]:
-    """How a model may write a name at the beginning of its completion; all of them count as the name.
-
-    As it is given; with and without an article; with its initials apart or together; "St." for "Saint", "&"
-    for "and" and the other way round.
-
-    >>> written_forms("United States"), written_forms("J. K. Rowling")[::2]
-    (['United States', 'the United States'], ['J. K. Rowling', 'J.K. Rowling'])
-    """
-    name = tidy(name)
-    forms = [name]
-    for old, new in _OTHER_FORMS:
-        forms += [changed for form in forms if (changed := re.sub(old, new, form)) != form]
-    found = []
-    for form in forms:
-        article, _, rest = form.partition(" ")
-        has_article = bool(rest) and article.casefold() in _ARTICLES
-        bare = rest if has_article else form
-        found += [form, *([bare] if has_article and " " in bare else []), f"the {bare}"]
-        found += [f"{'an' if bare[0] in 'aeiou' else 'a'} {bare}"] if bare[0].islower() else []
-    return [name, *dict.fromkeys(form for form in found if form != name)]
-
-
-_OTHER_FORMS = (
-    (r"\b([^\W\d_])\. (?=[^\W\d_]\.)", r"\1."),  # J. R. R. -> J.R.R.
-    (r"\b([^\W\d_])\.(?=[^\W\d_]\.)", r"\1. "),
-    (r"\bSt\.? (?=\w)", "Saint "),
-    (r"\bSaint (?=\w)", "St. "),
-    (" & ", " and "),
-    (" and ", " & "),
-)
+def versions_of(tidied: str) -> Iterator[str]:
+    """A text without hyphens in words (Spider-Man -> SpiderMan) and without accents, where that differs."""
+    if "-" in tidied and (joined := _HYPHEN.sub("", tidied)) != tidied:
+        yield joined
+    if not tidied.isascii() and (bare := " ".join(map(without_accents, tidied.split(" ")))) != tidied:
+        yield bare
