@@ -20,8 +20,9 @@ from typing import Any
 from sftcore.config import Source
 from sftcore.data.arrow_values import python_rows
 from sftcore.data.ledger import Alteration, Change
+from sftcore.data.metadata import Place, is_metadata
 from sftcore.data.rows import Note, RawRow, Span, damaged, ignore, read_errors_explained
-from sftcore.data.turns import SHAREGPT, SYSTEM_NAMES, is_metadata
+from sftcore.data.turns import SHAREGPT, SYSTEM_NAMES
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import sha256_of_file
 from sftcore.recipe import HUB_PREFIX
@@ -126,7 +127,8 @@ def _dataset_batches(source: Source, file: Path, span: Span, note: Note) -> Iter
 def _columns_read(source: Source, file: Path, schema: Any, span: Span, note: Note) -> list[str]:
     """Names of the columns that a source reads, or has to look into before they are left out.
 
-    Bytes (sounds, pictures) are never looked into unless the recipe names their column; that is noted.
+    Bytes (sounds, pictures) are never looked into unless the recipe names their column, nor numbers that are
+    meta data by their names; that is noted.
     """
     names = list(schema.names)
     asked = _asked(source)
@@ -134,14 +136,15 @@ def _columns_read(source: Source, file: Path, schema: Any, span: Span, note: Not
         raise damaged(file, f"two columns are named {twice[0]!r}", remedy="rename one of them")
     if source.format != "jsonl":
         return [name for name in names if name in asked] or names
+    place: Place = "turns" if {source.columns.messages or "messages", SHAREGPT} & set(names) else "prompt"
     left = {"*"} & set(source.columns.ignore)
     read = []
     for name in dict.fromkeys(names):
         if name in asked:
             read.append(name)
-        elif left or name in source.columns.ignore or is_metadata(name):
+        elif left or name in source.columns.ignore:
             continue
-        elif names.count(name) == 1 and not _is_bytes(schema.field(name).type):
+        elif names.count(name) == 1 and _is_looked_into(name, schema.field(name).type, place):
             read.append(name)
         elif span.first_row == 1:
             note(Alteration(file=str(file), row=1, change=Change.COLUMN_LEFT_OUT, detail=name))
@@ -158,6 +161,14 @@ def _asked(source: Source) -> frozenset[str]:
             return frozenset({"relation", "subject", "answers", "question"} | own)
     texts = [columns.prompt, columns.completion, columns.input, columns.messages or "messages", SHAREGPT]
     return frozenset({*filter(None, texts), *SYSTEM_NAMES, *own})
+
+
+def _is_looked_into(name: str, kind: Any, place: Place) -> bool:
+    """Whether a column's values may decide what is trained."""
+    import pyarrow as pa
+
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_temporal(kind)
+    return not (_is_bytes(kind) or (is_number and is_metadata(name, place)))
 
 
 def _is_bytes(kind: Any) -> bool:

@@ -18,13 +18,12 @@ from pathlib import Path
 from sftcore.data.cells import num_named, table_rows, without_tail
 from sftcore.data.contents import Chat, Completion, Fields, Message, OddRow
 from sftcore.data.ledger import Change, Reason, Rejection, printable
+from sftcore.data.metadata import left_out, says_nothing
 from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore
-from sftcore.data.turns import SHAREGPT, SYSTEM_NAMES, parse_message, refuse_unknown, says_nothing
+from sftcore.data.turns import SHAREGPT, SYSTEM_NAMES, parse_turns
 from sftcore.sources import Columns
 
-REDUNDANT = frozenset(
-    {"text", "chosen", "rejected"}
-)  # a rendering of the row; what other objectives train on
+RENDERING = "text"  # of a whole row, next to its parts
 MAX_KEYS_SHOWN = 5
 Table = Iterator[RawRow | Rejection]
 
@@ -97,8 +96,7 @@ def _parse_completion(fields: Fields, columns: Columns) -> Completion:
     if not completion.strip():
         raise OddRow(Reason.EMPTY_ANSWER, f"{columns.completion!r} is empty")
     if len(fields.row.value) > len(names):
-        known = {*names, *REDUNDANT, *filter(None, (columns.input, columns.id))}
-        refuse_unknown(fields.row.value, known, what="a row", ignored=columns.ignore)
+        _beside_completion(fields, columns, completion)
     if columns.input is None:
         return Completion(prompt=prompt, completion=completion)
     given = fields.text(columns.input, verbatim=True) if fields.has(columns.input) else ""
@@ -106,11 +104,23 @@ def _parse_completion(fields: Fields, columns: Columns) -> Completion:
     return Completion(prompt="".join(f"{part}\n\n" for part in parts), completion=completion)
 
 
+def _beside_completion(fields: Fields, columns: Columns, completion: str) -> None:
+    """Note what is left out: meta data, and a rendering of the row such as Alpaca's `text`."""
+    row = fields.row.value
+    known = {columns.prompt, columns.completion, *filter(None, (columns.input, columns.id))}
+    text = row.get(RENDERING)
+    rendering = [RENDERING] if RENDERING not in known and isinstance(text, str) and completion in text else []
+    known.update(rendering)
+    left = left_out(row, known, what="a row", place="prompt", ignored=columns.ignore)
+    if left or rendering:
+        fields.changed(Change.COLUMN_LEFT_OUT, ", ".join([*rendering, *left]))
+
+
 def _parse_chat(fields: Fields, name: str, columns: Columns) -> Chat:
     turns = fields.get(name)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise OddRow(Reason.WRONG_TYPE, f"{name!r} must be a list of {{role, content}}")
-    messages = [parse_message(fields, turn) for turn in turns]
+    messages = parse_turns(fields, turns, columns.ignore)
     if len(fields.row.value) > 1:
         messages = _beside(fields, name, columns, messages)
     chat = Chat(messages=tuple(messages))
@@ -127,11 +137,11 @@ def _beside(fields: Fields, name: str, columns: Columns, messages: list[Message]
     texts = [
         t for t in (columns.prompt, columns.completion, columns.input) if t and t != name and fields.has(t)
     ]
-    for text in texts:
-        fields.changed(Change.COLUMN_LEFT_OUT, text)
     systems = [s for s in SYSTEM_NAMES if s not in columns.ignore and not says_nothing(row.get(s))]
-    known = {name, *texts, *systems, *REDUNDANT, *filter(None, (columns.id,))}
-    refuse_unknown(row, known, what="a row", ignored=columns.ignore)
+    known = {name, *texts, *systems, *filter(None, (columns.id,))}
+    left = left_out(row, known, what="a row", place="turns", ignored=columns.ignore)
+    if left or texts:
+        fields.changed(Change.COLUMN_LEFT_OUT, ", ".join([*texts, *left]))
     for system in systems[:1]:
         if len(systems) > 1:
             raise OddRow(Reason.UNKNOWN_KEY, f"a row with {' and '.join(map(repr, systems))}")

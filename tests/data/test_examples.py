@@ -190,7 +190,7 @@ def test_odd_sharegpt_rows_are_rejected_by_name(write, read, row, detail):
 
 def test_alpaca_rows_are_prompts_with_completions(write, tmp_path):
     rows = [
-        {"instruction": "Add.", "input": "1 2", "output": "3", "text": "..."},
+        {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Add.\n1 2\n3"},
         {"instruction": "Say hi.", "input": "", "output": "hi"},
         {"instruction": "Say hi.", "output": "hi"},
         {"instruction": "Say hi.", "output": "hi", "history": [["a", "b"]]},

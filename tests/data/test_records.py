@@ -159,7 +159,7 @@ def test_lone_carriage_return_in_a_tsv_text_stays(write, read):
 
 
 def test_jsonl_is_verbatim(write, read):
-    rows = [{"id": "g1", "prompt": " Q\n", "completion": "\tA ", "source": "x"}, {"messages": TURNS}]
+    rows = [{"id": "g1", "prompt": " Q\n", "completion": "\tA ", "source": None}, {"messages": TURNS}]
     records, _, ledger = read("jsonl", write("c.jsonl", rows))
     assert records[0].content == Completion(prompt=" Q\n", completion="\tA ")
     assert records[1].content == Chat(

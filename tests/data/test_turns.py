@@ -33,7 +33,7 @@ IDLE = [
     {"thinking": None},
     {"prefix": False},
     {"enabled": True},
-    {"timestamp": "2024-01-01", "turn_id": 7, "lang": "de", "score_x": 0.5},
+    {"end_turn": True, "redacted": False, "split": "train_sft"},
 ]
 REFUSED = [
     ("loss", 0.5),
@@ -49,6 +49,35 @@ REFUSED = [
     ("name", "Ann"),
     ("importance", 0.2),
     ("lossy", 0),
+    ("meta", {"train": False}),
+    ("metadata", {"a": [{"loss": False}]}),
+    ("metadata", '{"train": false}'),
+    ("tags", ["no_train"]),
+    ("end_turn", False),
+    ("type", "thought"),
+    ("state", "deleted"),
+    ("redacted", True),
+    ("reward", 0),
+    ("split", "test"),
+    ("n_x", "text"),
+    ("doc_id", "You are a pirate."),
+    ("num_turns_of", "two of them"),
+]
+ASKED = [  # what may be half of the task, next to a prompt
+    ("source", "Hello"),
+    ("src", "Hello"),
+    ("page", "Once upon a time"),
+    ("topic", "cats"),
+    ("target_language", "German"),
+    ("header", "You are a pirate"),
+    ("task", "summarize"),
+    ("type", "reject"),
+    ("text", "What is to be summarized"),
+    ("meta", {"system": "be rude"}),
+    ("metadata", {"system_prompt": "be rude"}),
+    ("metadata", '{"train": false}'),
+    ("metadata", {"tags": ["no-train"]}),
+    ("tags", ["x"]),
 ]
 
 
@@ -79,7 +108,7 @@ def test_what_asks_for_nothing_costs_nothing(write, read, keys):
 def test_other_keys_of_a_turn_cost_the_row_and_are_named(write, read, key, value):
     rows = [{"messages": [HI, YO | {key: value}]}, {"messages": [HI, YO]}]
     records, (rejection,), ledger = read("jsonl", write("c.jsonl", rows))
-    assert len(records) == 1 and rejection.reason is Reason.UNKNOWN_KEY and repr(key) in rejection.detail
+    assert len(records) == 1 and rejection.reason is Reason.UNKNOWN_KEY and f"'{key}" in rejection.detail
     problem = ledger.problem(frozenset(Reason), num_rows=2, max_fraction=0.01)
     assert "unknown_key: 1" in problem.got and "columns: {ignore: [...]}" in problem.remedy
 
@@ -152,26 +181,52 @@ def test_what_a_row_says_beside_its_turns_is_never_dropped_in_silence(write, rea
         assert len(records) == 3 and rejections == []
 
 
-def test_meta_data_makes_no_row_unusable(write, read):
+def test_meta_data_makes_no_row_unusable_and_is_counted(write, read):
     meta = {
         "prompt_id": "a1",
-        "source": "web",
         "category": "x",
         "score_chosen": 9.5,
         "num_turns": 2,
-        "metadata": {"system": "?"},
-        "tools": "[]",
-        "system": None,
-        "history": [],
-        "train": True,
+        "metadata": {"annotator": {"age": 30}},
+        "created_at": "2024-01-01 10:00:00",
         "chosen": [HI, YO],
-        "text": "Hi yo",
     }
-    rows = [{"messages": [HI, YO], **meta}, {"prompt": "Hi", "completion": "yo", **meta}]
+    silent = {"tools": "[]", "system": None, "history": [], "train": True, "split": "train"}
+    beside = {"source": "web", "language": "English", "topic": "a b", "tags": ["x"], "text": "Hi yo"}
+    turn = YO | {"timestamp": "2024-01-01", "turn_id": 7, "lang": "de", "model": "m"}
+    rows = [
+        {"messages": [HI, turn], **meta, **silent, **beside},
+        {"prompt": "Hi", "completion": "yo", **meta, **silent, "text": "Hi yo"},
+        {"messages": [HI, YO], **silent},
+    ]
     records, rejections, ledger = read("jsonl", write("c.jsonl", rows))
-    assert rejections == [] and not ledger.altered_by_reason
+    assert rejections == [] and ledger.altered_by_reason == {Change.COLUMN_LEFT_OUT: 3}
+    details = [entry["detail"] for entry in ledger.entries()]
+    assert details[0] == "of turns: timestamp, turn_id, lang, model"
+    assert details[1] == ", ".join([*meta, *beside]) and details[2] == ", ".join(["text", *meta])
     assert isinstance(records[0].content, Chat)
     assert records[1].content == Completion(prompt="Hi", completion="yo")
+
+
+@pytest.mark.parametrize(("key", "value"), ASKED)
+def test_what_may_be_half_of_the_task_is_never_dropped(write, read, key, value):
+    path = write("c.jsonl", [{"prompt": "Do it", "completion": "Hallo", key: value}, {"messages": [HI, YO]}])
+    records, (rejection,), _ = read("jsonl", path)
+    assert (
+        len(records) == 1 and rejection.reason is Reason.UNKNOWN_KEY and repr(key)[1:-1] in rejection.detail
+    )
+    assert len(read("jsonl", path, columns={"ignore": [key]})[0]) == 2
+
+
+def test_all_fields_that_are_not_read_are_named_with_their_turn_and_can_be_ignored(write, read):
+    path = write(
+        "c.jsonl", [{"messages": [HI, YO | {"name": "Ann", "state": "ok", "id": 1}]}, {"messages": [HI, YO]}]
+    )
+    _, (rejection,), _ = read("jsonl", path)
+    assert rejection.detail == "turn 2: a turn with 'name', 'state', which are not read"
+    assert rejection.excerpt == '{"name": "Ann", "state": "ok"}'
+    records, rejections, ledger = read("jsonl", path, columns={"ignore": ["name", "state"]})
+    assert len(records) == 2 and rejections == [] and ledger.altered_by_reason == {Change.COLUMN_LEFT_OUT: 1}
 
 
 @pytest.mark.parametrize("columns", [{}, {"messages": "messages"}])
