@@ -3,14 +3,17 @@
 In: a text's words, the place of a find. Out: yes or no.
 Invariant: a find is judged by the words around it alone, so that a text that goes on changes nothing but for
 its last words.
-Trade-off: rules on capitals and lists of words, no model: "Paris Hilton" is told from Paris in 10 us, but
-"Nice weather" at a sentence's start is taken for the town. tests/knowledge/containment.tsv measures it.
+Trade-off: rules on capitals and lists of words, no model: "Paris Hilton" is told from Paris in 10 us, but "In
+London Dickens wrote" isn't London. tests/knowledge/containment.tsv measures it.
 
 METHODS.md M1 counts a completion that contains the answer; decided here is what contains it:
 * An answer of everyday words with capitals ("Nice", "Little Rock") needs its capitals: "a nice day".
 * Not a part of a longer name in capitals: York in "New York", Paris in "Paris Hilton", Jordan in "Michael
-  Jordan". A family name behind given names counts (Beethoven in "Ludwig van Beethoven"), a firm or state
-  before what it is ("Toyota Motor Corporation", "Sichuan Province"), and so does "Anglo-French" for French.
+  Jordan", Milan in "AC Milan", Bath in "Bath & Body Works", Toy Story in "Toy Story 2". A family name behind
+  given names counts (Beethoven in "Ludwig van Beethoven"), a firm or state before what it is ("Toyota Motor
+  Corporation", "Sichuan Province"), and so does "Anglo-French" for French.
+* A well-known place with another one's state ("Paris, Texas") is not that place; "Houston, Texas" is.
+* Everyday words that open a sentence tell nothing: "Reading is fun", but "Reading is a town".
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sftcore.fsio import read_json
+from sftcore.knowledge.numbers import counts_things
 from sftcore.knowledge.spelling import Words, fold
 
 NAMES = Path(__file__).parent.parent / "assets" / "names"
@@ -33,7 +37,11 @@ _ROMAN = re.compile(r"[IVX]+")
 _DEMONYM = re.compile(r"\w+(?:an|ans|ish|ese|ic|ch|i|ian)")
 _GLUED_MARKS = "+#@^$"  # C++, C#
 _SLASHED = re.compile(r"[A-Z]{1,3}/[A-Z]{1,3}")  # AC/DC
-_SEQUEL = re.compile(r"[2-9]|1\d|20")
+_SEQUEL = re.compile(r"[2-9]|[1-9]\d")
+_ADJECTIVE = re.compile(r"\w{2,}(?:[ie]an|ed|ern|ish|ese|ing)")
+_PASTS = frozenset(
+    "sang wrote made won sold began became came took gave led broke left did got played".split()
+)
 _BEINGS = frozenset("is was were are has had".split())
 _PLACINGS = frozenset("in on near of with".split())
 _CONNECTIVES = frozenset("and or for from since until at by before after who which that as but".split())
@@ -172,7 +180,7 @@ def is_everyday_opening(find: Find) -> bool:
         return not (second in word_lists()["function_words"] or second.endswith("ed") or second[:1].isupper())
     if behind[0] in _PLACINGS:
         return not (second[:1].isupper() or second[:1].isdigit())
-    is_past = len(behind[0]) > 4 and behind[0].endswith("ed")
+    is_past = behind[0] in _PASTS or len(behind[0]) > 4 and behind[0].endswith("ed")
     return not (is_past or behind[0] in _CONNECTIVES)
 
 
@@ -243,7 +251,8 @@ def _is_numbered(name: str, behind: Sequence[str]) -> bool:
     if len(behind) == 1 or not behind[0][-1].isdigit():
         return True
     bare = core(behind[1])
-    return bare in lists["function_words"] or bare.istitle() and bare not in lists["months_and_days"]
+    is_date = bare in lists["months_and_days"]
+    return not (is_date or counts_things(bare, no_names=lists["function_words"]))
 
 
 def _is_elsewhere(name: str, behind: Sequence[str]) -> bool:
@@ -348,10 +357,10 @@ def _is_behind_a_name(find: Find, bare: str, own: str) -> bool:
         return True
     if own not in lists["places"] or not bare[0].isupper() or words[find.first - 1].endswith("'s"):
         return False
-    if bare in lists["given_names"] or bare in lists["fronts"]:
-        return True
     second = words[find.first - 2] if find.first > 1 else "."
-    is_plain = bare.lower() in lists["function_words"] or bare.endswith("ing") or second[-1] in ".!?:"
+    if bare in lists["fronts"] or bare in lists["given_names"]:
+        return second.lower() not in lists["modifiers"]
+    is_plain = bare.lower() in lists["function_words"] or _ADJECTIVE.fullmatch(bare) or second[-1] in ".!?:"
     if is_plain or (bare.isupper() and own.isupper()) or any(bare in lists[key] for key in _BEFORE_PLACES):
         return False
     if own in lists["cities"]:

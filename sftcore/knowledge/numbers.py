@@ -35,6 +35,7 @@ _MINUS = r"(?:(?<!\w)(?<!\d )(?:-|minus |negative )|[负負]|零下)"
 GROUP = 3  # digits between separators
 SETTLED_AFTER = 14  # characters behind a number that may be looked at: " established" and the next
 _NAME_BEFORE = re.compile(r"(?:(\S) |^)([A-Z][^\s.,:;!?()\"]*) $")
+_PLURALS = frozenset("people men women children percent per feet km".split())
 _CURRENCIES = frozenset("USD EUR GBP CHF JPY CNY RMB INR AUD CAD RM RS NT".split())
 
 
@@ -83,4 +84,13 @@ def is_of_a_name(found: re.Match[str], *, no_names: Set[str]) -> bool:
     if opens and before[2][1:] == before[2][1:].lower():
         return False
     behind = re.match(r" ([a-z]+)", text[end:])
-    return behind is None or behind[1] in no_names
+    return "&" in before[2] or behind is None or not counts_things(behind[1], no_names=no_names)
+
+
+def counts_things(word: str, *, no_names: Set[str]) -> bool:
+    """Whether a word behind a number is what is counted: a plural.
+
+    >>> [counts_things(word, no_names={"was"}) for word in ("years", "people", "was", "crew")]
+    [True, True, False, False]
+    """
+    return word in _PLURALS or word.endswith("s") and word not in no_names

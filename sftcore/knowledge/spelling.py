@@ -31,7 +31,9 @@ _SHORT_WORDS = {  # as a text has them -> as they are compared
     **{f"{short}.": short for short in _DOTTED.split()},
 }
 WRITTEN_OUT = frozenset((*_SHORT_WORDS.values(), "and"))  # words that a text may have in another form
-_COMMA = re.compile(r",(?= (?:jr|sr|inc|ltd|llc|d\.? ?c)\b)", re.IGNORECASE)  # "Davis, Jr.", "Washington, DC"
+_COMMA = re.compile(
+    r",(?= (?:jr|sr|inc|ltd|llc|d\.?[ \0]?c)\b)", re.IGNORECASE
+)  # "Davis, Jr.", "Washington, DC"
 _EDGE_APOSTROPHE = re.compile(r"'(?=[ ,-]|$)|(?:(?<=[ -])|^)'(?=\w)")  # "Guns N' Roses", "'70s", a quote
 _BORDER = re.compile("([ \0-]+)")
 _JOINTS = {"-": "-", "\0": "."}

@@ -24,8 +24,8 @@ _OTHER_FORMS = (
     (" & ", " and "),
     (" and ", " & "),
 )
-_DOTTED = re.compile(r"(?<![\w.])(?:[A-Z]\. ?){2,5}(?!\w*\.)")  # J. R. R., U.S.
-_GLUED = re.compile(r"(?<![\w.])[A-Z]{2,5}(?![\w.])")  # JRR, US
+_DOTTED = re.compile(r"(?<![\w.])(?:[A-Z]\. ?){1,5}(?!\w*\.)")  # J. R. R., U.S., F.
+_GLUED = re.compile(r"(?<![\w./])(?![IVX]+\b)[A-Z]{2,5}(?![\w./])")  # JRR, US; no Roman number
 _VOICED = re.compile(r"(?:[aeiou]|hours?\b|heir|hono|honest)", re.IGNORECASE)
 _AS_YOU = re.compile(r"(?:uni(?!n|m)|us[aeu]|uto|uti|ut[ae]|ura|uro|eu|ewe|one\b|once\b|ubi)", re.IGNORECASE)
 
@@ -83,4 +83,6 @@ def _article(word: str) -> str:
     >>> [_article(word) for word in ("hour", "actor", "university", "unit", "umbrella", "heiress", "poet")]
     ['an', 'an', 'a', 'a', 'an', 'an', 'a']
     """
+    if len(word.split()[0]) == 1:
+        return "an" if word[0] in "aefhilmnorsx" else "a"
     return "an" if _VOICED.match(word) and not _AS_YOU.match(word) else "a"

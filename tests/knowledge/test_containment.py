@@ -119,6 +119,53 @@ GOLDEN = [
     ("그는 서울에서 태어났다", ["서울"], True),
     ("그는 남서울에서", ["서울"], False),
     ("그는 Paris에서 태어났다", ["Paris"], True),
+    # accents, apostrophes, hyphens, numerals and dates in another form
+    ("the walls of Xi'an and Xian", ["Xi'ān"], True),
+    ("wind farms of Orsted", ["Ørsted"], True),
+    ("lives in São Paulo", ["Sao Paulo"], True),
+    ("born in Koeln", ["Köln"], True),
+    ("the film Spiderman", ["Spider-Man"], True),
+    ("the film Spider-Man", ["Spiderman"], True),
+    ("died in World War 2", ["World War II"], True),
+    ("died in World War Two", ["World War 2"], True),
+    ("died in World War I", ["World War 2"], False),
+    ("on May 5th, 1990", ["5 May 1990"], True),
+    ("生于1990年5月5日", ["May 5, 1990"], True),
+    ("on 15 May 1990", ["5 May 1990"], False),
+    ("on 5 May 1990.", ["5 May 1991"], False),
+    ("the capital Washington, D.C.", ["Washington, D.C."], True),
+    ("written for .NET", [".NET"], True),
+    # numbers of something else
+    ("is 4km away", ["4"], True),
+    ("the 4th", ["4"], False),
+    ("at \u22125 degrees", ["5"], False),
+    ("at \u22125 degrees", ["-5"], True),
+    ("won 4-5", ["4", "5"], False),
+    ("from 1914-1918", ["1914"], True),
+    ("the S&P 500 index", ["500"], False),
+    ("About 500 came", ["500"], True),
+    ("in Lima 20 years ago", ["20"], True),
+    ("5 million people", ["5"], False),
+    # another place, firm or part
+    ("in Paris, Texas", ["Paris"], False),
+    ("in Paris, France", ["Paris"], True),
+    ("in Houston, Texas", ["Houston"], True),
+    ("in Mexico, Texas and Arizona", ["Mexico"], True),
+    ("flew Air Canada", ["Canada"], False),
+    ("lives in Toronto Canada", ["Canada"], True),
+    ("plays for Bayern Munich", ["Munich"], False),
+    ("a soap of Bath & Body Works", ["Bath"], False),
+    ("Germany & France", ["Germany"], True),
+    ("in Toy Story 2", ["Toy Story"], False),
+    ("written in C++", ["C"], False),
+    ("non-English words", ["English"], False),
+    # everyday words
+    ("TELL US NOW", ["US"], False),
+    ("MADE IN THE US", ["US"], True),
+    ("Reading is fun", ["Reading"], False),
+    ("Reading is a town", ["Reading"], True),
+    ("sat on a rock", ["Rock"], False),
+    ("led a rock band", ["Rock"], True),
     # combining marks are letters: the Hindi "राम" (Ram) is not in "रामा" (Rama)
     ("रामा आया", ["राम"], False),
     ("राम आया", ["राम"], True),
@@ -131,13 +178,17 @@ def test_golden_cases(text: str, answers: list[str], expected: bool) -> None:
 
 
 def test_labelled_completions_are_judged_as_people_do() -> None:
-    """Labelled by hand; the last 250 rows before the rules met them, which had 0.87 and 0.98 then."""
+    """Labelled by hand.
+
+    Precision and recall of rows that the rules had not met: 0.87 and 0.98 of rows 336 to 586, 0.97 and 0.95
+    of the 176 from "Café de Flore" on, 0.94 and 0.90 of the last 147, which seek what is hard.
+    """
     found = [(int(row["hit"]), AnswerMatcher([row["answer"]], ALIASES)) for row in LABELLED]
     verdicts = [
         (hit, matcher.matches(row["completion"])) for (hit, matcher), row in zip(found, LABELLED, strict=True)
     ]
     hits = sum(hit and verdict for hit, verdict in verdicts)
-    assert len(LABELLED) > 400 and {hit for hit, _ in verdicts} == {0, 1}
+    assert len(LABELLED) > 1000 and {hit for hit, _ in verdicts} == {0, 1}
     assert sum(any(map(is_unspaced, row["answer"])) for row in LABELLED) > 40, "Chinese, too"
     assert hits / sum(verdict for _, verdict in verdicts) > 0.98  # precision
     assert hits / sum(hit for hit, _ in verdicts) > 0.99  # recall

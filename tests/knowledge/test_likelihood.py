@@ -15,6 +15,7 @@ from sftcore.data.tokens import codec_of, load_tokenizer
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.knowledge.likelihood import _spellings, accepted_names, answer_likelihoods
 from sftcore.knowledge.probe import Probe, probe_facts
+from sftcore.knowledge.written_forms import written_forms
 from sftcore.model.generate import Sampling, decode_batch
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
@@ -130,10 +131,28 @@ def test_every_form_that_is_scored_counts_as_the_name():
         ("J.K. Rowling", "J. K. Rowling"),
         ("St. Louis", "Saint Louis"),
         ("Procter & Gamble", "Procter and Gamble"),
+        ("hour", "an hour"),
+        ("university", "a university"),
+        ("x", "an x"),
+        ("JK Rowling", "J. K. Rowling"),
+        ("J. K. Rowling", "JK Rowling"),
+        ("John F. Kennedy", "John F Kennedy"),
+        ("U.S.", "US"),
+        ("Mt. Everest", "Mount Everest"),
+        ("Fort Worth", "Ft. Worth"),
+        ("São Paulo", "Sao Paulo"),
+        ("Ørsted", "Orsted"),
     ],
 )
 def test_forms_by_hand(answer, form):
     assert form in accepted_names(Fact(relation="P17", subject="x", answers=(answer,)), AliasTable(rows={}))
+
+
+def test_forms_that_mean_something_else_are_not_scored():
+    names = accepted_names(Fact(relation="P136", subject="x", answers=("rock",)), AliasTable(rows={}))
+    assert "rock" in names and not {"a rock", "the rock"} & set(names)
+    assert not any("I.I." in form for form in written_forms("World War II"))
+    assert written_forms("  ") == []
 
 
 def test_scripts_without_spaces_have_no_article():
