@@ -219,7 +219,7 @@ def train(
         hostfile=hostfile,
         options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
     )
-    loaded = load(recipe, set_, run, machines=machines)
+    loaded = load(recipe, set_, run, machines=machines, resume=resume)
     if on != "debug":
         _refuse(
             on,

@@ -250,6 +250,7 @@ def load(
     *,
     machines: Machines | None = None,
     has_gpu: bool = False,
+    resume: str = "auto",
 ) -> Recipe:
     """A recipe or a run folder's, with `--set` and `--run` applied, dtype and rate decided (see `settle`).
 
@@ -271,4 +272,4 @@ def load(
         check_beside_recipe(recipe.run_folder, [path])
     if machines is None or machines.on != "slurm":
         require_hub([recipe])
-    return settle(recipe, machines, has_gpu=has_gpu)
+    return settle(recipe, machines, has_gpu=has_gpu, resume=resume)

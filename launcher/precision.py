@@ -10,13 +10,17 @@ nothing about theirs; ranks take rank 0's answer.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.run_folder import owner_of
 from sftcore.config import Recipe
+from sftcore.errors import Problem, UserInputError
+from sftcore.fsio import read_object
 
 if TYPE_CHECKING:
     from launcher.ways_in import Machines
@@ -24,20 +28,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sftcore.precision")
 AUTO = "auto"
+STATE = "state.json"  # of a checkpoint; its module imports DeepSpeed
 
 
-def settle(recipe: Recipe, machines: Machines | None = None, *, has_gpu: bool = False) -> Recipe:
+def settle(
+    recipe: Recipe,
+    machines: Machines | None = None,
+    *,
+    has_gpu: bool = False,
+    resume: str = AUTO,
+) -> Recipe:
     """The recipe with its model's dtype decided, by its run folder if that has begun, else by the hardware.
+
+    A checkpoint that is named decides before the hardware.
 
     A learning rate that the recipe leaves to us stays that of a run folder that has begun, too.
 
     Args:
         machines: where the run goes; None: here.
         has_gpu: it is planned for a GPU, whatever this machine has.
+        resume: auto, never, or the checkpoint to go on from.
     """
     recipe = with_kept_rate(recipe)
     if recipe.model.dtype == AUTO:
-        return with_dtype(recipe, _kept(recipe) or _by_hardware(machines, has_gpu=has_gpu))
+        named = None if resume in (AUTO, "never") else dtype_of_checkpoint(Path(resume))
+        return with_dtype(recipe, _kept(recipe) or named or _by_hardware(machines, has_gpu=has_gpu))
     is_said_here = machines is None or machines.on == "debug"  # by rank 0 of several, not by who starts them
     if recipe.model.dtype == "bfloat16" and is_said_here and not has_gpu:
         _warn_if_slow()
@@ -77,10 +92,47 @@ def with_kept_rate(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": float(rate)})})
 
 
+def dtype_of_checkpoint(folder: Path) -> str | None:
+    """In which dtype a checkpoint's model was held; None if neither it nor its run's recipe says so.
+
+    Damage is for training to tell.
+    """
+    with contextlib.suppress(UserInputError):
+        if dtype := read_object(folder / STATE).get("dtype"):
+            return str(dtype)
+    with contextlib.suppress(UserInputError):
+        return _dtype_in(owner_of(folder.resolve().parent.parent))
+    return None
+
+
+def check_dtype(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint in another dtype.
+
+    Raises:
+        UserInputError: with both.
+    """
+    from sftcore.precision import dtype_of
+
+    held, asked = dtype_of_checkpoint(checkpoint), dtype_of(recipe.model)
+    if held is not None and held != asked:
+        raise UserInputError(
+            Problem(
+                what="this checkpoint is of a model in another dtype",
+                where=str(checkpoint),
+                got=f"model.dtype {asked}",
+                allowed=f"model.dtype {held}",
+                remedy=f"set model.dtype: {held}, or begin with a result's weights: model.path RUN/model",
+            )
+        )
+
+
 def _kept(recipe: Recipe) -> str | None:
     """The dtype that RUN/recipe.yaml names; None if there is none yet."""
-    owner: dict[str, Any] = owner_of(recipe.run_folder) or {}
-    dtype = owner.get("model", {}).get("dtype", AUTO)
+    return _dtype_in(owner_of(recipe.run_folder))
+
+
+def _dtype_in(owner: dict[str, Any] | None) -> str | None:
+    dtype = (owner or {}).get("model", {}).get("dtype", AUTO)
     return None if dtype == AUTO else str(dtype)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from launcher.debugging import DebugOptions, check_overfit, debugged, overfit_one_step
 from launcher.lease import Lease, Watch, launchers_above, take_over, write_lease
-from launcher.precision import with_dtype
+from launcher.precision import check_dtype, with_dtype
 from launcher.preflight import describe_plan
 from launcher.ranks import listed_pid
 from launcher.run_folder import open_run, record_seconds
@@ -52,7 +52,6 @@ from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.train.checkpoint import (
     agreed_checkpoint,
-    check_resumable,
     checkpoints_of,
     for_this_world,
     newest_usable,
@@ -65,6 +64,7 @@ from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_sta
 from sftcore.train.engine import Engine, check_engine, init_process_group
 from sftcore.train.export import export_weights
 from sftcore.train.loop import make_schedule, plan_settings, run_steps
+from sftcore.train.resumable import check_resumable, why_no_checkpoint
 from sftcore.train.stopping import SIGNALS, WITH_INTERRUPT, StopRequest, handling
 from sftcore.train.tracking import check_tracker
 from sftcore.train.validate import Validation
@@ -181,6 +181,8 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
     try_recipe(recipe, config)
     with handling(request.signals, _stop_at_once):  # ranks have not met: there is nothing to agree on
         start = _checkpoint_to_resume(run, request.resume)
+        if start is not None:
+            check_dtype(recipe, start)
         tokenizer, store = prepare(recipe)
         valid_store = prepare_valid(recipe, tokenizer) if recipe.data.valid else None
         cost = measure_recipe(recipe).coefficients
@@ -197,7 +199,10 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
             raise UserInputError(_eight_bit_is_cut(start))
         engine = _make_engine(recipe, ds_config, is_resized=is_resized)
         first = _resume(engine, start, schedule, restart=request.restart)
-        validation = Validation(recipe, valid_store, tokenizer, steps_done=first) if valid_store else None
+        validation = None
+        if valid_store:
+            known = _evaluations_before(start, run) if first else 0
+            validation = Validation(recipe, valid_store, tokenizer, steps_done=first, num_evaluations=known)
         with debugged(engine, run, request.debug) as stepping:
             try:
                 run_steps(
@@ -219,6 +224,13 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
             else:
                 export_weights(engine, tokenizer, recipe, folder=recipe.result_folder)
         engine.close()
+
+
+def _evaluations_before(checkpoint: Path | None, run: Path) -> int:
+    """How many rows of this run's valid.jsonl its checkpoint knows of; another run's are not here."""
+    if checkpoint is None or checkpoint.resolve().parent.parent != run.resolve():
+        return 0
+    return read_state(checkpoint).num_evaluations
 
 
 def _eight_bit_is_cut(checkpoint: Path | None) -> Problem:
@@ -289,7 +301,7 @@ def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:
             remedy = "resume it (--resume auto), or choose another name or --run DIR"
             raise UserInputError(Problem(what="this run has checkpoints", where=str(run), remedy=remedy))
         return None
-    reason = why_not_usable(Path(resume))
+    reason = why_no_checkpoint(Path(resume), run) or why_not_usable(Path(resume))
     if reason:
         raise UserInputError(
             Problem(what=f"can't resume: {reason}", where=resume, remedy="try --resume auto")

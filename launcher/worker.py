@@ -67,7 +67,11 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
         problem = Problem(what=f"a package can't be imported: {error}", remedy=remedy)
         raise MissingEnvironmentError(problem) from error
     require_hub([recipe])
-    return run_rank(settle(recipe), resume=options.resume, restart_schedule=options.restart_schedule)
+    return run_rank(
+        settle(recipe, resume=options.resume),
+        resume=options.resume,
+        restart_schedule=options.restart_schedule,
+    )
 
 
 if __name__ == "__main__":

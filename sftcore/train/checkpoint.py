@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import os
 import pickle
@@ -64,6 +63,8 @@ class TrainState:
         world_size: ranks that saved.
         num_threads: torch's CPU threads (another number changes the last bits on a CPU).
         plan_settings: what the plan follows from, by recipe key; names what differs when it does.
+        dtype: in which the model was held; empty in checkpoints of earlier versions.
+        num_evaluations: rows of valid.jsonl then; 0 in checkpoints of earlier versions.
     """
 
     step: int
@@ -72,6 +73,11 @@ class TrainState:
     world_size: int
     num_threads: int
     plan_settings: dict[str, Any]
+    dtype: str = ""
+    num_evaluations: int = 0
+
+
+LATER = ("dtype", "num_evaluations")  # keys that earlier versions did not write
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -269,12 +275,12 @@ def read_state(folder: Path) -> TrainState:
         UserInputError: the file is not as this version writes it.
     """
     names = {field.name for field in fields(TrainState)}
-    values = read_object(folder / STATE, *names)
-    numbers = [values[name] for name in ("step", "epoch", "world_size", "num_threads")]
+    values: dict[str, Any] = {"dtype": "", "num_evaluations": 0}
+    values |= read_object(folder / STATE, *sorted(names - set(LATER)))
+    numbers = [values[name] for name in ("step", "epoch", "world_size", "num_threads", "num_evaluations")]
     is_state = all(type(number) is int and number >= 0 for number in numbers)
-    if not (
-        is_state and isinstance(values["plan_settings"], dict) and len(values) == len(fields(TrainState))
-    ):
+    is_text = isinstance(values["dtype"], str)
+    if not (is_state and is_text and isinstance(values["plan_settings"], dict) and values.keys() == names):
         raise UserInputError(Problem(what="no state of a run", where=str(folder / STATE), remedy=DAMAGED))
     return TrainState(**values)
 
@@ -306,36 +312,6 @@ def only_tensors_unpickled(folder: Path) -> Iterator[None]:
     finally:
         del os.environ[ONLY_WEIGHTS]
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def check_resumable(
-    folder: Path, state: TrainState, *, plan_fingerprint: str, plan_settings: dict[str, Any]
-) -> None:
-    """Refuse a checkpoint of another plan; warn of another thread count.
-
-    Raises:
-        UserInputError: this run can't go on from that checkpoint; the settings that differ are named.
-    """
-    if state.plan_fingerprint != plan_fingerprint:
-        now = json.loads(json.dumps(plan_settings))
-        differing = {key: (value, now.get(key)) for key, value in state.plan_settings.items()}
-        differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
-        raise UserInputError(
-            Problem(
-                what="this checkpoint belongs to another plan",
-                where=str(folder),
-                got=", ".join(f"{key} {new}" for key, (_, new) in differing.items()),
-                allowed=", ".join(f"{key} {old}" for key, (old, _) in differing.items()),
-                remedy="use the recipe it was made with, or start a new plan from its weights and optimizer: "
-                "--resume PATH --restart-schedule",
-            )
-        )
-    if state.num_threads != torch.get_num_threads():
-        log.warning(
-            "resuming with %d threads instead of %d: results may differ in the last bits",
-            torch.get_num_threads(),
-            state.num_threads,
-        )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sftcore.config import Recipe, TrainSettings
 from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, StoppedOnRequest, TrainingFailed, UserInputError
 from sftcore.heap import is_out_of_memory
+from sftcore.precision import dtype_of
 from sftcore.train.batches import rank_batches, weightless_batch
 from sftcore.train.checkpoint import COMMITTED, TrainState, checkpoint_folder, save_checkpoint
 from sftcore.train.engine import Engine
@@ -105,7 +107,7 @@ def run_steps(
         MetricsWriter(recipe, steps_done=first, num_steps=schedule.num_steps) as writer,
         GarbageCollector() as garbage,
     ):
-        saver = _Saver(recipe, engine, schedule, writer, first=first)
+        saver = _Saver(recipe, engine, schedule, writer, first=first, validation=validation)
         try:
             _validate_if_due(validation, engine, schedule, first, stop=stop)
             for number in range(first, schedule.num_steps):
@@ -136,9 +138,17 @@ class _Saver:
     """Saves a run's checkpoints, none twice, each behind the rows of its steps."""
 
     def __init__(
-        self, recipe: Recipe, engine: Engine, schedule: Schedule, writer: MetricsWriter, *, first: int
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        schedule: Schedule,
+        writer: MetricsWriter,
+        *,
+        first: int,
+        validation: Validation | None,
     ) -> None:
         self.recipe, self.engine, self.schedule, self.writer = recipe, engine, schedule, writer
+        self.validation = validation
         is_saved = (checkpoint_folder(recipe.run_folder, first) / COMMITTED).exists()
         self.saved = first if dist.gather_objects(is_saved)[0] else 0
         self.notice = StopNotice.of_environment()
@@ -154,7 +164,11 @@ class _Saver:
             return
         started = time.perf_counter()
         self.writer.sync()
-        state = state_after(steps_done - 1, self.schedule, self.schedule.step(steps_done - 1).epoch)
+        state = replace(
+            state_after(steps_done - 1, self.schedule, self.schedule.step(steps_done - 1).epoch),
+            dtype=dtype_of(self.recipe.model),
+            num_evaluations=len(self.validation.done) if self.validation else 0,
+        )
         save_checkpoint(self.recipe.run_folder, self.engine, state, keep=self.recipe.checkpoint.keep)
         self.saved = steps_done
         self.notice.see_save(time.perf_counter() - started)

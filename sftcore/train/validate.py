@@ -62,12 +62,22 @@ class Evaluation:
 class Validation:
     """The evaluations of a run so far, and the next one."""
 
-    def __init__(self, recipe: Recipe, store: TokenStore, tokenizer: Any, *, steps_done: int) -> None:
-        """Take up RUN/valid.jsonl, without rows after `steps_done`; all ranks call it."""
+    def __init__(
+        self, recipe: Recipe, store: TokenStore, tokenizer: Any, *, steps_done: int, num_evaluations: int = 0
+    ) -> None:
+        """Take up RUN/valid.jsonl, without rows after `steps_done`; all ranks call it.
+
+        Args:
+            num_evaluations: that the run's checkpoint knows of.
+
+        Raises:
+            UserInputError: rows are missing, or the weights with the lowest loss are.
+        """
         self.recipe, self.store, self.tokenizer = recipe, store, tokenizer
         self.path = recipe.run_folder / VALID
         rows = read_jsonl(self.path) if self.path.exists() else []
         self.done = [row for row in _evaluations(rows, self.path) if row.step <= steps_done]
+        self._check_whole(num_evaluations)
         dist.barrier()
         if dist.rank() == 0 and rows:
             write_jsonl(self.path, [_row_of(row) for row in self.done])
@@ -80,6 +90,28 @@ class Validation:
             world=dist.world_size(),
             tokens_per_step=recipe.batch.capacity * PACKS_PER_RANK * dist.world_size(),
         )
+
+    def _check_whole(self, wanted: int) -> None:
+        """Refuse to go on without an evaluation of before: the next would take the lowest one's place."""
+        if len({row.step for row in self.done}) < wanted:
+            raise UserInputError(
+                Problem(
+                    what="evaluations that the checkpoint knows of are missing",
+                    where=str(self.path),
+                    got=f"{len(self.done)} of its steps",
+                    allowed=f"{wanted} or more",
+                    remedy="put a good copy of the file there, or start the run again: --run DIR",
+                )
+            )
+        if self.recipe.train.keep == "best" and wanted and math.isfinite(self.lowest_loss):
+            if not self.best_folder.is_dir():
+                raise UserInputError(
+                    Problem(
+                        what="the weights with the lowest valid loss are gone",
+                        where=str(self.best_folder),
+                        remedy="put the folder back, or start the run again: --run DIR",
+                    )
+                )
 
     def is_due(self, step: int, *, ends_epoch: bool) -> bool:
         """Whether to evaluate after `step` steps, and that was not done yet."""

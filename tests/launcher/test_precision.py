@@ -14,11 +14,12 @@ import yaml
 from typer.testing import CliRunner
 
 from launcher.cli import app
-from launcher.precision import settle, settle_runs
+from launcher.precision import check_dtype, settle, settle_runs
 from launcher.study import load_study
 from launcher.ways_in import machines_of
 from sftcore import precision
 from sftcore.config import ModelSettings
+from sftcore.errors import UserInputError
 from sftcore.model.load import load_for_decoding
 from sftcore.recipe import load_recipe
 
@@ -145,3 +146,23 @@ def test_a_slow_dtype_that_was_asked_for_is_named(tiny_recipe, monkeypatch, capl
                 patch.setenv("RANK", "1")
                 settle(recipe)
         assert [record.levelname for record in caplog.records] == ["WARNING"] * expected
+
+
+def test_a_named_checkpoint_of_another_run_decides_and_is_not_cast(tiny_recipe, monkeypatch):
+    """Of this version, of one that did not write its dtype, and where nothing is known."""
+    step = Path("runs/old/checkpoints/step-000002")
+    step.mkdir(parents=True)
+    path = written(auto(tiny_recipe))
+    pretend(monkeypatch, "float32")
+    assert settle(load_recipe(path), resume=str(step)).model.dtype == "float32", "nothing is known"
+    owner = load_recipe(path).model_dump(mode="json")
+    written(owner | {"model": owner["model"] | {"dtype": "bfloat16"}}, str(step.parents[1] / "recipe.yaml"))
+    for state in ({"step": 2}, {"step": 2, "dtype": "bfloat16"}):
+        (step / "state.json").write_text(json.dumps(state))
+        decided = settle(load_recipe(path), resume=str(step))
+        assert decided.model.dtype == "bfloat16"
+        check_dtype(decided, step)
+        asked = load_recipe(path, ["model.dtype=float32"])
+        told = "(?s)another dtype.*got: model.dtype float32.*set model.dtype: bfloat16"
+        with pytest.raises(UserInputError, match=told):
+            check_dtype(settle(asked, resume=str(step)), step)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from sftcore.train.checkpoint import (
     prune,
     why_not_usable,
 )
+from sftcore.train.resumable import why_no_checkpoint
 
 HOWS = ("empty", "cut", "flipped", "garbage", "folder", "gone", "link")
 FILES = (COMMITTED, MANIFEST, STATE, "ds/mp_rank_00_model_states.pt", "ds/*optim_states.pt")
@@ -235,3 +237,26 @@ def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_them(finished, m
     shutil.rmtree("runs/run")
     train_recipe(load_recipe(finished))
     assert order == ["metrics.jsonl", "commit"] * 3
+
+
+def test_what_is_no_checkpoint_is_told_for_what_it_is(tiny_recipe):
+    """... with those that there are, of the path's run or of one's own."""
+    step = checkpoint_folder(Path("runs/other"), 3)
+    step.mkdir(parents=True)
+    own = checkpoint_folder(Path("runs/run"), 2)
+    own.mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    Path("file").touch()
+    for path, told in {
+        "gone": f"there is nothing .*{own}",
+        "file": f"this is a file.*{own}",
+        "elsewhere": f"this folder is no checkpoint .*{own}",
+        "runs/other": f"holds a run's checkpoints and is none of them .*{step}",
+        "runs/other/checkpoints": f"holds a run's checkpoints and is none of them .*{step}",
+    }.items():
+        assert re.search(told, why_no_checkpoint(Path(path), Path("runs/run"))), path
+    assert not why_no_checkpoint(step, Path("runs/run"))
+    recipe = load_recipe(write_recipe(tiny_recipe, "new"))
+    for path, told in {"runs/other": f"this folder.*{step}", str(step): "the save was interrupted"}.items():
+        with pytest.raises(UserInputError, match=f"can't resume: {told}"):
+            train_recipe(recipe, resume=path)

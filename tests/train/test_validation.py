@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 from launching import ROOT, run, run_cells, steps, weights, weights_hash, write_recipe
 from transformers import AutoModelForCausalLM
 
+from launcher.training import train_recipe
 from sftcore.data.prepare import prepare_store
 from sftcore.data.splits import with_valid_as_train
 from sftcore.data.tokens import load_tokenizer
+from sftcore.errors import UserInputError
 from sftcore.fsio import read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.train.checkpoint import checkpoint_folder, read_state
 from sftcore.train.validate import is_exhausted
 
 VALID = [{"format": "facts", "path": "test.jsonl"}]
@@ -103,3 +107,31 @@ def test_settings_of_validation_need_data_for_it(tiny_recipe):
 )
 def test_patience_counts_evaluations_since_the_lowest(losses, patience, expected):
     assert is_exhausted(losses, patience) is expected
+
+
+def test_lost_evaluations_are_told_and_best_weights_stay(tiny_recipe):
+    """A checkpoint knows how many there were; a lower loss that is lost would give its weights away."""
+    recipe = with_valid(tiny_recipe, checkpoint={"save_every_steps": 2, "keep": 9})
+    path = write_recipe(recipe, "run", train={"evaluate_every_steps": 1, "keep": "best"})
+    train_recipe(load_recipe(path))
+    folder = Path("runs/run")
+    assert read_state(checkpoint_folder(folder, 4)).num_evaluations == 4
+    file, rows = folder / "valid.jsonl", (folder / "valid.jsonl").read_text().splitlines(keepends=True)
+    shutil.copytree(folder / "model", folder / "best")
+    shutil.rmtree(folder / "model")
+    for content in (None, "", "".join(rows[:1] + rows[2:])):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(
+            UserInputError, match="(?s)valid.jsonl: evaluations.*are missing.*allowed: 8 or more"
+        ):
+            train_recipe(load_recipe(path))
+        assert (folder / "best").is_dir() and not (folder / "model").exists()
+    file.write_text("".join(rows))
+    (folder / "best").rename("away")
+    with pytest.raises(UserInputError, match="runs/run/best: the weights with the lowest"):
+        train_recipe(load_recipe(path))
+    Path("away").rename(folder / "best")
+    train_recipe(load_recipe(path))
+    assert (folder / "model").is_dir()
