@@ -86,8 +86,21 @@ class ChatRenderer:
     @property
     def own_tokens(self) -> frozenset[str]:
         """The special tokens that the template itself writes."""
-        named = set(self._special.findall(self._template.source))
-        return frozenset(named.union(self._special.findall("".join(self._trial))))
+        return self._written(self._special)
+
+    @property
+    def own_added(self) -> frozenset[str]:
+        """The added tokens that the template itself writes, special or not: in a turn, they forge one."""
+        names = [token.content for token in self.codec.tokenizer.added_tokens_decoder.values()]
+        names = [name for name in names if name.strip()]
+        added = re.compile(
+            "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
+        )
+        return self._written(added)
+
+    def _written(self, pattern: re.Pattern[str]) -> frozenset[str]:
+        named = set(pattern.findall(self._template.source))
+        return frozenset(named.union(pattern.findall("".join(self._trial))))
 
     def prompt(self, chat: Chat) -> str:
         """The text that inference feeds to get the last assistant turn, whatever that turn says."""

@@ -256,7 +256,7 @@ class Prompter:
             self._special_in_chats is None
         ):  # a token of the recipe's own is forged where the template writes it
             own = set(self.options.own_tokens) - renderer.own_tokens - set(self.codec.named_special)
-            self._special_in_chats = SpecialTokens(self.codec, own)
+            self._special_in_chats = SpecialTokens(self.codec, own, renderer.own_added)
         if found := self._special_in_chats.find_in_chat(chat):
             detail = f"{found[0]!r} in a turn of role {found[1]}"
             return Refusal(reason=Reason.SPECIAL_TOKEN, detail=detail)

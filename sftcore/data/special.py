@@ -22,11 +22,12 @@ class SpecialTokens:
     Args:
         codec: of the tokenizer.
         own: tokens that texts may hold.
+        more: tokens that texts may not hold although the tokenizer does not call them special.
     """
 
-    def __init__(self, codec: Codec, own: Collection[str] = ()) -> None:
+    def __init__(self, codec: Codec, own: Collection[str] = (), more: Collection[str] = ()) -> None:
         names = codec.tokenizer.convert_ids_to_tokens(sorted(codec.special_ids))
-        self._names = sorted(set(names) - set(own), key=len, reverse=True)
+        self._names = sorted({*names, *more} - set(own), key=len, reverse=True)
         self._first_characters = sorted({name[0] for name in self._names})
 
     @cached_property

@@ -230,3 +230,19 @@ def test_undecodable_rows_name_the_encoding_that_they_look_like(write, read, tex
     path = write("a.jsonl", b'{"prompt": "a", "completion": "b"}\n' + line)
     (rejection,) = read("jsonl", path)[1]
     assert rejection.reason is Reason.UNDECODABLE_BYTES and f"({guess}?)" in rejection.detail
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt":"a","completion":"b","completion":"c"}',
+        '{"prompt" : "a", "completion" : "b", "completion" : "c"}',
+        '{"messages": [{"role": "user", "role": "user", "content": "a"}]}',
+        '{"prompt": "a \\"x\\": y", "completion": "b", "completion": "c"}',
+    ],
+)
+def test_a_key_that_stands_twice_costs_the_row(write, read, line):
+    good = '{"prompt": "a \\"x\\": y", "completion": "b"}\n{"prompt" : "a", "completion" : "b"}\n'
+    records, (rejection,), _ = read("jsonl", write("twice.jsonl", good + line + "\n"))
+    assert len(records) == 2 and rejection.reason is Reason.UNREADABLE_LINE
+    assert "stands twice" in rejection.detail

@@ -32,6 +32,11 @@ def write_relations(tmp_path: Path, value: object) -> Path:
     return path
 
 
+def write_escaped(path: Path, value: object) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
 def test_the_first_templates_are_used_in_order() -> None:
     relation = load_relations()["P19"]
     prompts = completion_prompts(relation, "Ada {subject} Lovelace", 6)
@@ -105,6 +110,38 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
         load_relations(write_relations(tmp_path, [OWN]))
     with pytest.raises(UserInputError, match="no such file"):
         load_relations(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": 5}, "name is not text"),
+        ({"name": None}, "name is not text"),
+        ({"name": ""}, "name is not text, or empty"),
+        ({"name": "a\ud800"}, "name has half characters"),
+        ({"question": "What of\0 {subject}?"}, "a question has a NUL"),
+        ({"question": "What of {subject} is {object}?"}, "no brace but those of {subject}"),
+        ({"question": " Who rules {subject}? "}, "a question has no spaces around it"),
+        ({"completions": ["{subject} {is"]}, "no brace but those"),
+    ],
+)
+def test_odd_texts_of_a_relation_are_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    with pytest.raises(UserInputError, match=said):
+        load_relations(write_escaped(tmp_path / "a.json", {"a": OWN["capital-of"] | change}))
+
+
+def test_odd_ids_and_files_of_relations_are_named(tmp_path: Path) -> None:
+    for table, said in (({}, "not a table"), ({"": OWN["capital-of"]}, "id is text")):
+        with pytest.raises(UserInputError, match=said):
+            load_relations(write_escaped(tmp_path / f"{len(table)}.json", table))
+    text = json.dumps(OWN)
+    twice = tmp_path / "twice.json"
+    twice.write_text(f"{text[:-1]},{text[1:]}")
+    with pytest.raises(UserInputError, match="the same name twice: capital-of"):
+        load_relations(twice)
+    marked = tmp_path / "marked.json"
+    marked.write_text(text, encoding="utf-8-sig")
+    assert "capital-of" in load_relations(marked)
 
 
 def test_the_shipped_file_is_read_like_a_users() -> None:
