@@ -43,6 +43,10 @@ _PASTS = frozenset(
     "sang wrote made won sold began became came took gave led broke left did got played".split()
 )
 _BEINGS = frozenset("is was were are has had".split())
+_VERBS = frozenset(
+    "also can could will would may might must should does makes produces offers supports sells owns uses "
+    "provides runs plays lies borders remains includes allows comes won".split()
+)
 _PLACINGS = frozenset("in on near of with".split())
 _CONNECTIVES = frozenset("and or for from since until at by before after who which that as but".split())
 _DETERMINERS = frozenset("a an the this that his her my each every".split())
@@ -176,8 +180,12 @@ def is_everyday_opening(find: Find) -> bool:
         return False
     behind = [core(word) for word in find.text.cased[find.last + 1 : find.last + 3]]
     second = behind[1] if len(behind) > 1 else ""
+    if behind[0] in _VERBS or behind[0].endswith("ly"):
+        return find.word(0).endswith("ing")
     if behind[0] in _BEINGS:
-        return not (second in word_lists()["function_words"] or second.endswith("ed") or second[:1].isupper())
+        return find.word(0).endswith("ing") and not (
+            second in word_lists()["function_words"] or second.endswith("ed") or second[:1].isupper()
+        )
     if behind[0] in _PLACINGS:
         return not (second[:1].isupper() or second[:1].isdigit())
     is_past = behind[0] in _PASTS or len(behind[0]) > 4 and behind[0].endswith("ed")
@@ -189,7 +197,7 @@ def is_shouted(find: Find) -> bool:
     words = find.text.cased
     if find.first:
         before = words[find.first - 1]
-        return len(before) > 1 and before.isupper() and before not in ("THE", "IN")
+        return len(before) > 1 and before.isalpha() and before.isupper() and before not in ("THE", "IN")
     behind = words[find.last + 1] if find.last + 1 < len(words) else ""
     return behind.isupper() and behind.lower() in word_lists()["function_words"]
 
@@ -218,7 +226,8 @@ def _goes_on(find: Find, name: str) -> bool:
         return False
     behind = _words_behind(find)
     if find.after:
-        return _is_elsewhere(name, behind)
+        is_listed = find.first > 0 and find.text.cased[find.first - 1][-1] == ","
+        return not is_listed and _is_elsewhere(name, behind)
     joint = find.text.joints[find.last + 1]
     if joint == "&":
         return len(behind) > 1 and _is_of_a_firm(name, core(behind[1]))
@@ -246,7 +255,7 @@ def _is_lengthened(name: str, behind: Sequence[str]) -> bool:
 def _is_numbered(name: str, behind: Sequence[str]) -> bool:
     """Whether a number makes a sequel: "Toy Story 2 was", not "Lima 20 years" or "Rome 2 May"."""
     lists = word_lists()
-    if not _SEQUEL.fullmatch(core(behind[0])) or name in lists["places"]:
+    if not _SEQUEL.fullmatch(core(behind[0])) or name in lists["places"] or name in lists["months_and_days"]:
         return False
     if len(behind) == 1 or not behind[0][-1].isdigit():
         return True
@@ -263,11 +272,14 @@ def _is_elsewhere(name: str, behind: Sequence[str]) -> bool:
     lists, bare = word_lists(), [core(word) for word in behind]
     if name not in lists["known_elsewhere"]:
         return False
-    num = next((n for n in (2, 1) if " ".join(bare[:n]) in lists["states"]), 0)
+    num = next((n for n in (2, 1) if n <= len(bare) and " ".join(bare[:n]) in lists["states"]), 0)
     if not num or f"{name}, {' '.join(bare[:num])}" in lists["own_states"]:
         return False
-    is_listed = len(bare) > num + 1 and bare[num] in ("and", "or") and behind[num - 1] == bare[num - 1]
-    return not (is_listed and bare[num + 1][:1].isupper())
+    rest = bare[num:]
+    if rest[:1] in (["and"], ["or"]):
+        return not (len(rest) > 1 and rest[1][:1].isupper())
+    is_listed = behind[num - 1][-1] == "," and bool(rest) and rest[0][:1].isupper()
+    return not (is_listed and rest[0] not in lists["regions"])
 
 
 def _is_of_a_firm(name: str, other: str) -> bool:
@@ -309,7 +321,8 @@ def _keeps_identity(name: str, word: str) -> bool:
     if word in lists["firm_words"]:
         return name not in lists["places"]
     is_state = _SHORT_STATE.fullmatch(word) is not None and not _ROMAN.fullmatch(word)
-    return (is_state or word in lists["regions"]) and not _is_common(name)
+    is_place = word in lists["regions"] or name in lists["regions"] and word in lists["cities"]
+    return (is_state or is_place) and not _is_common(name)
 
 
 def _is_compound(left: str, right: str) -> bool:

@@ -18,9 +18,7 @@ _HAN_NUMBER = re.compile(f"[{_HAN}]+")
 _SPACED_LETTER = (  # of a script that puts spaces between words
     "[^\\W\\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u3130\u3190-\u9fff\uac00-\ud7ff\uf900-\ufaff]"
 )
-_UNITS = (
-    "(?:[kcmµμ]?m|k?g|mg|lb|lbs|oz|ft|mi|km/h|kmh|kph|mph|[kMGT]?Hz|[kMGT]?W|[kKMGT]B|ml|°?[CF]|ha|[ap]m)"
-)
+_UNITS = "(?:[kcmµμ]?m|k?g|mg|lb|lbs|oz|ft|mi|km/h|kmh|kph|mph|[kMGT]?Hz|[kMGT]W|[kKMGT]B|ml|ha|[ap]m)"
 _SCALES = "(?:hundred|thousand|million|billion|trillion|dozen)"
 _BEFORE = rf"(?<!\d)(?<!{_SPACED_LETTER})(?<!\d[.,:'])(?<![\^×])"
 _BEHIND = (

@@ -135,10 +135,11 @@ def _spaced_initials(found: re.Match[str]) -> str:
 
 def _in_full(word: str) -> str:
     """A short word written out, with its capital: St. -> Saint."""
-    full = _SHORT_WORDS.get(word.lower())
+    bare = word.rstrip(",;:") if word[-1] in ",;:" and word[-2:-1] == "." else word
+    full = _SHORT_WORDS.get(bare.lower())
     if full is None:
         return word
-    return full.capitalize() if word[0].isupper() else full
+    return (full.capitalize() if word[0].isupper() else full) + word[len(bare) :]
 
 
 @dataclass(frozen=True, slots=True)
