@@ -3,6 +3,7 @@
 In: a .csv, .tsv or .txt file. Out: `RawRow`s of cells, and `Rejection`s for rows that don't parse.
 Invariant: one rule of quotes for all tables (RFC 4180), told by the recipe, or found in the whole file and
 noted; line ends within a cell stay as they are; a stray quote costs the row that it stands in.
+A file of tabs that is not quoted throughout is text; each row of it with a cell that looks quoted is noted.
 Trade-off: a tab-separated file with any quote in it is read once more to see whether all are RFC 4180's
 (100 MB/s); one that is quoted so is a single unit of work, since a cell of it may hold newlines.
 """
@@ -47,7 +48,7 @@ def table_rows(
     """
     separator = SEPARATORS[suffix_of(path)]
     if not is_quoted(path, quotes):
-        return split_rows(path, separator, note, span)
+        return split_rows(path, separator, note, span, is_asked=quotes == "none")
     assert span == WHOLE
     return csv_rows(path, separator, note)
 
@@ -105,12 +106,24 @@ def _needs_quotes(cells: Sequence[str]) -> bool:
 
 
 def split_rows(
-    path: Path, separator: str, note: Note = ignore, span: Span = WHOLE
+    path: Path, separator: str, note: Note = ignore, span: Span = WHOLE, *, is_asked: bool = False
 ) -> Iterator[RawRow | Rejection]:
-    """Cells between separators; quotes are text."""
+    """Cells between separators; quotes are text, noted of cells that look quoted unless asked for."""
     for number, line in enumerate(text_lines(path, note, span), span.first_row):
         if line:
-            yield RawRow(number=number, value=line.split(separator))
+            cells = line.split(separator)
+            if '"' in line and not is_asked and any(map(_looks_wrapped, cells)):
+                note(Alteration(file=str(path), row=number, change=Change.QUOTES_KEPT))
+            yield RawRow(number=number, value=cells)
+
+
+def _looks_wrapped(cell: str) -> bool:
+    r"""Whether a cell that is read as it stands may have been quoted by its writer.
+
+    >>> [_looks_wrapped(cell) for cell in ('"x"', '"say ""hi"" "', '"open', 'say "hi"', '5" disk')]
+    [True, True, True, False, False]
+    """
+    return cell.startswith('"') and (cell.endswith('"') or '"' not in cell[1:] or '""' in cell)
 
 
 def csv_rows(path: Path, separator: str = ",", note: Note = ignore) -> Iterator[RawRow | Rejection]:

@@ -119,6 +119,7 @@ class Change(StrEnum):
     SYSTEM_MERGED = "system_merged"
     SYSTEM_DROPPED = "system_dropped"
     QUOTES_READ = "quotes_read"
+    QUOTES_KEPT = "quotes_kept"
     LABEL_SPELLING = "label_spelling"
     JSON_LIST = "json_list"
     OTHER_ANSWER = "other_answer"

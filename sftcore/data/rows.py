@@ -51,6 +51,7 @@ OFFICE = {  # what the archive of an office program holds
 }
 ZEROS_OF_TEXT = 0.1  # more NULs than this share of a first line: two or four bytes a character
 PEEKED_BYTES = 2**12
+RUNNING = ("GB18030", "BIG5", "SHIFT_JIS", "EUC-JP", "EUC-KR", "WINDOWS-1251")  # encodings of runs of bytes
 LONG_NUMBER = re.compile(r"\d{19}")
 Note = Callable[[Alteration], None]
 
@@ -292,10 +293,11 @@ def has_surrogates(text: str) -> bool:
 def likely_encoding(text: str) -> str:
     """A guess at what undecodable bytes were meant as, for a message; empty where they tell nothing.
 
-    Chinese comes in runs of bytes beyond ASCII, Western European letters one at a time.
+    Western European letters beyond ASCII come one at a time between others; other scripts in runs, of which
+    all encodings are named that can read them.
 
     >>> likely_encoding("caf\\udce9 cr\\udce8me"), likely_encoding("\\udcb1\\udcb1\\udcbe\\udca9")
-    (' (WINDOWS-1252?)', ' (GB18030?)')
+    (' (WINDOWS-1252?)', ' (GB18030, BIG5, SHIFT_JIS, EUC-JP, EUC-KR or WINDOWS-1251?)')
     """
     try:
         raw = text.encode("utf-8", "surrogateescape")
@@ -304,8 +306,27 @@ def likely_encoding(text: str) -> str:
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", raw)]
     if not runs:
         return ""
-    try:
-        raw.decode("gb18030")
-    except UnicodeDecodeError:
+    if 2 * sum(n for n in runs if n > 1) <= sum(runs):
         return " (WINDOWS-1252?)"
-    return " (GB18030?)" if 2 * sum(n for n in runs if n > 1) > sum(runs) else " (WINDOWS-1252?)"
+    if _looks_chinese(raw):
+        return " (GB18030?)"
+    *names, last = [name for name in RUNNING if _decodes(raw, name)] or [""]
+    return f" ({', '.join(names)} or {last}?)" if names else f" ({last}?)" if last else ""
+
+
+def _looks_chinese(raw: bytes) -> bool:
+    """Whether most characters are of GB 2312's 3,755 common ones, one of them where Korean has none."""
+    try:
+        pairs = [char.encode("gb18030") for char in raw.decode("gb18030") if char > "\x7f"]
+    except UnicodeDecodeError:
+        return False
+    common = [pair for pair in pairs if 0xB0 <= pair[0] <= 0xD7 and len(pair) == 2 and pair[1] > 0xA0]
+    return 2 * len(common) > len(pairs) and any(pair[0] > 0xC8 for pair in common)
+
+
+def _decodes(raw: bytes, encoding: str) -> bool:
+    try:
+        raw.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -47,7 +47,23 @@ def test_quotes_of_a_tab_separated_file_are_read_where_all_of_it_is_quoted(write
 def test_other_quotes_in_it_are_text(write, read, text):
     records, _, ledger = read("jsonl", write("q.tsv", text))
     assert contents(records) == [tuple(line.split("\t")) for line in text.splitlines()[1:]]
-    assert not ledger.altered_by_reason
+    assert set(ledger.altered_by_reason) <= {Change.QUOTES_KEPT}
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_kept"),
+    [
+        (['"Say ""hi"""\tyes', '"open\tx', "a\tb"], 2),
+        (['"Hello"\t"World"', "plain\ttext"], 1),
+        (['he said "hi"\tb', '5" disk\t"a" and "b" of it'], 0),
+    ],
+)
+def test_cells_that_look_quoted_and_are_read_as_they_stand_are_counted(write, read, rows, num_kept):
+    path = write("q.tsv", "prompt\tcompletion\n" + "".join(f"{row}\n" for row in rows))
+    records, rejections, ledger = read("jsonl", path)
+    assert len(records) == len(rows) and rejections == []
+    assert ledger.altered_by_reason.get(Change.QUOTES_KEPT, 0) == num_kept
+    assert not read("jsonl", path, quotes="none")[2].altered_by_reason  # asked for
 
 
 def test_the_recipe_decides_about_quotes(write, read):

@@ -223,7 +223,12 @@ def test_lines_of_lists_and_damaged_ones_are_still_lines(write):
 
 @pytest.mark.parametrize(
     ("text", "encoding", "guess"),
-    [("crème brûlée, naïve café", "latin-1", "WINDOWS-1252"), ("乗北京上海", "gb18030", "GB18030")],
+    [
+        ("crème brûlée, naïve café", "latin-1", "WINDOWS-1252"),
+        ("乗北京上海", "gb18030", "GB18030"),
+        ("Привет, мир", "cp1251", "WINDOWS-1251"),
+        ("안녕하세요 세계", "euc-kr", "GB18030, BIG5, EUC-JP, EUC-KR or WINDOWS-1251"),
+    ],
 )
 def test_undecodable_rows_name_the_encoding_that_they_look_like(write, read, text, encoding, guess):
     line = json.dumps({"prompt": text, "completion": "b"}, ensure_ascii=False).encode(encoding)
