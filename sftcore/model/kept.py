@@ -8,10 +8,7 @@ Trade-off: names alone decide, from the model's lists; a model without lists kee
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,28 +25,6 @@ def kept_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Parameters that stay float32 in a bfloat16 model, by name."""
     pattern = kept_pattern(model)
     return {n: p for n, p in model.named_parameters() if pattern is not None and pattern.search(n)}
-
-
-def compute_apart(model: PreTrainedModel) -> None:
-    """Let modules that have nothing but such parameters (routers) compute outside of autocast, in place.
-
-    Their own code then decides, as it does in a model that is held in bfloat16.
-    """
-    kept = {id(parameter) for parameter in kept_parameters(model).values()}
-    for module in model.modules():
-        held = list(module.parameters())
-        if held and all(id(parameter) in kept for parameter in held):
-            module.forward = _without_autocast(module.forward)
-
-
-def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def apart(*args: Any, **options: Any) -> Any:
-        device = next(a.device.type for a in (*args, *options.values()) if torch.is_tensor(a))
-        with torch.autocast(device, enabled=False):
-            return forward(*args, **options)
-
-    return apart
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

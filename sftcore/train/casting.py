@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sftcore.errors import Problem, UserInputError
-from sftcore.model.kept import compute_apart, kept_parameters
+from sftcore.model.apart import compute_apart
+from sftcore.model.kept import kept_parameters
 
 
 def keep_float32(model: PreTrainedModel, *, autocasts: bool, stage: int) -> list[nn.Parameter]:
