@@ -217,7 +217,7 @@ def may_go_on(find: Find, *, is_proper: bool) -> bool:
     behind = text.cased[number]
     if any(water.startswith(behind.lower()) for water in word_lists()["waters"]):
         return True
-    return is_proper and (behind[:1].isupper() or behind[:1].isdigit() or text.joints[number] == "&")
+    return is_proper and (behind[:1].isupper() or behind[:1].isdigit() or text.joints[number] in ("&", "-"))
 
 
 def _goes_on(find: Find, name: str) -> bool:
