@@ -114,16 +114,21 @@ def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]
     stretches = [_stretches(codec, draft) for draft in drafts]
     encoded = iter(codec.encode([text for group in stretches for pair in group for text in pair]))
     whole = [_join([(next(encoded), next(encoded)) for _ in group]) for group in stretches]
-    torn = [i for i, found in enumerate(whole) if found is None]
+    torn = [i for i, found in enumerate(whole) if found is None or _gets_spaces(codec, drafts[i])]
     firsts = iter(codec.encode([drafts[i].pieces[0] for i in torn]))
-    others = iter(
-        codec.encode_continued([piece for i in torn for piece in drafts[i].pieces[1:]]) if torn else []
-    )
+    rest = [piece for i in torn for piece in drafts[i].pieces[1:]]
+    exact = [drafts[i].is_bare for i in torn for _ in drafts[i].pieces[1:]]
+    others = iter(codec.encode_continued(rest, exact) if torn else [])
     apart = {i: _chained([next(firsts), *(next(others) for _ in drafts[i].pieces[1:])]) for i in torn}
     return [
-        _finish(codec, draft, *(found or apart[i]), is_apart=found is None)
+        _finish(codec, draft, *(apart.get(i) or found or ([], [])), is_apart=i in apart)
         for i, (draft, found) in enumerate(zip(drafts, whole, strict=True))
     ]
+
+
+def _gets_spaces(codec: Codec, draft: Draft) -> bool:
+    """Whether an answer would get a space that its text does not have, behind an added token."""
+    return draft.is_bare and codec.starts_again("".join(draft.pieces))
 
 
 def _ended_once(codec: Codec, draft: Draft) -> Draft:

@@ -97,15 +97,25 @@ class Codec:
         backend.no_padding()
         return [found.ids for found in backend.encode_batch_fast(list(pairs), add_special_tokens=True)]
 
-    def encode_continued(self, texts: Sequence[str]) -> list[list[int]]:
+    def starts_again(self, text: str) -> bool:
+        """Whether the tokenizer puts a space into `text`, behind an added token."""
+        return self._continuing is not None and self._added is not None and bool(self._added.search(text))
+
+    def encode_continued(self, texts: Sequence[str], exact: Sequence[bool] = ()) -> list[list[int]]:
         """Ids of each text behind another one: without the space that some tokenizers put in front of it.
 
         One that the vocabulary can't spell so keeps the space.
+
+        Args:
+            exact: of each text, whether it gets none behind added tokens within it either; empty: none does.
         """
         plain = self.encode(texts)
         if (backend := self._continuing) is None:
             return plain
-        heads = [self._before_added(text) for text in texts]
+        heads = [
+            text if is_exact else self._before_added(text)
+            for text, is_exact in zip(texts, exact or [False] * len(texts), strict=True)
+        ]
         bare = [found.ids for found in backend.encode_batch_fast(heads, add_special_tokens=False)]
         rests = self.encode([text[len(head) :] for text, head in zip(texts, heads, strict=True)])
         unknown = self.tokenizer.unk_token_id

@@ -219,6 +219,18 @@ def test_each_turn_of_a_long_chat_is_encoded_a_bounded_number_of_times(bpe):
         stop_text=codec.stop_text,
         encode=lambda texts: seen.extend(texts) or codec.encode(texts),
         encode_continued=codec.encode_continued,
+        starts_again=codec.starts_again,
     )
     encode_drafts(counted, [Draft(pieces=pieces, is_bare=False)])
     assert sum(map(len, seen)) < 3 * len("".join(pieces))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("Paris</s>", "Paris"), ("Paris", "Pa</s>Paris is"), ("is<s>", " Paris<s>is")]
+)
+def test_an_added_token_puts_no_space_into_an_answer(prompt, answer):
+    codec = codec_of(build_spaces_in_front())
+    (found,) = encode_drafts(codec, [Draft(pieces=(prompt, answer), is_bare=True)])
+    ((start, end),) = found.trained
+    assert codec.tokenizer.decode(found.ids[start:end]) == f"{answer}</s>"
+    assert found.ids[:start] == codec.encode_prompts([prompt])[0]
