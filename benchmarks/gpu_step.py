@@ -312,9 +312,13 @@ def _fuse_layers(model: LossModel) -> None:
 
 
 def _compile_blocks(model: LossModel) -> None:
-    """Each decoder layer by itself; packs have a fixed number of tokens here, as buckets would give."""
+    """Each decoder layer by itself; packs have a fixed number of tokens here, as buckets would give.
+
+    A rehearsal on a CPU traces the layers and leaves inductor out: what it builds there (torch 2.13, g++ 12)
+    damaged the heap on an EPYC of December 2026, and no number of a rehearsal counts.
+    """
     for layer in model.causal_lm.get_decoder().layers:
-        layer.compile()
+        layer.compile(backend="inductor" if model.causal_lm.device.type == "cuda" else "aot_eager")
 
 
 def _read_elsewhere(model: LossModel) -> None:
