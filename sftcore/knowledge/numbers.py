@@ -26,7 +26,7 @@ _BEHIND = (
 )
 _NO_GROUP_BEFORE = r"(?<!\b\d )(?<!\b\d\d )(?<!\b\d\d\d )"
 _NO_GROUP_BEHIND = r"(?! \d{3}(?!\d))"
-_NO_RANGE_BEFORE = r"(?<!\d[-/])"
+_NO_RANGE_BEFORE = r"(?<!\d[-/])(?<![A-Z]-)"  # 4-5, 20/20; F-16
 _NO_RANGE_BEHIND = r"(?![-/]\d)"
 _PLUS = r"(?<!\s-)(?<!^-)(?<!\(-)(?<!minus )(?<!negative )(?<![负負])(?<!零下)"
 _MINUS = r"(?:(?<!\w)(?<!\d )(?:-|minus |negative )|[负負]|零下)"
