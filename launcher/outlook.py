@@ -39,6 +39,7 @@ from sftcore.train.devices import Device
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import check_engine, has_async_io
 from sftcore.train.fit import Place, best_choice, configuration_name, list_choices, what_would_fit
+from sftcore.train.foreseen import check_layers
 from sftcore.train.loop import make_schedule
 from sftcore.train.tracking import check_tracker
 
@@ -148,6 +149,7 @@ def why_not_trainable(recipe: Recipe, device: Device) -> SftError | None:
     checks.append(lambda: check_demands(recipe, config))
     if not is_encoder:
         checks.append(lambda: _check_packs(recipe, config, dtype=dtype, device=kind))
+        checks.append(lambda: check_layers(recipe, ds_config))
     if recipe.adapter.kind == "qlora":
         checks.append(lambda: require_bitsandbytes("adapter.kind: qlora"))
     if recipe.train.optimizer == "adamw-8bit":

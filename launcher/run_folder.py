@@ -220,7 +220,7 @@ def record_seconds(run: Path, stage: str, seconds: float) -> None:
     try:
         environment = read_object(path)
     except UserInputError as error:  # notes, for which no result is lost
-        log.warning("writing notes on this machine anew: %s", error)
+        log.warning("%s is damaged: written again (%s)", ENVIRONMENT, str(error).splitlines()[0])
         remove(path)
         environment = describe_environment()
     write_json(path, environment | {f"{stage}_seconds": round(seconds, 1)})

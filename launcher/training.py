@@ -63,6 +63,7 @@ from sftcore.train.devices import device_here
 from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_stage
 from sftcore.train.engine import Engine, check_engine, init_process_group
 from sftcore.train.export import export_weights
+from sftcore.train.foreseen import check_layers
 from sftcore.train.loop import make_schedule, plan_settings, run_steps
 from sftcore.train.resumable import check_resumable, why_no_checkpoint
 from sftcore.train.stopping import SIGNALS, WITH_INTERRUPT, StopRequest, handling
@@ -179,6 +180,7 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
     config = load_config(recipe.model)
     check_demands(recipe, config)
     try_recipe(recipe, config)
+    check_layers(recipe, ds_config)
     with handling(request.signals, _stop_at_once):  # ranks have not met: there is nothing to agree on
         start = _checkpoint_to_resume(run, request.resume)
         if start is not None:

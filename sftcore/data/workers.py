@@ -113,7 +113,7 @@ def write_parts(workshop: Workshop, units: Sequence[Unit], *, num_workers: int) 
     num_bytes = sum(unit.num_bytes for unit in todo)
     num_workers = min(num_workers, len(todo))
     problems: list[Problem] = []
-    with progress("preparing, in kB", max(1, num_bytes >> 10)) as advance:
+    with progress("kB of data prepared", max(1, num_bytes >> 10)) as advance:
         if num_workers < 2 or num_bytes < POOL_BYTES:
             for unit in todo:
                 problems += _problems_of(workshop, unit)

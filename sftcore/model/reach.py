@@ -73,7 +73,7 @@ def freeze_unreached(model: PreTrainedModel) -> None:
     if frozen:
         parts = Counter(".".join(name.split(".")[:2]) for name in frozen)
         named = ", ".join(f"{part} ({count})" for part, count in parts.most_common())
-        log.info("frozen, for no text reaches them: %d weights of %s", len(frozen), named)
+        log.info("frozen, because no text reaches them: %d weights of %s", len(frozen), named)
 
 
 def unreached_layers(model: PreTrainedModel) -> list[str]:

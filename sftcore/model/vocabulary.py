@@ -40,7 +40,24 @@ def grow_vocabulary(model: PreTrainedModel, settings: ModelSettings) -> None:
     if not ids:
         return
     num_rows = vocabulary_rows(model)
-    if short := [f"{name} ({rows} rows)" for name, rows in _other_tables(model) if ids[-1] >= rows]:
+    check_growth(model, ids)
+    if ids[-1] >= num_rows:
+        model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
+    first_unused = min(ids[0], num_rows)  # models often have spare rows, which nothing has trained
+    with torch.no_grad():
+        for weight in vocabulary_weights(model).values():
+            weight[ids] = weight[:first_unused].float().mean(0).to(weight.dtype)
+
+
+def check_growth(model: PreTrainedModel, ids: list[int]) -> None:
+    """Refuse new tokens for a model whose layers look tokens up in tables of their own; a skeleton will do.
+
+    Raises:
+        UserInputError: naming these tables.
+    """
+    if short := [
+        f"{name} ({rows} rows)" for name, rows in _other_tables(model) if max(ids, default=-1) >= rows
+    ]:
         raise UserInputError(
             Problem(
                 what=f"tokens can't be added to model type {model.config.model_type!r}: its layers look "
@@ -50,12 +67,6 @@ def grow_vocabulary(model: PreTrainedModel, settings: ModelSettings) -> None:
                 remedy="leave model.add_tokens out, and write what they stand for in tokens that it knows",
             )
         )
-    if ids[-1] >= num_rows:
-        model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
-    first_unused = min(ids[0], num_rows)  # models often have spare rows, which nothing has trained
-    with torch.no_grad():
-        for weight in vocabulary_weights(model).values():
-            weight[ids] = weight[:first_unused].float().mean(0).to(weight.dtype)
 
 
 def _other_tables(model: PreTrainedModel) -> list[tuple[str, int]]:

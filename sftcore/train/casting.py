@@ -34,6 +34,17 @@ def keep_float32(model: PreTrainedModel, *, autocasts: bool, stage: int) -> list
     if autocasts:
         compute_apart(model)
         return []
+    check_sharding(model, stage=stage)
+    return list(kept.values())
+
+
+def check_sharding(model: PreTrainedModel, *, stage: int) -> None:
+    """Refuse ZeRO-3 for a bfloat16 model that keeps weights in float32; a skeleton will do.
+
+    Raises:
+        UserInputError: with one of these weights.
+    """
+    kept = kept_parameters(model)
     if stage == 3 and kept and model.dtype == torch.bfloat16:
         raise UserInputError(
             Problem(
@@ -43,7 +54,6 @@ def keep_float32(model: PreTrainedModel, *, autocasts: bool, stage: int) -> list
                 remedy="set deepspeed: zero2 (or zero2-offload), or model.dtype: float32",
             )
         )
-    return list(kept.values())
 
 
 @contextmanager

@@ -294,7 +294,7 @@ class Engine:
                 yield name, buffer.detach().to("cpu", copy=True)
 
     def close(self) -> None:
-        """Give up DeepSpeed's buffers and the model's weights; neither is of use any more.
+        """Free DeepSpeed's buffers and the model's weights.
 
         DeepSpeed 0.19.8 leaves its functions and flat buffers hanging on the parameters, and at stage 3 the
         modules in a cache: weights, float32 masters and gradients would stay as long as the process.

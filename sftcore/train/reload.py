@@ -177,7 +177,7 @@ def check_files(folder: Path, written: Iterable[tuple[str, dict[str, str]]]) -> 
 def _unequal(got: str) -> TrainingFailed:
     return TrainingFailed(
         Problem(
-            what="the exported model, loaded again, is not the one that was trained; nothing was written",
+            what="the exported model, loaded again, is not the one that was trained; no result was written",
             got=got,
             remedy="the last checkpoint has the trained weights; please report this model's type",
         )

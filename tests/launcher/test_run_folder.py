@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from launcher_commands import save, sftcore
 from tiny import SUBJECTS, write_lines
 
 from launcher.evaluating import evaluate
-from launcher.run_folder import claim
+from launcher.run_folder import claim, record_seconds
 from launcher.stages import probe
 from launcher.training import train_recipe
 from launcher.whole_run import is_finished, run_whole
@@ -166,3 +168,13 @@ def test_a_finished_run_without_its_weights_keeps_its_scores(path):
         evaluate(load_recipe(path, ["evaluate.batch_size=2"]))
     with pytest.raises(UserInputError, match=r"finished with"):
         run_whole(load_recipe(path, ["evaluate.batch_size=2"]))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_notes_on_the_machine_that_are_damaged_are_written_again(tmp_path, caplog, content):
+    (tmp_path / "environment.json").write_text(content)
+    with caplog.at_level(logging.WARNING):
+        record_seconds(tmp_path, "train", 1.25)
+    assert "environment.json is damaged: written again" in caplog.text
+    notes = json.loads((tmp_path / "environment.json").read_text())
+    assert notes["train_seconds"] == 1.2 and "python" in notes

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from launcher_commands import save
+from miniature_runs import save_base
 from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
@@ -138,3 +139,22 @@ def test_quantised_weights_are_known_without_a_word_in_the_configuration(tiny_re
         save_file(plain | few, file, metadata={"format": "pt"})
         with pytest.raises(UserInputError, match=r"quantised already \(model.layers.0.mlp.up_proj"):
             check_demands(recipe, load_config(recipe.model))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("ernie4_5_moe", {"deepspeed": "zero3"}, "keeps weights in float32, which ZeRO-3 can't"),
+        ("gemma4_text", {"add_tokens": ["<new>"]}, "tokens can't be added to model type 'gemma4_text'"),
+    ],
+)
+def test_what_the_layers_rule_out_is_in_the_plan_and_refused_first(tiny_recipe, family, changes, told):
+    save_base(family, Path("other"))
+    model = {"path": "other", "dtype": "bfloat16", "add_tokens": changes.get("add_tokens", [])}
+    others = {key: value for key, value in changes.items() if key != "add_tokens"}
+    recipe = load_recipe(Path(save(tiny_recipe, model=model, **others)))
+    for found in (str(why_not_trainable(recipe, CPUS)), message_of(lambda: train_recipe(recipe))):
+        assert told in found
+    assert not Path(".cache/stores").exists(), "nothing was tokenised"
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"add_tokens": []})})
+    assert why_not_trainable(plain.model_copy(update={"deepspeed": "zero2"}), CPUS) is None

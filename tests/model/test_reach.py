@@ -27,7 +27,7 @@ def test_a_vision_tower_is_neither_trained_nor_decayed(tmp_path, caplog, stage):
     recipe = recipe_for(tmp_path, deepspeed=stage, train={"lr": 1e-2, "weight_decay": 0.5})
     with caplog.at_level(logging.INFO):
         model = load_for_training(recipe)
-    assert "frozen, for no text reaches them" in caplog.text and "model.vision_tower (" in caplog.text
+    assert "frozen, because no text reaches them" in caplog.text and "model.vision_tower (" in caplog.text
     weights = dict(model.causal_lm.named_parameters())
     frozen = {name for name, p in weights.items() if not p.requires_grad}
     assert {name for name in weights if name.startswith(TOWER)} <= frozen
