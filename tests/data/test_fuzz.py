@@ -222,7 +222,7 @@ def test_a_line_of_50_megabytes(tmp_path, overlength):
         assert store.lengths[0] == 64 and store.manifest["altered_by_reason"]["prompt_trimmed"] == 1
 
 
-def test_keys_given_twice_take_the_last_as_json_does(tmp_path):
+def test_keys_given_twice_cost_the_row_and_are_named(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"prompt": "Q?", "prompt": "R?", "completion": " A"}\n')
     recipe = Recipe.model_validate(
@@ -232,5 +232,5 @@ def test_keys_given_twice_take_the_last_as_json_does(tmp_path):
             "batch": {"samples_per_step": 4},
         }
     )
-    store = prepare_store(recipe, TOKENIZER, cache_root=tmp_path / "s", num_workers=1)
-    assert TOKENIZER.decode(store[0].input_ids).startswith("R?")
+    with pytest.raises(UserInputError, match="the key 'prompt' stands twice"):
+        prepare_store(recipe, TOKENIZER, cache_root=tmp_path / "s", num_workers=1)
