@@ -75,3 +75,20 @@ def test_a_merged_adapter_is_what_peft_makes_of_base_and_adapter(base, tmp_path)
     merged = logits(own(tmp_path / "merged"))
     assert (theirs - before).abs().max() > 1e-3 * before.abs().max(), "the adapter does something"
     assert torch.allclose(merged, theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
+# a buffer of routers, with float32 products; fused experts; weights kept in float32
+@pytest.mark.parametrize("stage", ["zero0", "zero1"])
+@pytest.mark.parametrize("base", ["deepseek_v3", "mixtral", "beam"], indirect=True)
+def test_what_is_reloaded_in_bfloat16_is_what_was_trained(base, tmp_path, stage):
+    recipe = recipe_for(base, model={"path": str(base), "dtype": "bfloat16"}, deepspeed=stage)
+    held = exported(recipe, tmp_path / "out", take_steps)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
+    assert again.keys() == held.keys()
+    changed = 0
+    for name, tensor in held.items():
+        assert again[name].dtype == before[name].dtype, name
+        assert torch.equal(tensor.to(again[name].dtype), again[name]), name
+        changed += not torch.equal(again[name], before[name])
+    assert changed > len(held) // 2, "it was trained"
