@@ -28,6 +28,8 @@ from sftcore.data.contents import Message
 
 KEPT_LAYOUTS = 256  # 40 kB each at 200 exchanges
 VERIFIED_FIRST, VERIFIED_LAST = 8, 2  # answers
+THOUGHT = "</think>"
+DROPS = ": the template drops thoughts of earlier turns; leave them out there, or make a row of each answer"
 MARK = re.compile(r"Xq(\d+)qX")
 
 
@@ -264,7 +266,7 @@ def _pinned_place(text: str, slot: Slot, header: int, i: int) -> Block:
         start = header + len(lead)
         if form := next((f for f in forms(slot.turn.content) if f and text.startswith(f, start)), None):
             return start, start + len(form)
-    raise ChatRefused(lost(i, slot.turn.role))
+    raise ChatRefused(lost(i, slot.turn.role) + (DROPS if THOUGHT in slot.turn.content else ""))
 
 
 def lost(i: int, role: str) -> str:

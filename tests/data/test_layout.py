@@ -253,3 +253,12 @@ def test_the_last_trained_token_need_not_be_the_one_that_ends_the_turn():
     codec = renderer(BLOCKS).codec
     end, last = turn_ends(codec)
     assert codec.tokenizer.decode([end]) == "<|im_end|>" and codec.tokenizer.decode([last]) == "\n"
+
+
+def test_a_template_that_drops_earlier_thoughts_is_said_to():
+    drops = CHATML.replace(
+        "{{ m.content }}",
+        "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}",
+    )
+    with pytest.raises(ChatRefused, match="turn 2, of role assistant(.|\n)*drops thoughts of earlier turns"):
+        renderer(drops).pieces(chat("hi", "<think>x</think>yo", "so", "bye"))
