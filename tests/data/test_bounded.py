@@ -35,7 +35,9 @@ def hurried(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-@pytest.mark.parametrize("source", [LOOPS, "{{ lipsum(n=10**9) }}"])
+@pytest.mark.parametrize(
+    "source", [LOOPS, "{{ range(99999) | map('string') | join | list | batch(1) | list | length }}"]
+)
 def test_a_template_that_never_ends_is_ended(source):
     with pytest.raises(ChatRefused, match="takes too much: it does not end within 0.1 s"):
         render(source)
@@ -46,7 +48,7 @@ def test_a_template_that_never_ends_is_ended(source):
     "source", ["{{ 'a' * 10**10 }}", "{{ [messages] * 10**9 }}", "{{ '%0*d' % (10**9, 1) }}"]
 )
 def test_a_template_that_swells_is_ended(source):
-    with pytest.raises(ChatRefused, match="takes too much: it needs over 0.3 GB"):
+    with pytest.raises(ChatRefused, match="takes too much: it needs over 268 MB"):
         render(source)
     assert render("{{ messages[0].content * 1000 }}") == "Hi" * 1000
 
@@ -108,7 +110,7 @@ def test_another_thread_has_its_memory_bounded():
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert said == ["it needs over 0.3 GB of memory"]
+    assert said == ["it needs over 268 MB of memory"]
 
 
 def test_a_template_file_is_a_file(tmp_path):
