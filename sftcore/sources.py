@@ -42,7 +42,7 @@ class Columns(Settings):
         "id", description="the rows' own ids, which may not repeat within a split; null: rows are numbered"
     )
     ignore: list[str] = Field(
-        [], description='jsonl: fields that are no part of the prompt, left out on purpose; ["*"]: all others'
+        [], description='jsonl: fields of rows (by name of turns, too) left out on purpose; ["*"]: all others'
     )
 
     def of_pair(self) -> dict[str, str | int]:
