@@ -158,7 +158,7 @@ def _time_left(times: Sequence[tuple[float, float]], to_do: float) -> str:
         to_do: the others' estimates, added up.
 
     >>> _time_left([(600, 9)], 8), _time_left([(600, 9), (60, 1), (90, 1)], 5)
-    ('', ' (about 6 minutes left)')
+    ('', ' (about 6 min 15 s left)')
     """
     if len(times) < 2:
         return ""
