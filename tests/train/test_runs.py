@@ -124,7 +124,7 @@ def test_damaged_checkpoints_are_skipped_for_the_newest_that_verifies(tiny_recip
     file.unlink()
     assert "is missing" in why_not_usable(folder)
     (folder / "MANIFEST.json").write_text("{")
-    assert "no readable MANIFEST.json" in why_not_usable(folder)
+    assert "MANIFEST.json: not valid JSON" in why_not_usable(folder)
     (folder / "COMMITTED").unlink()
     assert "interrupted" in why_not_usable(folder)
     shutil.rmtree("runs/again/model")
