@@ -23,18 +23,12 @@ from launcher.run_folder import with_run
 from sftcore.errors import EXIT_DONE, Problem, SftError, TrainingFailed, UserInputError
 from sftcore.fsio import append_jsonl, read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.stages.stage import STAGES
 
 log = logging.getLogger("sftcore.attempts")
 ATTEMPTS = "attempts.jsonl"
 RETRIES = 3
 PROBED = "levels.partial.jsonl"  # a line a batch
-FINISHED = (
-    "levels.manifest.json",
-    "eval/*/manifest.json",
-    "eval/*/shards/*/manifest.json",
-    "model",
-    "adapter",
-)
 PARTS = ".cache/stores/*/part-*/part.json"  # below the current folder
 
 
@@ -120,7 +114,8 @@ def num_idle(attempts: Sequence[Mapping[str, Any]], done: Mapping[str, Any]) -> 
 def work_done(*folders: Path) -> dict[str, int]:
     """What outlives a stop in run folders and below .cache, by kind: any change of it is progress."""
     partial = [file for folder in folders for file in folder.glob(f"**/{PROBED}")]
-    finished = [path for folder in folders for pattern in FINISHED for path in folder.glob(pattern)]
+    patterns = [pattern for stage in STAGES.values() for pattern in stage.finished]
+    finished = [path for folder in folders for pattern in patterns for path in folder.glob(pattern)]
     return {
         "step": max(newest_step(folder) for folder in folders),
         "probed_bytes": sum(file.stat().st_size for file in partial),

@@ -43,9 +43,10 @@ from launcher.show_commands import generate, inspect, schema
 from launcher.terminal import run_command
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, StoppedOnRequest, UserInputError
 from sftcore.log import setup_logging
+from sftcore.stages.stage import commands
 from sftcore.train.stopping import WITH_INTERRUPT, end_on_stop
 
-GOES_ON = {"prepare", "probe", "train", "evaluate", "run", "study", "report"}  # may be stopped anywhere
+GOES_ON = {*commands(), "run", "study"}  # may be stopped anywhere
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -18,7 +18,7 @@ from statistics import mean
 import torch
 
 from launcher.stages import recipe_tokenizer
-from launcher.whole_run import EVALUATED, PROBED, shared_name
+from launcher.whole_run import shared_name
 from sftcore.config import Recipe
 from sftcore.data.ledger import Ledger
 from sftcore.data.prompts import Prompter, PromptOptions, Sample
@@ -69,12 +69,12 @@ def estimate_seconds(recipes: Sequence[Recipe], shared: Path) -> list[float] | N
     for recipe in recipes:
         sizes = _sizes(recipe.model_dump_json(include={"data", "model", "task", "matching", "batch"}))
         rate = rates[dtype_of(recipe.model)]
-        once = {shared_name("base", recipe, EVALUATED): _answers(recipe, sizes, rate)}
+        once = {shared_name("base", recipe): _answers(recipe, sizes, rate)}
         if recipe.evaluate.few_shot and not recipe.classifies:
             shots = 1 + recipe.evaluate.few_shot
-            once[shared_name("fewshot", recipe, EVALUATED)] = _answers(recipe, sizes, rate, shots=shots)
+            once[shared_name("fewshot", recipe)] = _answers(recipe, sizes, rate, shots=shots)
         if recipe.selects_by_level:
-            once[shared_name("levels", recipe, PROBED)] = _probing(recipe, sizes, rate)
+            once[shared_name("levels", recipe)] = _probing(recipe, sizes, rate)
         own = PROCESS_SECONDS + _training(recipe, sizes, rate) + _answers(recipe, sizes, rate) / 2
         found.append(own + sum(seconds for name, seconds in once.items() if name not in done))
         done |= once.keys()

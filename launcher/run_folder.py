@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -28,31 +28,12 @@ from sftcore.fsio import DAMAGED, disk_errors_explained, folder_lock, read_objec
 from sftcore.leftovers import remove, remove_leftovers
 from sftcore.log import log_to_file
 from sftcore.run_recipe import ENVIRONMENT, RECIPE, check_free_for_run, read_run_recipe, write_run_recipe
+from sftcore.stages.stage import HELD_OUT, STAGES, begun, is_within, rescored_keys
 
 log = logging.getLogger("sftcore.run_folder")
-HALVES = ("checkpoints", "eval", "eval/*", "shards/*", "logs", "slurm")  # where files are written by rename
+JOBS = ("logs", "slurm")  # folders of jobs, in which files are written by rename as in those of stages
 MADE_AT_ONCE = {RECIPE, ENVIRONMENT, "run.log", "lease.json", ".lock"}  # of a run folder that was only opened
 FINISHED = "finished.json"  # of `sftcore run`: all stages are done
-NUMBERLESS = (  # change no number of a run; what a teacher wrote is data of its own
-    "run",
-    "tracking",
-    "checkpoint",
-    "train.hang_seconds",
-    "matching.teacher",
-)
-HELD_OUT = ("data.test", "data.ood")
-SCORED = ("evaluate", *HELD_OUT)  # change scores, which are made anew, but not the weights that are there
-MEASURED = (
-    "data.train",
-    "data.trivial_facts",
-    "data.relations",
-    "probe",
-    "seed",
-    "model",
-)  # ... change levels
-TRAINING = ("metrics.jsonl", "checkpoints/*", "best", "model", "adapter")  # files that tell of a first step
-LEVELS = ("levels.*", "shards/*")
-EVALUATION = ("eval/*",)
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "peft", "datasets")
 
 
@@ -108,7 +89,8 @@ def sweep(run: Path) -> None:
 
     Temporaries that a living process writes (a report needs no lock) stay.
     """
-    for folder in (run, *(path for name in HALVES for path in run.glob(name) if path.is_dir())):
+    written = [pattern for stage in STAGES.values() for pattern in stage.folders]
+    for folder in (run, *(path for name in (*written, *JOBS) for path in run.glob(name) if path.is_dir())):
         remove_leftovers(folder)
     for path in run.glob("checkpoints/*"):
         is_whole = path.name.startswith("step-") and (path / "COMMITTED").exists()
@@ -126,7 +108,7 @@ def claim(run: Path, recipe: Recipe) -> None:
         UserInputError: naming every key that differs and counts, with both values.
     """
     owner = owner_of(run)
-    is_begun = owner is not None and _holds(run, *TRAINING, *LEVELS, *EVALUATION)
+    is_begun = owner is not None and bool(begun(run))
     if is_begun:
         differing = differences(owner, recipe.model_dump(mode="json"))
         if refused := [item for item in differing if _counts(item[0], run, recipe)]:
@@ -142,32 +124,16 @@ def claim(run: Path, recipe: Recipe) -> None:
         write_json(run / ENVIRONMENT, describe_environment() | describe_origin(recipe))
 
 
-def _holds(run: Path, *patterns: str) -> bool:
-    return any(True for pattern in patterns for _ in run.glob(pattern))
-
-
-def is_within(key: str, sections: Sequence[str]) -> bool:
-    """Whether a dotted key is one of these or below one.
-
-    >>> is_within("data.test", HELD_OUT), is_within("data.tests", HELD_OUT)
-    (True, False)
-    """
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-
 def _counts(key: str, run: Path, recipe: Recipe) -> bool:
     """Whether something in the folder depends on a key.
 
     Held-out data count until the weights are there: training leaves out what they ask, so that another test
     set is another plan, which a checkpoint doesn't resume. A study that drops weights can't score them anew.
     """
-    if is_within(key, NUMBERLESS):
-        return False
-    if not _holds(run, *TRAINING):
-        return _holds(run, *LEVELS) and is_within(key, MEASURED)
-    if is_within(key, SCORED):
-        return not recipe.result_folder.is_dir() and (key in HELD_OUT or (run / FINISHED).is_file())
-    return True
+    is_trained = recipe.result_folder.is_dir()
+    if (run / FINISHED).is_file() and not is_trained and is_within(key, rescored_keys()):
+        return True
+    return any(stage.refuses(key, is_done=is_trained) for stage in begun(run))
 
 
 def owner_of(run: Path) -> dict[str, Any] | None:
@@ -190,7 +156,7 @@ def _differs(run: Path, recipe: Recipe, key: str, old: Any, new: Any) -> Problem
     if recipe.result_folder.is_dir():
         model = f"--model {recipe.result_folder}"
         ways.append(f"score these weights there: sftcore evaluate RECIPE --run DIR {model}")
-    elif is_within(key, SCORED):
+    elif is_within(key, rescored_keys()):
         ways.append("evaluate under it once the weights are there")
     return Problem(
         what=f"this run folder holds results of a recipe with another {key}",

@@ -23,6 +23,7 @@ from launcher.run_folder import open_run
 from sftcore.config import Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import atomic_file
+from sftcore.stages.stage import Stage, wanted
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"
 PLACEHOLDER = re.compile(r"^#@(\w+)@$", flags=re.M)
@@ -182,24 +183,23 @@ def stage_job(
 
 
 def recipe_jobs(recipe: Recipe, resources: Resources, *, num_shards: int) -> list[Job]:
-    """prepare -> train -> evaluate -> report, with the probe in front if facts are selected.
+    """The jobs of every stage that the recipe asks for: probe -> prepare -> train -> evaluate -> report.
 
     Args:
-        num_shards: jobs of each array that probes, prepares or evaluates; a job behind it merges.
+        num_shards: jobs of each array that shares a stage; a job behind it merges.
     """
     run = recipe.run_folder
     of_recipe = [str(run / "recipe.yaml"), "--run", str(run)]
 
-    def stage(name: str) -> list[Job]:
-        if num_shards == 1:
-            return [stage_job(run, name, resources, [name, *of_recipe])]
-        return shared_stage(run, name, resources, [name, *of_recipe], num_shards=num_shards)
+    def jobs_of(stage: Stage) -> list[Job]:
+        if stage.by_ranks:
+            return [train_job(recipe, resources, [])]
+        arguments = [stage.name, *(of_recipe if stage.takes == "recipe" else [str(run)])]
+        if num_shards == 1 or stage.share is None:
+            return [stage_job(run, stage.name, resources, arguments)]
+        return shared_stage(run, stage.name, resources, arguments, num_shards=num_shards)
 
-    jobs = stage("probe") if recipe.selects_by_level else []
-    jobs += [*stage("prepare"), train_job(recipe, resources, [])]
-    if recipe.data.test or recipe.data.ood:
-        jobs += stage("evaluate")
-    return [*jobs, stage_job(run, "report", resources, ["report", str(run)])]
+    return [job for stage in wanted(recipe) if stage.has_command for job in jobs_of(stage)]
 
 
 def shared_stage(

@@ -15,13 +15,14 @@ import gc
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from launcher.run_folder import FINISHED, NUMBERLESS, SCORED, differences, is_within, open_run, owner_of
+from launcher.run_folder import FINISHED, differences, open_run, owner_of
 from sftcore.config import Recipe
 from sftcore.data.contents import Pair
 from sftcore.data.digests import KnownDigests
@@ -37,6 +38,7 @@ from sftcore.knowledge.level_files import LEVEL_FILES
 from sftcore.model.identity import model_files
 from sftcore.model.weight_files import check_weight_files
 from sftcore.recipe import source_files
+from sftcore.stages.stage import NUMBERLESS, STAGES, is_within, rescored_keys, wanted
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 
 if TYPE_CHECKING:
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sftcore.whole_run")
 DIGESTS = Path(".cache/digests.json")
-PROBED = ("data", "probe", "seed", "model")  # sections that memory levels depend on
-EVALUATED = (*PROBED, "task", "matching", "evaluate", "batch")  # ... and the base model's scores
 
 
 def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines | None = None) -> str:
@@ -64,7 +64,6 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
             held-out data could be scored.
         SftError: of the stage that failed; what was done before it is kept and found again.
     """
-    from launcher.evaluating import evaluate
     from launcher.held_out import check_scorable
     from sftcore.study.report import write_report
 
@@ -78,19 +77,14 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
             return _leave_out(recipe, why)
         check_scorable(recipe)
         (run / NOT_RUN).unlink(missing_ok=True)
-        if recipe.selects_by_level:
-            _probe_once(recipe, shared)
-        _train(recipe, machines)
-        if recipe.data.test or recipe.data.ood:
-            untrained = {
-                run / "eval" / name: shared / shared_name(name, recipe, EVALUATED) if shared else None
-                for name in ("base", "fewshot")
-            }
-            for own, common in untrained.items():
-                _copy_folder(common, own)
-            evaluate(recipe)
-            for own, common in untrained.items():
-                _copy_folder(own, common)
+        own_ways = {
+            "probe": lambda: _probe_once(recipe, shared),
+            "train": lambda: _train(recipe, machines),
+            "evaluate": lambda: _evaluate_once(recipe, shared),
+        }
+        for stage in wanted(recipe):
+            if stage.takes == "recipe" and not stage.within:
+                own_ways.get(stage.name, partial(stage.run, recipe))()
     result = write_report(run)
     if not is_finished(recipe):
         seconds = round(time.perf_counter() - started, 1)
@@ -178,7 +172,7 @@ def _check_not_stale(recipe: Recipe) -> None:
         return
     kept = _finished(run)
     if kept is not None and recipe.result_folder.is_dir():
-        is_trained = not _numbers_differ(kept["recipe"], recipe.model_dump(mode="json"), but=SCORED)
+        is_trained = not _numbers_differ(kept["recipe"], recipe.model_dump(mode="json"), but=rescored_keys())
         if is_trained and _has_same_files(kept, Recipe.model_validate(kept["recipe"])):
             return
     other = "other data, another base model or another recipe" if kept else "an earlier version"
@@ -186,10 +180,11 @@ def _check_not_stale(recipe: Recipe) -> None:
     raise UserInputError(Problem(what=f"this run was finished with {other}", where=str(run), remedy=remedy))
 
 
-def shared_name(kind: str, recipe: Recipe, sections: Iterable[str]) -> str:
+def shared_name(kind: str, recipe: Recipe) -> str:
     """Of what runs share: a hash of the recipe sections that it depends on, of the files and of our code."""
     values = recipe.model_dump(mode="json")
     code = [levels.CODE_VERSION] if kind == "levels" else [levels.CODE_VERSION, score.CODE_VERSION]
+    sections = next(stage.sections for stage in STAGES.values() if kind in stage.common)
     parts = [{key: values[key] for key in sections}, _files_identity(recipe), AliasTable.load().fingerprint()]
     return f"{kind}-{fingerprint_of([*parts, code])}"
 
@@ -229,7 +224,7 @@ def _probe_once(recipe: Recipe, shared: Path | None) -> None:
         return
     if is_probed_now(recipe):
         return
-    source = shared / shared_name("levels", recipe, PROBED)
+    source = shared / shared_name("levels", recipe)
     common = recipe.model_copy(update={"run": str(source), "select": None})
     with folder_lock(source.with_name(f"{source.name}.probing"), purpose="probing", wait=True):
         if not is_probed_now(common):
@@ -237,6 +232,17 @@ def _probe_once(recipe: Recipe, shared: Path | None) -> None:
     for name in LEVEL_FILES:
         with atomic_file(run / name, "wb") as handle:
             handle.write((source / name).read_bytes())
+
+
+def _evaluate_once(recipe: Recipe, shared: Path | None) -> None:
+    """Scores in the run folder; what runs share of them is copied from there, or to there."""
+    own = [recipe.run_folder / "eval" / name for name in STAGES["evaluate"].common]
+    common = [shared / shared_name(folder.name, recipe) if shared else None for folder in own]
+    for here, there in zip(own, common, strict=True):
+        _copy_folder(there, here)
+    STAGES["evaluate"].run(recipe)
+    for here, there in zip(own, common, strict=True):
+        _copy_folder(here, there)
 
 
 def _copy_folder(source: Path | None, target: Path | None) -> None:

@@ -25,6 +25,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.recipe",
     "sftcore.hub",
     "sftcore.run_recipe",
+    "sftcore.stages.stage",
     "sftcore.dist",
     "sftcore.heap",
     "sftcore.precision",
@@ -37,6 +38,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.train",
     "sftcore.evaluate",
     "sftcore.study",
+    "sftcore.stages",
     "launcher",
 ]
 TORCH_FREE = [
@@ -50,6 +52,7 @@ TORCH_FREE = [
     "sftcore.errors",
     "sftcore.fsio",
     "sftcore.log",
+    "sftcore.stages.stage",
 ]
 DEEPSPEED_IMPORTERS = {
     f"sftcore/train/{name}.py" for name in ("casting", "engine", "checkpoint", "optimizers")

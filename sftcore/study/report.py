@@ -22,6 +22,7 @@ from sftcore.amounts import duration
 from sftcore.evaluate.score import FEW_ITEMS, MAIN_SPLIT, paired_change, side_by_side
 from sftcore.fsio import atomic_file, write_json
 from sftcore.run_recipe import RECIPE
+from sftcore.stages.stage import maker_of
 from sftcore.study.figures import accuracy_figure, levels_figure, loss_figure
 from sftcore.study.run_folder import (
     FILES,
@@ -231,7 +232,7 @@ def render_page(report: Mapping[str, Any], files: RunFiles) -> str:
         examples=pick_examples(*rows),
         examples_split=shown,
         sections=_setting_sections(files.recipe),
-        missing=[(file, *FILES[file]) for file in report["missing"]],
+        missing=[(file, FILES[file], f"sftcore {maker_of(file)}") for file in report["missing"]],
         sources=[(key, file, _how(key)) for key, file in report["sources"].items()],
         few_items=FEW_ITEMS,
     )

@@ -25,17 +25,17 @@ from sftcore.run_recipe import RECIPE, read_run_recipe
 MODELS = ("base", "tuned")
 METRICS = "metrics.jsonl"
 PREDICTIONS, SCORES = "eval/{}/predictions.jsonl", "eval/{}/scores.json"
-FILES = {  # file -> (what a report shows of it, the command that makes it)
-    "plan.json": ("the plan", "sftcore plan"),
-    METRICS: ("the loss curve", "sftcore train"),
-    "environment.json": ("the environment", "sftcore train"),
-    "levels.jsonl": ("the memory levels", "sftcore probe"),
-    "levels.manifest.json": ("the probe's settings", "sftcore probe"),
-    "selection.jsonl": ("the selected facts", "sftcore train"),
-    "eval/base/predictions.jsonl": ("accuracy before", "sftcore evaluate"),
-    "eval/base/scores.json": ("a second count of accuracy before", "sftcore evaluate"),
-    "eval/tuned/predictions.jsonl": ("accuracy after", "sftcore evaluate"),
-    "eval/tuned/scores.json": ("a second count of accuracy after", "sftcore evaluate"),
+FILES = {  # file -> what a report shows of it
+    "plan.json": "the plan",
+    METRICS: "the loss curve",
+    "environment.json": "the environment",
+    "levels.jsonl": "the memory levels",
+    "levels.manifest.json": "the probe's settings",
+    "selection.jsonl": "the selected facts",
+    "eval/base/predictions.jsonl": "accuracy before",
+    "eval/base/scores.json": "a second count of accuracy before",
+    "eval/tuned/predictions.jsonl": "accuracy after",
+    "eval/tuned/scores.json": "a second count of accuracy after",
 }
 OPTIONAL = (int, float, type(None))
 FIELDS: dict[str, dict[str, Any]] = {  # what a report relies on; predictions are checked by `score`

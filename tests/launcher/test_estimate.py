@@ -9,7 +9,7 @@ import pytest
 
 from launcher import estimate
 from launcher.estimate import estimate_seconds, probe_seconds
-from launcher.whole_run import PROBED, shared_name
+from launcher.whole_run import shared_name
 from sftcore.config import Recipe
 from sftcore.knowledge.level_files import LEVEL_FILES
 from sftcore.precision import matmul_rate
@@ -50,7 +50,7 @@ def test_more_runs_and_more_facts_take_longer_and_the_probe_counts_once(tiny_rec
 def test_what_is_there_is_not_counted(tiny_recipe, write, slow_machine):
     (recipe,) = recipes(tiny_recipe, write, 1)
     [before] = estimate_seconds([recipe], Path("shared"))
-    folder = Path("shared") / shared_name("levels", recipe, PROBED)
+    folder = Path("shared") / shared_name("levels", recipe)
     folder.mkdir(parents=True)
     assert estimate_seconds([recipe], Path("shared")) == [before], "a probe was begun"
     for name in LEVEL_FILES:

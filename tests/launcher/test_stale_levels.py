@@ -13,7 +13,7 @@ from tiny import SUBJECTS, write_lines
 
 from launcher.evaluating import evaluate
 from launcher.stages import probe, select
-from launcher.whole_run import EVALUATED, PROBED, _files_identity, _probe_once, is_finished, shared_name
+from launcher.whole_run import _files_identity, _probe_once, is_finished, shared_name
 from sftcore.config import Recipe, SelectSettings
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl, write_json
@@ -152,7 +152,7 @@ def test_levels_and_scores_of_other_aliases_or_code_are_not_found_again(recipe, 
         return caplog.text.count("memory levels are already in"), caplog.text.count("already evaluated in")
 
     assert both() == (0, 0) and both() == (1, 1)
-    names = shared_name("levels", recipe, PROBED), shared_name("base", recipe, EVALUATED)
+    names = shared_name("levels", recipe), shared_name("base", recipe)
     if change == "aliases":
         edit_aliases(monkeypatch)
     else:
@@ -160,7 +160,7 @@ def test_levels_and_scores_of_other_aliases_or_code_are_not_found_again(recipe, 
         monkeypatch.setattr("launcher.evaluating.CODE_VERSION", 0)
         monkeypatch.setattr("sftcore.knowledge.levels.CODE_VERSION", 0)
     assert both() == (0, 0) and both() == (1, 1)
-    now = shared_name("levels", recipe, PROBED), shared_name("base", recipe, EVALUATED)
+    now = shared_name("levels", recipe), shared_name("base", recipe)
     assert not set(names) & set(now), "runs of a study don't share them either"
 
 
