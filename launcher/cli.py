@@ -12,38 +12,33 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launcher.attempts import begin_stage
-from launcher.job_commands import (
+from launcher.job_commands import evaluate, load, probe, run_shared, study, submit
+from launcher.options import (
     MAX_RANKS,
-    Account,
-    CpusPerRank,
-    GpusPerNode,
-    Nodes,
-    On,
-    Overrides,
-    Partition,
-    RanksPerNode,
+    Changes,
+    Debugging,
+    DeviceOptions,
+    PartShares,
+    Place,
+    Ranks,
     RecipePath,
-    RunFolder,
-    Sbatch,
-    Time,
-    evaluate,
-    load,
-    probe,
-    sbatch_options,
-    study,
-    submit,
+    Resuming,
+    TrainPlace,
+    spread,
 )
 from launcher.show_commands import generate, inspect, schema
 from launcher.terminal import run_command
+from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, StoppedOnRequest, UserInputError
 from sftcore.log import setup_logging
-from sftcore.stages.stage import commands
+from sftcore.stages.stage import STAGES, commands
 from sftcore.train.stopping import WITH_INTERRUPT, end_on_stop
 
 GOES_ON = {*commands(), "run", "study"}  # may be stopped anywhere
@@ -101,72 +96,55 @@ def model_pull(
 
 
 @app.command()
+@spread
 def prepare(
     recipe: RecipePath,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; one a core if not given")] = None,
-    shard: Annotated[
-        str | None, typer.Option(metavar="i/N", help="make share i (0 to N-1) of the parts only; see --merge")
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="only write the manifest; all shards have to be done")
-    ] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="report on the data: RUN/check.txt and RUN/check.png")
-    ] = False,
+    *,
+    shares: PartShares,
     as_json: Annotated[bool, typer.Option("--json", help="the store's manifest, for a program")] = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
+    changes: Changes,
 ) -> None:
     """Records -> samples -> token store, cached by content."""
-    loaded = load(recipe, set_, run)
-    begin_stage(loaded.run_folder, "prepare")
-    from launcher.shares import share_of
-    from launcher.stages import describe_store, prepare_share, write_check
-    from launcher.stages import prepare as prepare_stage
-
-    if shard is not None:
-        share = share_of(shard, is_alone=not (merge or check))
-        print(prepare_share(loaded, share, num_workers=workers))
+    loaded = load(recipe, changes.set_, changes.run)
+    prepared = run_shared(STAGES["prepare"], loaded, shares, num_workers=workers)
+    if prepared is None:
         return
-    _, store = prepare_stage(loaded, num_workers=workers, merge_only=merge)
+    from launcher.stages import describe_store, write_check
+
+    _, store = prepared
     if as_json:
         print(json.dumps({"store": str(store.folder), **store.manifest}, indent=1, ensure_ascii=False))
     else:
         print(describe_store(store))
-    if check:
+    if shares.check:
         print(write_check(loaded, store))
 
 
 @app.command()
+@spread
 def plan(
     recipe: RecipePath,
     world: Annotated[int, typer.Option(min=1, max=MAX_RANKS, help="number of ranks")] = 1,
-    gpu: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="plan for a100, h100, h200, l40s, ...; if not this machine"),
-    ] = None,
-    gpu_memory: Annotated[
-        float | None,
-        typer.Option(min=0.001, max=1e6, metavar="GB", help="of each GPU, if not its data sheet's"),
-    ] = None,
-    gpu_tflops: Annotated[
-        float | None, typer.Option(min=0.001, max=1e6, help="dense bfloat16 TFLOP/s, if not its data sheet's")
-    ] = None,
-    mfu: Annotated[
-        float, typer.Option(min=0.001, max=1, help="share of that rate that training reaches")
-    ] = 0.4,
+    *,
+    device: DeviceOptions,
     as_json: Annotated[bool, typer.Option("--json", help="plan and outlook for a program")] = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
+    changes: Changes,
 ) -> None:
     """Steps, packs, predicted memory and hours, what fits, what won't train; touches no GPU."""
-    loaded = load(recipe, set_, run, has_gpu=gpu is not None or gpu_memory is not None)
+    has_gpu = device.gpu is not None or device.gpu_memory is not None
+    loaded = load(recipe, changes.set_, changes.run, has_gpu=has_gpu)
+    _show_plan(loaded, world, device, as_json=as_json)
+
+
+def _show_plan(recipe: Recipe, world: int, device: DeviceOptions, *, as_json: bool = False) -> None:
+    """Print the plan of a recipe; what would not train is refused after it."""
     from launcher.outlook import look_ahead, outlook_table
     from launcher.preflight import plan_table
     from sftcore.train.devices import choose_device
 
-    device = choose_device(gpu, memory_gigabytes=gpu_memory, teraflops=gpu_tflops)
-    described, outlook, refusal = look_ahead(loaded, world=world, device=device, mfu=mfu)
+    chosen = choose_device(device.gpu, memory_gigabytes=device.gpu_memory, teraflops=device.gpu_tflops)
+    described, outlook, refusal = look_ahead(recipe, world=world, device=chosen, mfu=device.mfu)
     if as_json:
         print(json.dumps({**described, "outlook": outlook}, indent=1, ensure_ascii=False))
     else:
@@ -176,89 +154,56 @@ def plan(
 
 
 @app.command()
+@spread
 def train(
     recipe: RecipePath,
-    on: On = "debug",
-    nodes: Nodes = 1,
-    gpus_per_node: GpusPerNode = None,
-    ranks_per_node: RanksPerNode = None,
-    hostfile: Annotated[
-        Path | None, typer.Option(help="node: machines, `name slots=8` a line, reached by ssh")
-    ] = None,
-    cpus_per_rank: CpusPerRank = None,
-    sbatch: Sbatch = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
+    place: TrainPlace,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the line or script, and stop")] = False,
-    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="checkpoint to go on from")] = "auto",
-    restart_schedule: Annotated[
-        bool, typer.Option("--restart-schedule", help="with --resume PATH: begin this recipe's plan anew")
-    ] = False,
-    debug_anomaly: Annotated[
-        bool,
-        typer.Option("--debug-anomaly", help="name the first tensor that is not finite; norms per layer"),
-    ] = False,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="stop behind a checkpoint after N steps")
-    ] = None,
-    overfit_one_step: Annotated[
-        bool, typer.Option("--overfit-one-step", help="repeat step 1 until its loss is below 0.01; no run")
-    ] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="trace three steps; RUN/debug")] = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
+    *,
+    start: Resuming,
+    debug: Debugging,
+    changes: Changes,
 ) -> None:
     """Train in this process, on this machine's GPUs (--on node), or on a cluster (--on slurm)."""
-    from launcher.ways_in import machines_of, train_elsewhere
+    machines = place.machines()
+    loaded = load(recipe, changes.set_, changes.run, machines=machines, resume=start.resume)
+    if place.on != "debug":
+        from launcher.ways_in import train_elsewhere
 
-    machines = machines_of(
-        on,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        hostfile=hostfile,
-        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
-    )
-    loaded = load(recipe, set_, run, machines=machines, resume=resume)
-    if on != "debug":
-        _refuse(
-            on,
-            debug_anomaly=debug_anomaly,
-            max_steps=max_steps,
-            overfit_one_step=overfit_one_step,
-            profile=profile,
-        )
-        more = ["--resume", resume, *(["--restart-schedule"] if restart_schedule else [])]
+        _refuse(place.on, **asdict(debug))
+        more = ["--resume", start.resume, *(["--restart-schedule"] if start.restart_schedule else [])]
         sys.exit(train_elsewhere(loaded, machines, more, dry_run=dry_run))
     if dry_run:
-        plan(recipe, set_=set_, run=run)
+        _show_plan(loaded, 1, DeviceOptions())
         return
     from launcher.debugging import DebugOptions
     from launcher.training import overfit_recipe, train_recipe
 
-    if overfit_one_step:
+    if debug.overfit_one_step:
         print(overfit_recipe(loaded))
         return
-    debug = DebugOptions(anomaly=debug_anomaly, max_steps=max_steps, profile=profile)
+    options = DebugOptions(anomaly=debug.debug_anomaly, max_steps=debug.max_steps, profile=debug.profile)
     try:
-        print(train_recipe(loaded, resume=resume, restart_schedule=restart_schedule, debug=debug))
+        print(
+            train_recipe(loaded, resume=start.resume, restart_schedule=start.restart_schedule, debug=options)
+        )
     except StoppedOnRequest as stopped:
-        if max_steps is None:
+        if debug.max_steps is None:
             raise
         print(stopped)
 
 
 @app.command()
+@spread
 def rationales(
     recipe: RecipePath,
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="if not RUN/rationales.jsonl")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all counts, for a program")] = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
+    *,
+    changes: Changes,
 ) -> None:
     """Ask a teacher why training pairs match or not; keep the pairs on whose label it agrees."""
-    loaded = load(recipe, set_, run)
+    loaded = load(recipe, changes.set_, changes.run)
     from launcher.rationales import in_a_sentence, write_rationales
 
     summary = write_rationales(loaded, to)
@@ -328,25 +273,23 @@ def report(folder: Annotated[Path, typer.Argument(help="run or study folder", me
 
 
 @app.command()
+@spread
 def run(
     recipe: RecipePath,
     shared: Annotated[
         Path | None, typer.Option(metavar="DIR", help="where runs of a study share levels and base scores")
     ] = None,
-    gpus_per_node: GpusPerNode = None,
-    ranks_per_node: RanksPerNode = None,
-    set_: Overrides = None,
-    run: RunFolder = None,
+    *,
+    ranks: Ranks,
+    changes: Changes,
 ) -> None:
     """All stages here: probe (if levels are asked for), train (perhaps by ranks), evaluate, report."""
-    from launcher.ways_in import machines_of
-
-    machines = machines_of("node", gpus_per_node=gpus_per_node, ranks_per_node=ranks_per_node)
-    loaded = load(recipe, set_, run)
+    machines = Place(on="node", ranks=ranks).machines()
+    loaded = load(recipe, changes.set_, changes.run)
     begin_stage(loaded.run_folder, "run", shared=shared)
     from launcher.whole_run import run_whole
 
-    print(run_whole(loaded, shared=shared, machines=machines if gpus_per_node or ranks_per_node else None))
+    print(run_whole(loaded, shared=shared, machines=machines if ranks != Ranks() else None))
 
 
 def _refuse(on: str, **options: bool | int | None) -> None:
@@ -357,7 +300,7 @@ def _refuse(on: str, **options: bool | int | None) -> None:
 
 
 for command in (generate, inspect, schema, probe, evaluate, study, submit):
-    app.command()(command)
+    app.command()(spread(command))
 
 
 def main() -> None:

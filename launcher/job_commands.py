@@ -1,8 +1,8 @@
-"""Commands that make jobs, and the options that several commands share.
+"""Commands that make jobs, and the recipe that every command begins with.
 
-In: arguments. Out: `probe`, `evaluate`, `submit` and `study`; the option types of cli.py.
-Invariant: an option has one name and one meaning in all commands, and the values that its command takes: a
-study's `--on` and `--run` are its own.
+In: arguments. Out: `probe`, `evaluate`, `submit` and `study`, which cli.py lists; `load`.
+Invariant: options are checked before anything that takes long is imported; a study's `--on` and `--run` are
+its own.
 Trade-off: apart from cli.py only so that each file can be read at a sitting; cli.py lists all commands.
 """
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launcher.attempts import begin_stage
+from launcher.options import MAX_SHARDS, Changes, DryRun, Nodes, Place, Ranks, RecipePath, Shares, Slurm
 from launcher.precision import settle
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
@@ -24,155 +26,139 @@ from sftcore.hub import require_hub
 from sftcore.paths import folder_fault
 from sftcore.recipe import load_recipe
 from sftcore.run_recipe import RECIPE, check_beside_recipe, read_run_recipe
+from sftcore.stages.stage import STAGES, Stage
 
 if TYPE_CHECKING:
     from launcher.ways_in import Machines
 
-MAX_RANKS, MAX_SHARDS = 100_000, 10_000  # larger numbers are slips of the hand
-RecipePath = Annotated[
-    Path, typer.Argument(help="recipe (YAML; see recipes/), or a run's folder", metavar="RECIPE_OR_RUN")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=c", help="override a recipe key; may be repeated")
-]
-RunFolder = Annotated[str | None, typer.Option("--run", metavar="DIR", help="run folder, if not runs/NAME")]
-On = Annotated[
-    str, typer.Option("--on", metavar="debug|node|slurm", help="this process, this machine, a cluster")
-]
-Nodes = Annotated[int, typer.Option(min=1, max=MAX_RANKS, help="slurm: machines")]
-GpusPerNode = Annotated[
-    int | None, typer.Option(min=1, max=MAX_RANKS, help="ranks per machine, each with a GPU")
-]
-RanksPerNode = Annotated[int | None, typer.Option(min=1, max=MAX_RANKS, help="ranks per machine, on CPUs")]
-CpusPerRank = Annotated[
-    int | None,
-    typer.Option(min=1, max=MAX_RANKS, help="slurm: cores of a rank; 4 with a GPU, else the site's default"),
-]
-Sbatch = Annotated[
-    list[str] | None,
-    typer.Option("--sbatch", metavar="key[=value]", help="slurm: any option of sbatch"),
-]
-Shard = Annotated[
-    str | None, typer.Option(metavar="i/N", help="do share i (0 to N-1) of the batches only; see --merge")
-]
-Merge = Annotated[bool, typer.Option("--merge", help="only put the shards together; all have to be done")]
-Partition = Annotated[str | None, typer.Option(help="slurm: partition")]
-Time = Annotated[str | None, typer.Option(help="slurm: time limit; the run goes on behind it")]
-Account = Annotated[str | None, typer.Option(help="slurm: account")]
-
 
 def probe(
-    recipe: RecipePath,
-    on: On = "debug",
-    nodes: Nodes = 1,
-    gpus_per_node: GpusPerNode = None,
-    ranks_per_node: RanksPerNode = None,
-    cpus_per_rank: CpusPerRank = None,
-    sbatch: Sbatch = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the lines or scripts, and stop")] = False,
-    shard: Shard = None,
-    merge: Merge = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
+    recipe: RecipePath, place: Place, dry_run: DryRun = False, *, shares: Shares, changes: Changes
 ) -> None:
     """Facts -> recall -> memory levels of the base model; over several processes with --on."""
-    from launcher.ways_in import machines_of
+    machines = place.machines()
+    loaded = load(recipe, changes.set_, changes.run, machines=machines)
+    levels = run_shared(STAGES["probe"], loaded, shares, machines=machines, dry_run=dry_run)
+    if levels is not None:
+        from launcher.stages import describe_levels
 
-    machines = machines_of(
-        on,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
-    )
-    loaded = load(recipe, set_, run, machines=machines)
-    from launcher.shares import run_shares, share_of
-    from launcher.stages import describe_levels, probe_share
-    from launcher.stages import probe as probe_stage
-
-    begin_stage(loaded.run_folder, "probe")
-    if shard is not None:
-        print(probe_share(loaded, share_of(shard, is_alone=not merge)))
-    elif on == "debug" or run_shares("probe", loaded, machines, dry_run=dry_run):
-        print(describe_levels(probe_stage(loaded, merge_only=merge or on != "debug")))
+        print(describe_levels(levels))
 
 
 def evaluate(
     recipe: RecipePath,
     model: Annotated[Path | None, typer.Option(help="evaluate this folder instead of base and tuned")] = None,
-    on: On = "debug",
-    nodes: Nodes = 1,
-    gpus_per_node: GpusPerNode = None,
-    ranks_per_node: RanksPerNode = None,
-    cpus_per_rank: CpusPerRank = None,
-    sbatch: Sbatch = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the lines or scripts, and stop")] = False,
-    shard: Shard = None,
-    merge: Merge = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
+    *,
+    place: Place,
+    dry_run: DryRun = False,
+    shares: Shares,
+    changes: Changes,
 ) -> None:
     """Answers of the base and the trained model to the held-out items, scored; --on: by several processes."""
-    from launcher.ways_in import machines_of
+    machines = place.machines()
+    loaded = load(recipe, changes.set_, changes.run, machines=machines)
+    found = run_shared(STAGES["evaluate"], loaded, shares, machines=machines, dry_run=dry_run, model=model)
+    for name, scores in (found or {}).items():
+        print(f"{name}: {scores['correct']} of {scores['n']} right, {scores['accuracy']:.1%}")
 
-    machines = machines_of(
-        on,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
-    )
-    loaded = load(recipe, set_, run, machines=machines)
-    from launcher.evaluating import evaluate as evaluate_stage
-    from launcher.evaluating import evaluate_share
+
+def run_shared(
+    stage: Stage,
+    recipe: Recipe,
+    shares: Shares,
+    *,
+    machines: Machines | None = None,
+    dry_run: bool = False,
+    **options: Any,
+) -> Any:
+    """Do a stage that can be shared, or a share of it; returns the whole's result, None without one.
+
+    Args:
+        machines: whose processes do the shares; None or "debug": this process does the whole.
+        options: of the stage.
+    """
     from launcher.shares import run_shares, share_of
 
-    begin_stage(loaded.run_folder, "evaluate")
-    more = [] if model is None else ["--model", str(model.resolve())]
-    if shard is not None:
-        print(evaluate_share(loaded, share_of(shard, is_alone=not merge), model=model))
-    elif on == "debug" or run_shares("evaluate", loaded, machines, more=more, dry_run=dry_run):
-        found = evaluate_stage(loaded, model=model, merge_only=merge or on != "debug")
-        for name, scores in found.items():
-            print(f"{name}: {scores['correct']} of {scores['n']} right, {scores['accuracy']:.1%}")
+    begin_stage(recipe.run_folder, stage.name)
+    if shares.shard is not None:
+        assert stage.share is not None
+        print(stage.share(recipe, share_of(shares.shard, is_alone=not shares.needs_all), **options))
+        return None
+    is_here = machines is None or machines.on == "debug"
+    if machines is not None and not is_here:
+        said = {f"--{name}": str(value.resolve()) for name, value in options.items() if value is not None}
+        more = [word for pair in said.items() for word in pair]
+        if not run_shares(stage.name, recipe, machines, more=more, dry_run=dry_run):
+            return None
+    return stage.run(recipe, merge_only=shares.merge or not is_here, **options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeRun:
+    """Where `sftcore submit` sends a run."""
+
+    nodes: Nodes = 1
+    ranks: Ranks = Ranks()
+    shards: Annotated[
+        int, typer.Option(min=1, max=MAX_SHARDS, help="jobs that share probe, data and evaluation")
+    ] = 1
+    slurm: Slurm = Slurm()
 
 
 def submit(
     recipe: RecipePath,
-    nodes: Nodes = 1,
-    gpus_per_node: GpusPerNode = None,
-    ranks_per_node: RanksPerNode = None,
-    shards: Annotated[
-        int, typer.Option(min=1, max=MAX_SHARDS, help="jobs that share probe, data and evaluation")
-    ] = 1,
-    cpus_per_rank: CpusPerRank = None,
-    sbatch: Sbatch = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
+    where: WholeRun,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, and stop")] = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
+    *,
+    changes: Changes,
 ) -> None:
     """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each behind the one before."""
-    from launcher.ways_in import machines_of, submit_whole
+    from launcher.ways_in import submit_whole
 
-    machines = machines_of(
-        "slurm",
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
-    )
-    print(
-        submit_whole(load(recipe, set_, run, machines=machines), machines, num_shards=shards, dry_run=dry_run)
-    )
+    machines = Place(on="slurm", nodes=where.nodes, ranks=where.ranks, slurm=where.slurm).machines()
+    loaded = load(recipe, changes.set_, changes.run, machines=machines)
+    print(submit_whole(loaded, machines, num_shards=where.shards, dry_run=dry_run))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyPart:
+    """What to do of a study, if not all of it."""
+
+    status: Annotated[bool, typer.Option("--status", help="print a line a run, and do nothing")] = False
+    number: Annotated[int | None, typer.Option(min=0, help="make this run only (0-based)")] = None
+    conclude: Annotated[
+        bool, typer.Option("--conclude", help="make no run; write study.json and the study's page")
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyPlace:
+    """Where the runs of a study go."""
+
+    throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4
+    gpu: Annotated[bool, typer.Option("--gpu", help="as --gpus-per-node 1")] = False
+    ranks: Ranks = Ranks()
+    slurm: Slurm = Slurm()
+
+    def machines(self, on: str) -> Machines:
+        """As `machines_of` checks it."""
+        from launcher.ways_in import STUDY_WAYS, machines_of
+
+        return machines_of(
+            on,
+            ways=STUDY_WAYS,
+            gpus_per_node=self.ranks.gpus_per_node or (None if self.ranks.ranks_per_node else int(self.gpu)),
+            ranks_per_node=self.ranks.ranks_per_node,
+            options=self.slurm.options(),
+        )
+
+    def rank_options(self) -> list[str]:
+        """The ranks that train each run, as options of `sftcore run`."""
+        given = {
+            "--gpus-per-node": self.ranks.gpus_per_node,
+            "--ranks-per-node": self.ranks.ranks_per_node,
+        }
+        return [word for name, count in given.items() if count for word in (name, str(count))]
 
 
 def study(
@@ -180,67 +166,33 @@ def study(
     on: Annotated[
         str, typer.Option(metavar="here|slurm", help="one after another here, or an array of jobs")
     ] = "here",
-    status: Annotated[bool, typer.Option("--status", help="print a line a run, and do nothing")] = False,
-    number: Annotated[int | None, typer.Option(min=0, help="make this run only (0-based)")] = None,
-    conclude: Annotated[
-        bool, typer.Option("--conclude", help="make no run; write study.json and the study's page")
-    ] = False,
-    throttle: Annotated[int, typer.Option(min=1, help="slurm: jobs that run at a time")] = 4,
-    gpu: Annotated[bool, typer.Option("--gpu", help="as --gpus-per-node 1")] = False,
-    gpus_per_node: GpusPerNode = None,
-    ranks_per_node: RanksPerNode = None,
-    cpus_per_rank: CpusPerRank = None,
-    sbatch: Sbatch = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
+    *,
+    part: StudyPart,
+    place: StudyPlace,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check and name the runs, and stop")] = False,
     run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="if not runs/NAME")] = None,
 ) -> None:
     """Run a grid of recipes, each on one machine; finished runs are skipped, failed ones don't stop it."""
     from launcher.study import conclude as conclude_study
     from launcher.study import load_study, run_here, run_number, status_table, submit_study
-    from launcher.ways_in import STUDY_WAYS, machines_of
 
-    machines = machines_of(
-        on,
-        ways=STUDY_WAYS,
-        gpus_per_node=gpus_per_node or (None if ranks_per_node else int(gpu)),
-        ranks_per_node=ranks_per_node,
-        options=sbatch_options(sbatch, cpus_per_rank, partition, time, account),
-    )
-    given = {"--gpus-per-node": gpus_per_node, "--ranks-per-node": ranks_per_node}
-    ranks = [word for name, count in given.items() if count for word in (name, str(count))]
-    loaded = load_study(study, run, machines=machines, rank_options=ranks)
+    machines = place.machines(on)
+    loaded = load_study(study, run, machines=machines, rank_options=place.rank_options())
     if dry_run:
         print("\n".join(item.name for item in loaded.runs))
         return
-    if conclude:
+    if part.conclude:
         begin_stage(loaded.folder, "conclude")
         conclude_study(loaded)
         return
-    if number is not None:
-        sys.exit(run_number(loaded, number))
-    if on == "slurm" and not status:
-        print(submit_study(loaded, study, machines.resources(), throttle=throttle))
+    if part.number is not None:
+        sys.exit(run_number(loaded, part.number))
+    if on == "slurm" and not part.status:
+        print(submit_study(loaded, study, machines.resources(), throttle=place.throttle))
         return
-    if not status:
+    if not part.status:
         run_here(loaded)
     print(status_table(loaded))
-
-
-def sbatch_options(
-    options: list[str] | None,
-    cpus_per_rank: int | None,
-    partition: str | None,
-    time: str | None,
-    account: str | None,
-) -> dict[str, str]:
-    """Options of sbatch by name; `--sbatch key=value` and `--sbatch key` (of a flag) take any."""
-    cpus = str(cpus_per_rank) if cpus_per_rank else None
-    named = {"cpus-per-task": cpus, "partition": partition, "time": time, "account": account}
-    pairs = [option.removeprefix("--").partition("=")[::2] for option in options or []]
-    return {key: value for key, value in named.items() if value} | dict(pairs)
 
 
 def load(

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launcher.job_commands import Overrides, RecipePath, RunFolder, load
+from launcher.job_commands import load
+from launcher.options import Changes, RecipePath
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_file
@@ -26,11 +28,11 @@ def inspect(
     recipe: RecipePath,
     n: Annotated[int, typer.Option(min=1, help="samples to show")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="every token with its id, those of prompts too")] = False,
-    set_: Overrides = None,
-    run: RunFolder = None,
+    *,
+    changes: Changes,
 ) -> None:
     """Print samples with trained tokens coloured, packs drawn, the first step explained."""
-    loaded = load(recipe, set_, run)
+    loaded = load(recipe, changes.set_, changes.run)
     from launcher.inspection import inspect_recipe
 
     for line in inspect_recipe(loaded, num_samples=n, colour=sys.stdout.isatty(), with_ids=ids):
@@ -53,6 +55,18 @@ def schema(
         handle.write(text)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How completions are made."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="tokens of a completion")] = 128
+    temperature: Annotated[float, typer.Option(min=0, max=MAX_COUNT, help="0: greedy")] = 0.0
+    seed: Annotated[int, typer.Option(min=0, help="of the draws at a temperature")] = 17
+    verbatim: Annotated[
+        bool, typer.Option("--verbatim", help="put texts into no template of the run or model")
+    ] = False
+
+
 def generate(
     folder: Annotated[Path, typer.Argument(help="run folder, or model folder", metavar="MODEL_OR_RUN")],
     prompt: Annotated[
@@ -61,22 +75,18 @@ def generate(
     file: Annotated[
         Path | None, typer.Option(metavar="JSONL", help="rows with prompt, question or messages")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="tokens of a completion")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, max=MAX_COUNT, help="0: greedy")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="of the draws at a temperature")] = 17,
-    verbatim: Annotated[
-        bool, typer.Option("--verbatim", help="put texts into no template of the run or model")
-    ] = False,
+    *,
+    decoding: Decoding,
 ) -> None:
     """Complete prompts in the form in which the run was trained; a text, or JSON lines for a file."""
-    if 0 < temperature < LOWEST_TEMPERATURE:
+    if 0 < decoding.temperature < LOWEST_TEMPERATURE:
         what = f"a temperature is 0 (greedy) or at least {LOWEST_TEMPERATURE}"
-        raise UserInputError(Problem(what=what, where="--temperature", got=f"{temperature:g}"))
+        raise UserInputError(Problem(what=what, where="--temperature", got=f"{decoding.temperature:g}"))
     if (prompt is None) == (file is None):
         raise UserInputError(Problem(what="give exactly one of --prompt and --file", where="generate"))
     from launcher.generating import Settings, generate_rows, generate_text
 
-    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, verbatim=verbatim)
+    settings = Settings(**asdict(decoding))
     if prompt is not None:
         print(generate_text(folder, prompt, settings))
         return
