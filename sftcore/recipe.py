@@ -304,9 +304,7 @@ def _resolve_source(text: str, base: Path, where: str) -> tuple[str, Problem | N
         for candidate in (str(folder / name), os.path.join(glob.escape(str(folder)), name)):
             if files := _matches(candidate):
                 return (text if shipped else candidate), _unreadable(files, where)
-    remedy = (
-        "paths are relative to the recipe, then to the current folder; see README, 'Your own model and data'"
-    )
+    remedy = "paths are relative to the recipe, then to the current folder; see docs/data.md"
     return text, Problem(what="no file matches", where=where, got=text, remedy=remedy)
 
 

@@ -3,7 +3,7 @@
 In: a base folder, a tuned folder of the same architecture, percentages. Out: for each percentage a folder
 like the tuned one with that share of its weights restored, and restore.json with what was restored where.
 Invariant: exactly round(percent/100 * weights) weights are restored, those of the largest |s - p| / |p| (s
-tuned, p base; METHODS: arXiv 2509.16596); of equal changes at the threshold the first in file order.
+tuned, p base; docs/methods.md: arXiv 2509.16596); of equal changes at the threshold the first in file order.
 Trade-off: the threshold is exact without sorting: float32 bits of a ratio are ordered like the ratio, so one
 streaming pass counts their upper halves, a second the lower halves in the bins that matter, for all
 percentages at once; a third writes. Memory is one stretch of `CHUNK` weights, whatever the model's size.

@@ -1,6 +1,6 @@
 """What a run did, on one page: RUN -> report.html, report.json, a table for the terminal.
 
-In: the files of a run folder (DESIGN.md, section 6); all but recipe.yaml may be absent. Out: report.html
+In: the files of a run folder (docs/design.md); all but recipe.yaml may be absent. Out: report.html
 (self-contained, no script), report.json (the same numbers for programs), plain text.
 Invariant: each number names the file it came from; what the page says of a change follows from the counts by
 rule; the same folder gives the same bytes.

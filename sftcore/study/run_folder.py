@@ -1,4 +1,4 @@
-"""A run folder, parsed, checked and counted: the files of DESIGN.md, section 6, as plain Python values.
+"""A run folder, parsed, checked and counted: the files of docs/design.md, as plain Python values.
 
 In: RUN. Out: `RunFiles`, with recipe.yaml and whichever of `FILES` are there; counts of their rows.
 Invariant: what comes out can be relied on: a damaged file, or a scores.json that doesn't follow from its

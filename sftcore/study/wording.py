@@ -19,7 +19,7 @@ from sftcore.knowledge.templates import load_relations
 from sftcore.study.run_folder import MODELS, PREDICTIONS, RunFiles
 
 SIGNIFICANT = 0.05
-PAPER_PROBE = {"templates": 21, "samples": 10, "temperature": 0.7, "max_new_tokens": 32}  # METHODS.md M1
+PAPER_PROBE = {"templates": 21, "samples": 10, "temperature": 0.7, "max_new_tokens": 32}  # docs/methods.md M1
 WORDS = {"base": "before", "tuned": "after"}
 ITEMS = {"matching": "pairs", "chat": "items"}  # task -> what a row of predictions is; else facts
 SPLIT_WORDS = {"test": "held-out", "ood": "out-of-domain"}
