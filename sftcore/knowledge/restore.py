@@ -73,11 +73,18 @@ class Threshold:
     ties: int
 
 
-def restore(base: Path, tuned: Path, targets: dict[float, Path]) -> dict[float, dict[str, Any]]:
+def restore(
+    base: Path,
+    tuned: Path,
+    targets: dict[float, Path],
+    *,
+    finish: Callable[[Path], None] = lambda _: None,
+) -> dict[float, dict[str, Any]]:
     """Write one folder for each percentage; see the module's docstring.
 
     Args:
         targets: percentage of the weights (0 to 100) -> folder to write; none of them exists.
+        finish: adds the last file to a folder before it gets its name, such as checksums of what was written.
 
     Returns:
         content of each restore.json: `{percent, num_weights, num_changed, threshold, num_restored, by_module,
@@ -100,6 +107,7 @@ def restore(base: Path, tuned: Path, targets: dict[float, Path]) -> dict[float, 
             about = _report(percent, pairs, thresholds[percent], num_changed)
             reports[percent] = about | _write(pairs, folder, thresholds[percent])
             write_json(folder / REPORT, reports[percent])
+            finish(folder)
     return reports
 
 

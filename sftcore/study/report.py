@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from sftcore.amounts import duration
+from sftcore.data.selection_file import SELECTION
 from sftcore.evaluate.score import FEW_ITEMS, MAIN_SPLIT, paired_change, side_by_side
 from sftcore.fsio import atomic_file, write_json
 from sftcore.run_recipe import RECIPE
@@ -65,7 +66,7 @@ SOURCES = (  # key of report.json, file, how it is counted
     ("paired_change", "eval/*/predictions.jsonl", "rows before and after, joined by id; exact McNemar test"),
     ("level_histogram", "levels.jsonl", "rows of each level in each split"),
     ("probe", "levels.manifest.json", "as written there"),
-    ("selection", "selection.jsonl", "rows, and rows of each level and relation, or label"),
+    ("selection", SELECTION, "rows, and rows of each level and relation, or label"),
     ("training", "metrics.jsonl", "one row a step (the last one written): first, last, sums"),
     ("plan", "plan.json", "totals, as written there"),
     ("environment", "environment.json", "as written there"),
@@ -113,7 +114,7 @@ def summarise(files: RunFiles) -> dict[str, Any]:
         "splits": splits,
         "level_histogram": count_levels(files.rows("levels.jsonl")) or None,
         "probe": files.contents.get("levels.manifest.json"),
-        "selection": count_selection(files.rows("selection.jsonl")),
+        "selection": count_selection(files.rows(SELECTION)),
         "training": summarise_training(files.rows("metrics.jsonl")),
         "plan": files.mapping("plan.json").get("totals"),
         "environment": files.contents.get("environment.json"),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sftcore.data.selection_file import SELECTION, read_selection
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.score import LEVELS, score
 from sftcore.fsio import read_jsonl, read_object
@@ -22,7 +23,6 @@ from sftcore.run_recipe import RECIPE, read_run_recipe
 from sftcore.study.run_folder import PREDICTIONS
 from sftcore.study.wording import flatten, format_setting
 
-SELECTION = "selection.jsonl"
 MANIFEST = "levels.manifest.json"
 MIXED, DIVIDED = "mixed", "divided"  # of several levels, as many as come, or equal shares
 DRIFT = "eval/drift.json"
@@ -140,7 +140,7 @@ def _optional(path: Path, read: Any, default: Any) -> Any:
 
 def _read_run(run: Path) -> StudyRun:
     recipe = read_run_recipe(run)
-    selection = read_jsonl(run / SELECTION)
+    selection = read_selection(run)
     path = run / PREDICTIONS.format("tuned")
     rows = read_jsonl(path)
     select = recipe.get("select") or {}
