@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -99,3 +100,15 @@ def test_every_ds_config_stands_in_its_table():
 )
 def test_shell_scripts_parse(script):
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+def test_the_workflow_and_the_hooks_run_what_contributors_run():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "check.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert commands == ["make test", ".ci/run"] and os.access(ROOT / ".ci" / "run", os.X_OK)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0][
+        "hooks"
+    ]
+    lint = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlint:")[2].partition("\n\n")[0]
+    checked = {hook["entry"].split()[0].split("/")[-1] for hook in hooks}
+    assert checked >= {word.removeprefix("$(BIN)/") for word in lint.split() if word.startswith("$(BIN)/")}
