@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from launcher.attempts import begin_stage
+from launcher.given import require_folder
 from launcher.job_commands import (
     MAX_RANKS,
     Account,
@@ -278,6 +279,7 @@ def match(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="write over a file that is there")] = False,
 ) -> None:
     """Score the pairs of a file: how much the model prefers "same"."""
+    require_folder(model, "match")
     from launcher.matching import match_pairs
 
     print(f"{match_pairs(model, pairs, to, columns=(a, b), overwrite=overwrite)} pairs scored: {to}")
@@ -290,6 +292,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="merge an adapter into its base model")] = False,
 ) -> None:
     """Copy what a run trained to a folder; with --merge as a whole model, one shard after another."""
+    require_folder(run, "export")
     from launcher.exporting import export_run
 
     export_run(run, to, merge=merge)
@@ -320,6 +323,7 @@ def report(folder: Annotated[Path, typer.Argument(help="run or study folder", me
     from sftcore.study.study_report import write_study_report
     from sftcore.study.study_runs import is_study
 
+    require_folder(folder, "report")
     begin_stage(folder, "report")
     result = write_study_report(folder) if is_study(folder) else write_report(folder)
     print(result.table)

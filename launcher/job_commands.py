@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.attempts import begin_stage
+from launcher.given import require_run
 from launcher.precision import settle
 from launcher.run_folder import with_run
 from sftcore.config import Recipe
@@ -260,6 +261,7 @@ def load(
     """
     is_run = os.path.isdir(path)  # which no odd path makes raise
     if is_run:
+        require_run(path)
         read_run_recipe(path)  # refuses other folders, and recipes that were damaged
     recipe = load_recipe(path / RECIPE if is_run else path, overrides)
     run = run or (str(path) if is_run else None)

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.given import require_folder
 from launcher.job_commands import Overrides, RecipePath, RunFolder, load
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
@@ -74,6 +75,7 @@ def generate(
         raise UserInputError(Problem(what=what, where="--temperature", got=f"{temperature:g}"))
     if (prompt is None) == (file is None):
         raise UserInputError(Problem(what="give exactly one of --prompt and --file", where="generate"))
+    require_folder(folder, "generate")
     from launcher.generating import Settings, generate_rows, generate_text
 
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, verbatim=verbatim)
