@@ -41,6 +41,7 @@ from launcher.job_commands import (
     submit,
 )
 from launcher.show_commands import generate, inspect, schema
+from launcher.starting import init, recipes
 from launcher.terminal import run_command
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, StoppedOnRequest, UserInputError
 from sftcore.log import setup_logging
@@ -359,7 +360,7 @@ def _refuse(on: str, **options: bool | int | None) -> None:
         raise UserInputError(*(Problem(what=f"not with --on {on}", where=name) for name in given))
 
 
-for command in (generate, inspect, schema, probe, evaluate, study, submit):
+for command in (init, recipes, generate, inspect, schema, probe, evaluate, study, submit):
     app.command()(command)
 
 
