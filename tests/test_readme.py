@@ -49,7 +49,7 @@ def test_the_command_table_is_complete():
     table = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `sftcore ([^`]+)`", table, flags=re.M)
     assert len(listed) > 8
-    assert {" ".join(c.split()[:2]) if "model" in c else c.split()[0] for c in listed} == names
+    assert {" ".join(c.split()[:2]) if c.startswith("model ") else c.split()[0] for c in listed} == names
 
 
 def test_make_targets_in_the_readme_exist():

@@ -96,7 +96,7 @@ def _is_of_kind(kind: str, task: str, source: dict[str, Any]) -> bool:
 
 def _names_in(file: Path) -> list[str]:
     """Names of the fields of the first rows, in order; none for a table without a header."""
-    source = Source(format="jsonl", path=str(file), columns={"ignore": ["*"]})  # type: ignore[arg-type]
+    source = Source(format="jsonl", path=str(file), columns={"ignore": ["*"]})
     rows: list[Any] = []
     try:
         rows = [
