@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from launcher.attempts import begin_stage
+from launcher.given import require_folder
 from launcher.job_commands import evaluate, load, probe, run_shared, study, submit
 from launcher.options import (
     MAX_RANKS,
@@ -34,6 +35,7 @@ from launcher.options import (
     spread,
 )
 from launcher.show_commands import generate, inspect, schema
+from launcher.starting import init, recipes
 from launcher.terminal import run_command
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, StoppedOnRequest, UserInputError
@@ -224,6 +226,7 @@ def match(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="write over a file that is there")] = False,
 ) -> None:
     """Score the pairs of a file: how much the model prefers "same"."""
+    require_folder(model, "match")
     from launcher.matching import match_pairs
 
     print(f"{match_pairs(model, pairs, to, columns=(a, b), overwrite=overwrite)} pairs scored: {to}")
@@ -236,6 +239,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="merge an adapter into its base model")] = False,
 ) -> None:
     """Copy what a run trained to a folder; with --merge as a whole model, one shard after another."""
+    require_folder(run, "export")
     from launcher.exporting import export_run
 
     export_run(run, to, merge=merge)
@@ -266,6 +270,7 @@ def report(folder: Annotated[Path, typer.Argument(help="run or study folder", me
     from sftcore.study.study_report import write_study_report
     from sftcore.study.study_runs import is_study
 
+    require_folder(folder, "report")
     begin_stage(folder, "report")
     result = write_study_report(folder) if is_study(folder) else write_report(folder)
     print(result.table)
@@ -299,7 +304,7 @@ def _refuse(on: str, **options: bool | int | None) -> None:
         raise UserInputError(*(Problem(what=f"not with --on {on}", where=name) for name in given))
 
 
-for command in (generate, inspect, schema, probe, evaluate, study, submit):
+for command in (init, recipes, generate, inspect, schema, probe, evaluate, study, submit):
     app.command()(spread(command))
 
 

@@ -45,8 +45,12 @@ def scorable_records(recipe: Recipe, folder: str, tokenizer: Tokenizer, run: Pat
         run: where the others are listed; None: nowhere.
 
     Raises:
-        UserInputError: there are none, by reason; or chats behind solved examples.
+        UserInputError: there are none, and why; or chats behind solved examples.
     """
+    if not (recipe.data.test or recipe.data.ood):
+        what = "is empty: there is nothing to score"
+        remedy = "name held-out files there, or in data.ood"
+        raise UserInputError(Problem(what=what, where="data.test", remedy=remedy))
     rejected: Counter[str] = Counter()
     fit = fitting(recipe, folder, tokenizer)
 

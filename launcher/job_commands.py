@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.attempts import begin_stage
+from launcher.given import require_run
 from launcher.options import MAX_SHARDS, Changes, DryRun, Nodes, Place, Ranks, RecipePath, Shares, Slurm
 from launcher.precision import settle
 from launcher.run_folder import with_run
@@ -212,6 +213,7 @@ def load(
     """
     is_run = os.path.isdir(path)  # which no odd path makes raise
     if is_run:
+        require_run(path)
         read_run_recipe(path)  # refuses other folders, and recipes that were damaged
     recipe = load_recipe(path / RECIPE if is_run else path, overrides)
     run = run or (str(path) if is_run else None)

@@ -30,6 +30,7 @@ from sftcore.model.adapters import is_adapter
 from sftcore.run_recipe import RECIPE
 from sftcore.settings import MATCHING_FILE
 from sftcore.sources import PRESETS, Columns
+from sftcore.wrong_values import misfits
 
 log = logging.getLogger("sftcore.matching")
 RESULTS = ("model", "adapter")  # of a run
@@ -155,9 +156,18 @@ def recipe_of(folder: Path) -> Recipe:
     try:
         return Recipe.model_validate(values | {"model": values["model"] | {"path": str(folder.resolve())}})
     except (KeyError, TypeError, ValidationError) as error:
-        what, remedy = "not as this version writes it", "mend the file, or train the model anew"
-        got = "; ".join(str(error).splitlines())[:GOT_CHARACTERS]
+        what, remedy = "not as this version writes it", "fix the file, or train the model again"
+        got = _in_words(error)[:GOT_CHARACTERS]
         raise UserInputError(Problem(what=what, where=str(path), got=got, remedy=remedy)) from error
+
+
+def _in_words(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"no key {error}" if isinstance(error, KeyError) else "a section that is no mapping"
+    return "; ".join(
+        f"{'.'.join(map(str, found.location))}: {found.what} ({found.got})"
+        for found in misfits(error.errors())
+    )
 
 
 def _rows(records: list[Record], verdicts: list[Verdict | None]) -> Iterator[dict[str, Any]]:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from sftcore.config import Recipe
 from sftcore.errors import Problem, SftError, UserInputError
+from sftcore.fsio import fingerprint_of
 from sftcore.train.stopping import LOOK_SECONDS
 
 log = logging.getLogger("sftcore.notice")
@@ -25,6 +26,7 @@ START_SECONDS = 60  # until ranks see the signal: Slurm looks at its clock twice
 GPU_FLOPS, CPU_FLOPS = 40e12, 20e9  # of a rank: a third of an L4's bfloat16 rate; a core without bfloat16
 DISK_BYTES = 0.3e9  # a second: a shared disk that others use, too
 STATE_BYTES = 14  # of a trained parameter: float32 master and two moments, bfloat16 weight
+DECIDING = ("task", "model", "adapter", "batch", "matching")  # sections that decide a notice
 SIGNAL = re.compile(r"B:(?:USR1|10)@(\d+)")
 
 
@@ -46,6 +48,16 @@ def notice_seconds(recipe: Recipe, *, has_gpus: bool) -> int:
     save = STATE_BYTES * cost.num_trained_parameters / DISK_BYTES
     needed = START_SECONDS + 1.5 * piece + save
     return int(min(MAX_SECONDS, max(MIN_SECONDS, math.ceil(needed / 10) * 10)))
+
+
+def longest_notice(recipes: Iterable[Recipe], *, has_gpus: bool) -> int:
+    """The notice that does for each of these recipes; those of one model and capacity are measured once."""
+    kinds = {
+        fingerprint_of([recipe.model_dump(mode="json")[key] for key in DECIDING]): recipe
+        for recipe in recipes
+    }
+    found = (notice_seconds(recipe, has_gpus=has_gpus) for recipe in kinds.values())
+    return max(found, default=MIN_SECONDS)
 
 
 def with_notice(options: Mapping[str, str], needed: int) -> dict[str, str]:

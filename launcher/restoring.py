@@ -34,9 +34,7 @@ def restore_model(
     if (start := _trained_from(base)) and start.resolve() == tuned.resolve():
         what, remedy = "these two are swapped: --base was trained from --tuned", "swap them"
         raise UserInputError(Problem(what=what, where=f"--base {base}", remedy=remedy))
-    reports = restore(base, tuned, targets)
-    for folder in targets.values():
-        write_checksums(folder)
+    reports = restore(base, tuned, targets, finish=write_checksums)
     return [f"{targets[percent]}: {_told(report)}" for percent, report in reports.items()]
 
 

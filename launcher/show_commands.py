@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.given import require_folder
 from launcher.job_commands import load
 from launcher.options import Changes, RecipePath
 from sftcore.config import Recipe
@@ -84,6 +85,7 @@ def generate(
         raise UserInputError(Problem(what=what, where="--temperature", got=f"{decoding.temperature:g}"))
     if (prompt is None) == (file is None):
         raise UserInputError(Problem(what="give exactly one of --prompt and --file", where="generate"))
+    require_folder(folder, "generate")
     from launcher.generating import Settings, generate_rows, generate_text
 
     settings = Settings(**asdict(decoding))

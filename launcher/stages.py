@@ -23,6 +23,7 @@ from sftcore.data.draws import draw_selected
 from sftcore.data.ledger import TRIVIAL, Ledger
 from sftcore.data.prepare import load_records, prepare_shard, prepare_store
 from sftcore.data.records import Record
+from sftcore.data.selection_file import write_selection
 from sftcore.data.splits import with_valid_as_train
 from sftcore.data.store import TokenStore
 from sftcore.data.tokens import Tokenizer, load_tokenizer
@@ -31,9 +32,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import (
     atomic_file,
     folder_lock,
-    read_jsonl,
     write_json,
-    write_jsonl,
 )
 from sftcore.knowledge.level_files import LEVELS, check_same_facts, holds_levels, is_probed, read_levels
 from sftcore.knowledge.levels import FactLevel, level_counts
@@ -127,7 +126,7 @@ def draw(recipe: Recipe) -> set[str]:
     if len(chosen) < len(records):
         log.info("select: %d of %d pairs", len(chosen), len(records))
     rows = [{"id": r.id, "label": r.content.label} for r in chosen if isinstance(r.content, Pair)]
-    _write_selection(recipe.run_folder, rows)
+    write_selection(recipe.run_folder, rows)
     return {record.id for record in chosen}
 
 
@@ -152,7 +151,7 @@ def select(recipe: Recipe) -> list[FactLevel]:
         draw=recipe.select.draw,
     )
     _tell_levels(recipe.select.levels, chosen)
-    _write_selection(run, [level.to_row() for level in chosen])
+    write_selection(run, [level.to_row() for level in chosen])
     return chosen
 
 
@@ -163,12 +162,6 @@ def _tell_levels(wanted: list[int], chosen: list[FactLevel]) -> None:
     log.info("select: %d facts (%s)", len(chosen), drawn)
     if missing := [str(level) for level in sorted(set(wanted)) if not counts[level]]:
         log.warning("select.levels names level %s, of which no fact was drawn", ", ".join(missing))
-
-
-def _write_selection(run: Path, rows: list[dict[str, Any]]) -> None:
-    path = run / "selection.jsonl"
-    if not path.is_file() or read_jsonl(path) != rows:
-        write_jsonl(path, rows)
 
 
 def probe(recipe: Recipe, *, merge_only: bool = False) -> list[FactLevel]:

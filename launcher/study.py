@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from launcher.notice import longest_notice, with_notice
 from launcher.precision import settle_runs
 from launcher.run_folder import FINISHED
 from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
@@ -191,9 +192,12 @@ def submit_study(study: Study, path: Path, resources: Resources, *, throttle: in
 
     Args:
         throttle: how many runs at a time.
+
+    Raises:
+        UserInputError: the time limit is no longer than the notice that some run's stop needs.
     """
     write_recipes(study)
-    pending = [str(i) for i, run in enumerate(study.runs) if not is_finished(run.recipe)]
+    pending = {str(i): run.recipe for i, run in enumerate(study.runs) if not is_finished(run.recipe)}
     if not pending:
         conclude(study)
         return "all runs are finished"
@@ -202,7 +206,8 @@ def submit_study(study: Study, path: Path, resources: Resources, *, throttle: in
         ["study", str(path.resolve()), "--run", str(study.folder), *study.rank_options],
     )
     runs = stage_job(folder, "study", resources, arguments, array=f"{','.join(pending)}%{throttle}")
-    runs = replace(runs, options={**runs.options, **resources.run_options()})
+    needed = longest_notice(pending.values(), has_gpus=resources.gpus_per_node > 0)
+    runs = replace(runs, options=with_notice({**runs.options, **resources.run_options()}, needed))
     last = stage_job(folder, "study-report", resources, [*arguments, "--conclude"])
     jobs = [runs, replace(last, behind="afterany")]  # whatever becomes of the runs
     return describe_jobs(folder, jobs, submit_chain(folder, jobs))

@@ -137,7 +137,7 @@ def train_recipe(
         RUN/model, or RUN/adapter.
 
     Raises:
-        SftError: see the exit codes of DESIGN.
+        SftError: see the exit codes of docs/commands.md.
     """
     if restart_schedule and resume in ("auto", "never"):
         remedy = "name the checkpoint: --resume PATH --restart-schedule"

@@ -111,6 +111,11 @@ class DataSettings(Settings):
         description="system and developer turns of chats; merge: into the next user turn, for templates that"
         " know no such role",
     )
+    train_answers: Literal["all", "last"] = Field(
+        "all",
+        description="assistant turns of chats; last: of each chat only the last that it trains, for templates"
+        " that write earlier ones otherwise",
+    )
     today: date | None = Field(
         None, description="the day that a chat template writes, as 2026-01-31; null: one that asks is refused"
     )

@@ -17,7 +17,6 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ from pydantic import BaseModel, ValidationError
 
 from sftcore.catalogue import CATALOGUE, folder_of, how_to_pull, meant_name
 from sftcore.config import Recipe, Source
-from sftcore.display import shown_value
 from sftcore.errors import Problem, UserInputError
 from sftcore.paths import file_fault
+from sftcore.wrong_values import UNKNOWN, Misfit, misfits
 from sftcore.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 
 ASSETS = Path(__file__).parent / "assets"
@@ -86,7 +85,7 @@ ELSEWHERE = {  # keys of transformers, TRL, peft, LLaMA-Factory and Axolotl -> o
     "load_best_model_at_end": "train.keep: best",
 }
 MAX_FILES = 100_000  # of a source
-KIND_OF_VALUE = re.compile(r"(constrained-)?(float|int|str)|literal\[.*\]")  # pydantic's, behind the key
+SEE_KEYS = "`sftcore schema --markdown` prints all keys with what they take"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # "org/name" or "name"
 
 
@@ -110,7 +109,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         said = [override.partition("=")[0].strip() for override in overrides or []]
-        found = [_explain(item, _origin(item["loc"], path, said)) for item in _merged(error.errors())]
+        found = [_explain(item, _origin(item.location, path, said)) for item in misfits(error.errors())]
         raise UserInputError(*problems, *found) from error
     if problems:
         raise UserInputError(*problems)
@@ -156,7 +155,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> Problem | None:
     try:
         value = parse_yaml(text)
     except ValueError as error:
-        return Problem(what=f"not a YAML value: {error}", where=f"--set {key}", got=text)
+        remedy = f"put the value in quotes: --set '{key}=\"...\"'"
+        return Problem(what=f"not a YAML value: {error}", where=f"--set {key}", got=text, remedy=remedy)
     if isinstance(target, list):
         if not _is_position(last, target):
             return Problem(what=f"no such list position: {last!r}", where=f"--set {key}")
@@ -179,31 +179,14 @@ def _origin(location: tuple[str | int, ...], path: Path, overrides: list[str]) -
     return f"{path}: {key or 'recipe'}"
 
 
-def _merged(errors: Iterable[Any]) -> list[dict[str, Any]]:
-    """Errors with those of a key that takes several kinds of values ("a number or auto") as one."""
-    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for error in errors:
-        loc = error["loc"]
-        if len(loc) > 1 and isinstance(loc[-1], str) and KIND_OF_VALUE.fullmatch(loc[-1]):
-            loc = loc[:-1]
-        before = merged.setdefault(loc, {**error, "loc": loc})
-        if before["msg"] != error["msg"]:
-            before["msg"] += f"; or: {error['msg']}"
-    return list(merged.values())
-
-
-def _explain(item: Any, where: str) -> Problem:
-    """One pydantic error as a `Problem`, with the most likely name for an unknown key."""
-    if item["type"] == "extra_forbidden":
-        allowed = _keys_at(item["loc"][:-1])
-        remedy = _hint(str(item["loc"][-1]), allowed)
-        return Problem(what="unknown key", where=where, allowed=", ".join(allowed), remedy=remedy)
-    if item["type"] == "missing":
-        return Problem(what="required key is missing", where=where)
-    if item["type"] == "string_unicode":
-        return Problem(what="this is not UTF-8 text", where=where, got=shown_value(item.get("input")))
-    got = "" if isinstance(item.get("input"), dict | BaseModel) else shown_value(item.get("input"))
-    return Problem(what=item["msg"].removeprefix("Value error, "), where=where, got=got)
+def _explain(misfit: Misfit, where: str) -> Problem:
+    """One wrong key as a `Problem`, with the most likely name for an unknown one."""
+    if misfit.kind == UNKNOWN:
+        allowed = _keys_at(misfit.location[:-1])
+        remedy = _hint(str(misfit.location[-1]), allowed)
+        return Problem(what=misfit.what, where=where, allowed=", ".join(allowed), remedy=remedy)
+    remedy = misfit.remedy or (SEE_KEYS if misfit.allowed else "")
+    return Problem(what=misfit.what, where=where, got=misfit.got, allowed=misfit.allowed, remedy=remedy)
 
 
 def _hint(key: str, allowed: list[str]) -> str:
@@ -304,9 +287,7 @@ def _resolve_source(text: str, base: Path, where: str) -> tuple[str, Problem | N
         for candidate in (str(folder / name), os.path.join(glob.escape(str(folder)), name)):
             if files := _matches(candidate):
                 return (text if shipped else candidate), _unreadable(files, where)
-    remedy = (
-        "paths are relative to the recipe, then to the current folder; see README, 'Your own model and data'"
-    )
+    remedy = "paths are relative to the recipe, then to the current folder; see docs/data.md"
     return text, Problem(what="no file matches", where=where, got=text, remedy=remedy)
 
 

@@ -26,8 +26,9 @@ SEAL = "# written by sftcore; sha256 of the lines below: "
 ENVIRONMENT = "environment.json"
 ELSEWHERE = "choose another folder for the run: --run DIR, or `name:` in the recipe"
 WRITTEN = (  # what a run writes over, or takes for its own
-    *(RECIPE, "plan.json", "metrics.jsonl", "valid.jsonl", "selection.jsonl", ENVIRONMENT),
-    *("checkpoints", "model", "adapter", "best", "report.html", "report.json", "run.log", "finished.json"),
+    *(RECIPE, "plan.json", "metrics.jsonl", "valid.jsonl", ENVIRONMENT),
+    *("selection.jsonl", "selection.manifest.json", "checkpoints", "model", "adapter", "best"),
+    *("report.html", "report.json", "run.log", "finished.json"),
 )
 
 

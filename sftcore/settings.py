@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer, model_validator
 
 from sftcore.display import masked
+from sftcore.wrong_values import NAME_PATTERN
 
 FULL_LR = 1e-5  # of the memory-level papers (arXiv 2409.15825): all weights of 7B models
 ADAPTER_LR = 2e-4  # arXiv 2305.14314, table 9: LoRA on models of up to 13B
@@ -52,7 +53,7 @@ def _web_address(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_path_text)]
-FolderName = Annotated[str, Field(pattern=r"^\.*[\w-][\w.-]*$"), AfterValidator(_name_text)]
+FolderName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_name_text)]
 NonNegative = Annotated[float, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Completion = Annotated[int, Field(gt=0, le=MAX_NEW_TOKENS)]

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from sftcore.display import VALUE_LETTERS, shown, shown_value
 from sftcore.errors import Problem, UserInputError
 from sftcore.paths import file_fault
 
@@ -23,34 +24,61 @@ MAX_DEPTH = 30  # a recipe's deepest key stands at 7
 MAX_VALUES = 100_000
 MAX_DIGITS = 40
 INT = "tag:yaml.org,2002:int"
+QUOTE = "put text with : # [ ] { } , * & ! % @ ` or a quote in it into quotes; indent with spaces"
+UNCLOSED = "brackets do not match, or a comma is missing"
+WORDS = {  # how a message of PyYAML's begins, or what it holds -> what is meant
+    "mapping values are not allowed": "a colon stands where no key can be",
+    "could not find expected ':'": "a key without its colon",
+    "unexpected end of stream": "a quote is opened and not closed",
+    "unexpected document separator": "a quote is opened and not closed",
+    "found character '\\t'": "a tab begins this value",
+    "that cannot start any token": "a sign that has a meaning of its own begins this value",
+    "block sequence entries are not allowed": "a list item (-) needs a line of its own",
+    "sequence entries are not allowed": "a list item (-) needs a line of its own",
+    "mapping keys are not allowed": "a question mark stands where no key can be",
+    "unknown escape character": "a backslash in double quotes: use single quotes, or write it twice",
+    "expected alphabetic or numeric": "* and & begin names of YAML's own",
+    "undefined alias": "* begins a name of YAML's own, and none was given before",
+    "expected <block end>": "the indentation does not fit, or a bracket or quote is closed early",
+    "expected the node content": UNCLOSED,
+    "expected ',' or": UNCLOSED,
+    "another document": "only one document can be here: leave out the second ---",
+    "expected '<document start>'": "more stands here than one value",
+    "special characters are not allowed": "special characters (control codes) can't be here",
+    "chomping or indentation": "| and > begin a text of several lines: nothing else can stand in theirs",
+    "for merging": "<< takes a mapping, or a list of them",
+}
+
+
+class _Refused(yaml.constructor.ConstructorError):
+    """A value that we refuse, told in our words."""
+
+    def __init__(self, what: str, mark: yaml.Mark) -> None:
+        super().__init__(None, None, what, mark)
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-5 as a number (YAML 1.1 wants 1.0e-5) and refuses a key given twice."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A node's value; dates and numbers that are none are told with their line."""
+        """A node's value; dates and numbers that are none are named with their line."""
         if node.tag == INT and len(node.value) > MAX_DIGITS:
             what = f"a whole number of {len(node.value):,} digits"
-            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+            raise _Refused(what, node.start_mark)
         try:
             return super().construct_object(node, deep)
         except (ValueError, ArithmeticError) as error:
-            what = f"can't be read: {error}"
-            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
+            what = f"{shown_value(node.value)} looks like a date or a number and is none: put text in quotes"
+            raise _Refused(what, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
             value = "<<" if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key, deep=True)
             if not isinstance(value, str | int | float | bool | None):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"a key must be a name, not a {type(value).__name__}", key.start_mark
-                )
+                raise _Refused(f"a key must be a name, not a {type(value).__name__}", key.start_mark)
             if value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {value!r} given twice", node.start_mark
-                )
+                raise _Refused(f"key {value!r} given twice", key.start_mark)
             seen.add(value)
         return super().construct_mapping(node, deep)
 
@@ -78,7 +106,9 @@ def read_yaml(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise UserInputError(Problem(what="this must be UTF-8 text", where=str(path))) from error
     except ValueError as error:
-        raise UserInputError(Problem(what=f"not valid YAML: {error}", where=str(path))) from error
+        raise UserInputError(
+            Problem(what=f"not valid YAML: {error}", where=str(path), remedy=f"fix that line: {QUOTE}")
+        ) from error
 
 
 def parse_yaml(text: str) -> Any:
@@ -94,7 +124,25 @@ def parse_yaml(text: str) -> Any:
         _check_size(text)
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_in_words(error, text)) from error
+
+
+def _in_words(error: yaml.YAMLError, text: str) -> str:
+    """What is wrong with a text, and in which line if there are several.
+
+    >>> try: yaml.safe_load("a: [1,\\nb: 2")
+    ... except yaml.YAMLError as error: print(_in_words(error, "a: [1,\\nb: 2"))
+    brackets do not match, or a comma is missing, line 2: b: 2
+    """
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    said = str(error.problem) if isinstance(error, yaml.MarkedYAMLError) else str(error)
+    found = (words for part, words in WORDS.items() if part in said)
+    words = said if isinstance(error, _Refused) else next(found, "YAML does not read this")
+    lines = text.splitlines()
+    if mark is None or len(lines) < 2:
+        return words
+    line = shown(lines[min(mark.line, len(lines) - 1)].strip(), VALUE_LETTERS)
+    return f"{words}, line {mark.line + 1}: {line}"
 
 
 def _check_size(text: str) -> None:

@@ -18,7 +18,7 @@ from sftcore.knowledge.containment import ALIASES_PATH, AliasTable, contains_ans
 from sftcore.knowledge.templates import SUBJECT, load_relations
 
 ASSETS = Path(__file__).parent.parent / "sftcore" / "assets"
-IN_DOMAIN = "P17 P19 P20 P36 P69 P131 P159 P276 P495 P740".split()  # METHODS.md M1
+IN_DOMAIN = "P17 P19 P20 P36 P69 P131 P159 P276 P495 P740".split()  # docs/methods.md M1
 OUT_OF_DOMAIN = "P26 P40 P50 P106 P112 P127 P136 P170 P175 P176 P264 P407 P413 P800".split()
 RELATIONS = load_relations()
 ALIASES = AliasTable.load()

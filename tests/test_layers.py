@@ -17,6 +17,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.fsio",
     "sftcore.log",
     "sftcore.yaml_text",
+    "sftcore.wrong_values",
     "sftcore.settings",
     "sftcore.sources",
     "sftcore.config",

@@ -78,7 +78,7 @@ DEEP = MAX_DEPTH + 1
         ("- " * 5000 + "x", "nested over 30 levels"),
         ("&a [*a]", "stands inside itself"),
         ("a: &a {b: {c: *a}}", "stands inside itself"),
-        ("2026-13-45", "line 1"),
+        ("a: 1\nb: 2026-13-45", "looks like a date or a number and is none.*, line 2: b: 2026-13-45"),
         ("!!python/object/apply:os.system [true]", "tags such as"),
         ("!!binary x", "tags such as"),
         ("{[1, 2]: 3}", "a key must be a name"),

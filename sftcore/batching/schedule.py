@@ -115,7 +115,7 @@ class Schedule:
         sources: npt.ArrayLike | None = None,
         source_counts: Sequence[int] | None = None,
     ) -> None:
-        """See DESIGN: exactly one of `samples_per_step` and `tokens_per_step` (a multiple of `capacity`).
+        """Exactly one of `samples_per_step` and `tokens_per_step` (a multiple of `capacity`).
 
         Args:
             lengths: (num_samples,) tokens per sample.

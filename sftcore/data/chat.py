@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 
 from sftcore.data.chat_template import Block, ChatRefused, ChatTemplate
 from sftcore.data.contents import Chat, Message
-from sftcore.data.layout import Layout, LayoutMaker, found_places, lost
+from sftcore.data.layout import THOUGHT, Layout, LayoutMaker, found_places, lost
+from sftcore.data.opened_turns import OpenedTurns, kept_turns
 from sftcore.data.tokens import Codec
 from sftcore.errors import Problem, UserInputError
 
-__all__ = ["ChatRefused", "ChatRenderer", "turn_ends", "without_system"]
+__all__ = ["ChatRefused", "ChatRenderer", "last_answer_only", "turn_ends", "without_system"]
 ANY_DAY = date(2024, 7, 26)
 TRIAL = Chat(
     messages=(
@@ -50,6 +52,7 @@ class ChatRenderer:
         tokens = codec.tokenizer.convert_ids_to_tokens(sorted(codec.special_ids))
         self._special = re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)))
         self._layouts = LayoutMaker(self._template, self._special)
+        self._opened = OpenedTurns(self._template, self._layouts)
         try:
             self._trial = self._try()
         except ChatRefused as error:
@@ -67,10 +70,13 @@ class ChatRenderer:
         try:
             return self.pieces(TRIAL)
         except ChatRefused as error:
-            try:
-                return self.pieces(Chat(messages=TRIAL.messages[:2]))
-            except ChatRefused:
-                raise error from None
+            question, answer = TRIAL.messages[:2]
+            for said in dict.fromkeys((answer.content, self._opened.opened + answer.content)):
+                try:
+                    return self.pieces(Chat(messages=(question, replace(answer, content=said))))
+                except ChatRefused:
+                    continue
+            raise error from None
 
     @property
     def end_of_turn_id(self) -> int:
@@ -113,11 +119,24 @@ class ChatRenderer:
         Raises:
             ChatRefused: the template raised, or the turns can't be verified.
         """
-        turns = chat.messages
+        turns = chat.messages[: chat.answers[-1] + 1]  # what follows is not there yet when that is written
+        try:
+            return self._verified(turns, chat.answers)
+        except ChatRefused as why:
+            if not (opened := self._opened.opened) and THOUGHT not in turns[-1].content:
+                raise
+            try:
+                return self._opened.pieces(turns, chat.answers)
+            except ChatRefused as other:
+                raise other if opened or len(chat.answers) == 1 else why from None
+
+    def _verified(self, turns: Sequence[Message], answers: Sequence[int]) -> tuple[str, ...]:
+        """The pieces of a chat whose rendering has every turn and what inference feeds for each answer."""
+        turns = kept_turns(turns, self._template.render, untrained=True)
         text = self._template.render(turns)
         layout, places = self._laid_out(text, turns)
         borders = [0]
-        for i in chat.answers:
+        for i in answers:
             answer = layout.answers[i]
             if isinstance(answer, str):
                 raise ChatRefused(answer)
@@ -155,6 +174,13 @@ def turn_ends(codec: Codec) -> tuple[int, int]:
     """
     renderer = ChatRenderer(codec, ANY_DAY)
     return renderer.end_of_turn_id, codec.encode([renderer.last_piece])[0][-1]
+
+
+def last_answer_only(chat: Chat) -> Chat:
+    """`chat` with only the last of its trained answers trained."""
+    last = chat.answers[-1]
+    turns = [replace(t, is_trained=t.is_trained and i >= last) for i, t in enumerate(chat.messages)]
+    return Chat(messages=tuple(turns))
 
 
 def without_system(chat: Chat, how: str) -> Chat:

@@ -29,7 +29,8 @@ from sftcore.data.contents import Message
 KEPT_LAYOUTS = 256  # 40 kB each at 200 exchanges
 VERIFIED_FIRST, VERIFIED_LAST = 8, 2  # answers
 THOUGHT = "</think>"
-DROPS = ": the template drops thoughts of earlier turns; leave them out there, or make a row of each answer"
+EARLIER = "; train the last answer alone (data.train_answers: last, or `loss: false` in earlier turns)"
+DROPS = f": the template drops thoughts of earlier turns, or writes them otherwise{EARLIER}"
 MARK = re.compile(r"Xq(\d+)qX")
 
 
@@ -107,11 +108,38 @@ class LayoutMaker:
         """The layout of chats with these roles, whatever they say."""
         roles = tuple(turn.role for turn in turns)
         if roles not in self._kept:
-            made = self._made([_mark(i, role) for i, role in enumerate(roles)])
+            made = self._made([mark(i, role) for i, role in enumerate(roles)])
             if len(self._kept) >= KEPT_LAYOUTS:
                 self._kept.clear()
             self._kept[roles] = made
         return self._kept[roles]
+
+    def around_last(self, roles: Sequence[str]) -> tuple[str, str, int]:
+        """What stands around a last answer: behind its generation prompt, behind itself, and what closes it.
+
+        Returns:
+            text before the answer that the generation prompt has not ("" where it has more), text behind the
+            answer, and how many characters of that belong to it.
+        """
+        i = len(roles) - 1
+        turns = [mark(n, role).turn for n, role in enumerate(roles)]
+        prompt = self._template.render(turns[:-1], prompts=True)
+        before, _, tail = self._template.render(turns).partition(turns[i].content)
+        later = mark(i + 1, "user").turn
+        history = self._template.render([*turns, later]).partition(turns[i].content)[2]
+        close = self._closing("", tail, history.partition(later.content)[0]).close
+        return before.removeprefix(prompt) if before.startswith(prompt) else "", tail, close
+
+    def of_prompt(self, roles: Sequence[str]) -> Layout:
+        """The template's own text of turns with these roles and the generation prompt behind them.
+
+        Raises:
+            ChatRefused: a turn is not in it, or not once, or not in its order.
+        """
+        slots = [mark(i, role) for i, role in enumerate(roles)]
+        text = self._template.render([slot.turn for slot in slots], prompts=True)
+        places = self._placed(slots, text).places
+        return Layout(segments=_between(text, places), answers=())
 
     def by_contents(self, turns: Sequence[Message], plain: Layout, treated: Container[int]) -> Layout:
         """The layout of one chat some of whose answers the template treats by what they say (thoughts, say).
@@ -121,7 +149,7 @@ class LayoutMaker:
             treated: places of these answers.
         """
         slots = [
-            Slot(turn=turn, is_mark=False, lead=plain.segments[i]) if i in treated else _mark(i, turn.role)
+            Slot(turn=turn, is_mark=False, lead=plain.segments[i]) if i in treated else mark(i, turn.role)
             for i, turn in enumerate(turns)
         ]
         return self._made(slots, plain)
@@ -140,15 +168,14 @@ class LayoutMaker:
             answers[i] = known[key]
         if self._template.has_blocks:
             answers = [_by_blocks(answer, i, whole, blocks) for i, answer in enumerate(answers)]
-        borders = [0, *(border for place in whole.places for border in place), len(text)]
-        segments = tuple(text[a:b] for a, b in zip(borders[::2], borders[1::2], strict=True))
-        return Layout(segments=segments, answers=tuple(answers))
+        return Layout(segments=_between(text, whole.places), answers=tuple(answers))
 
     def _header(self, slots: Sequence[Slot], i: int, text: str) -> int:
         """Where inference would start to write turn `i`."""
         prompt = self._template.render([slot.turn for slot in slots[:i]], prompts=True)
         if not text.startswith(prompt):
-            raise ChatRefused("what inference would feed is not a prefix of the whole conversation")
+            what = "what inference would feed is not a prefix of the whole conversation"
+            raise ChatRefused(what if i + 1 == len(slots) else f"{what} at turn {i + 1}{EARLIER}")
         return len(prompt)
 
     def _placed(self, slots: Sequence[Slot], text: str) -> _Rendering:
@@ -191,16 +218,16 @@ class LayoutMaker:
         here = whole.text[header:start], whole.around(i)[1]
         is_last = i + 1 == len(slots)
         as_last = here if is_last else self._elsewhere(slots[: i + 1], i)
-        as_history = self._elsewhere([*slots, _mark(i + 1, "user")], i) if is_last else here
+        as_history = self._elsewhere([*slots, mark(i + 1, "user")], i) if is_last else here
         if as_last is None:
-            raise ChatRefused(f"turn {i + 1} is written otherwise when it is the last")
+            raise ChatRefused(f"turn {i + 1} is written otherwise when it is the last{EARLIER}")
         if as_history is None:
             known = plain.answers[i] if plain else None
             if isinstance(known, Answer):
                 return replace(known, lead=len(here[0]))
             return self._closing(here[0], as_last[1], None)
         if not as_last[0].endswith(as_history[0]):
-            raise ChatRefused(f"turn {i + 1} begins otherwise once it is history")
+            raise ChatRefused(f"turn {i + 1} begins otherwise once it is history{EARLIER}")
         # what only the last answer has before it (an empty thought) is context
         return self._closing(as_history[0], as_last[1], as_history[1], is_history=not is_last)
 
@@ -227,7 +254,7 @@ class LayoutMaker:
         specials = [n for n, token in enumerate(common) if self._special.fullmatch(token)]
         if not specials:
             has_end = any(map(self._special.fullmatch, last))
-            what = "an answer ends with another token once it is history"
+            what = f"an answer ends with another token once it is history{EARLIER}"
             raise ChatRefused(what if has_end else "no end-of-turn token follows an assistant turn")
         # a token that opens turns closes one only where the turn's own text ends with it
         ends = [*takewhile(lambda n: common[n] != self._opener or common == last, specials)]
@@ -239,7 +266,7 @@ class LayoutMaker:
     @cached_property
     def _opener(self) -> str | None:
         """The special token that opens a turn, where the first turn shows one (the text's start aside)."""
-        turn = _mark(0, "user").turn
+        turn = mark(0, "user").turn
         first = self._template.render([turn]).partition(turn.content)[0]
         both = self._template.render([turn], prompts=True)
         return next(
@@ -252,7 +279,13 @@ class LayoutMaker:
         return [text[a:b] for a, b in pairwise(borders) if a < b]
 
 
-def _mark(i: int, role: str) -> Slot:
+def _between(text: str, places: Sequence[Block]) -> tuple[str, ...]:
+    """What stands before, between and behind some places."""
+    borders = [0, *(border for place in places for border in place), len(text)]
+    return tuple(text[a:b] for a, b in zip(borders[::2], borders[1::2], strict=True))
+
+
+def mark(i: int, role: str) -> Slot:
     """A turn whose content is the mark of place `i`."""
     return Slot(turn=Message(role=role, content=f"Xq{i}qX"))
 

@@ -82,9 +82,11 @@ REMEDIES = {
     Reason.DUPLICATE_ID: "is a file listed twice, or an id given twice?"
     " `columns: {id: null}` of the source numbers its rows",
     Reason.UNKNOWN_KEY: "name what is no part of the prompt in `columns: {ignore: [...]}` of the source;"
-    " what changes training can't be left out in silence",
+    " what changes training can't be left out in silence (thoughts go into the content, as the chat template"
+    " writes them: <think>...</think>)",
     Reason.REFUSED_BY_TEMPLATE: "where the template knows no system role: `data.system: merge` (into the next"
-    " user turn) or drop; another template: `model.chat_template: NAME or FILE`",
+    " user turn) or drop; where it writes earlier answers otherwise: `data.train_answers: last`; another"
+    " template: `model.chat_template: NAME or FILE`",
     Reason.OVERLENGTH: "raise data.max_length, or set data.overlength: trim_prompt",
     Reason.WRONG_FIELD_COUNT: "is a tab or comma inside a text? use JSONL, or CSV with quotes",
     Reason.UNKNOWN_RELATION: "give each fact its own question",
@@ -118,6 +120,7 @@ class Change(StrEnum):
     SYSTEM_FROM_COLUMN = "system_from_column"
     SYSTEM_MERGED = "system_merged"
     SYSTEM_DROPPED = "system_dropped"
+    EARLIER_UNTRAINED = "earlier_untrained"
     QUOTES_READ = "quotes_read"
     QUOTES_KEPT = "quotes_kept"
     LABEL_SPELLING = "label_spelling"

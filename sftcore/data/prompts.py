@@ -17,7 +17,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from sftcore.data.chat import SYSTEM_ROLES, ChatRefused, ChatRenderer, without_system
+from sftcore.data.chat import SYSTEM_ROLES, ChatRefused, ChatRenderer, last_answer_only, without_system
 from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
 from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.rationales import Order, compose_answer
@@ -207,12 +207,18 @@ class Prompter:
         for i in self._special.rows(contents):
             if isinstance(sample := fitted[i], Encoded):
                 fitted[i] = replace(sample, changes=(*sample.changes, Change.SPECIAL_IN_TEXT))
-        if (change := SYSTEM_CHANGES.get(self.options.system)) is not None:
-            for i, content in enumerate(contents):
-                if isinstance(content, Chat) and isinstance(sample := fitted[i], Encoded):
-                    if any(turn.role in SYSTEM_ROLES for turn in content.messages):
-                        fitted[i] = replace(sample, changes=(*sample.changes, change))
+        for i, content in enumerate(contents):
+            if isinstance(content, Chat) and isinstance(sample := fitted[i], Encoded):
+                fitted[i] = replace(sample, changes=(*sample.changes, *self._asked_changes(content)))
         return fitted
+
+    def _asked_changes(self, chat: Chat) -> Iterator[Change]:
+        """What the recipe asks to be changed in chats, where this one is."""
+        change = SYSTEM_CHANGES.get(self.options.system)
+        if change is not None and any(turn.role in SYSTEM_ROLES for turn in chat.messages):
+            yield change
+        if self.options.train_answers == "last" and len(chat.answers) > 1:
+            yield Change.EARLIER_UNTRAINED
 
     def _encode(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
         drafts = [self._not_endless(self._draft(content)) for content in contents]
@@ -263,6 +269,8 @@ class Prompter:
         try:
             if self.options.system != "keep":
                 chat = without_system(chat, self.options.system)
+            if self.options.train_answers == "last":
+                chat = last_answer_only(chat)
             return Draft(pieces=renderer.pieces(chat), is_bare=False)
         except ChatRefused as error:
             return Refusal(reason=Reason.REFUSED_BY_TEMPLATE, detail=str(error))

@@ -23,7 +23,7 @@ CONCLUSION = {"zh": "结论：", "en": "Conclusion: "}
 REASON = {"zh": "理由：", "en": "Reason: "}
 DECORATION = " \t\r\n*_`\"'“”‘’「」『』《》〈〉【】<>()（）[]#"
 MARKED = re.compile(r"(?<![a-z])(?:结论|結論|conclusion)[\s*_]*(?:是|为|為|is)?[\s*_]*[:：]", re.IGNORECASE)
-MIN_REASONED_PAIRS = 100  # METHODS.md M2: below, an arm with reasons is not run
+MIN_REASONED_PAIRS = 100  # docs/methods.md M2: below, an arm with reasons is not run
 THOUGHT_END = "</think>"  # of models that reason aloud first (DeepSeek-R1, Qwen3)
 
 

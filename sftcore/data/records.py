@@ -211,7 +211,7 @@ def shares_of(
     counts = []
     for file in files:
         try:
-            rows = _raw_rows(source, file, labels, ignore, WHOLE)
+            rows = raw_rows(source, file, labels, ignore, WHOLE)
             counts.append(sum(1 for _ in islice(rows, source.limit)))
         except UserInputError as error:
             problems += error.problems
@@ -258,9 +258,10 @@ def unusable_file(file: Path, rejected: Sequence[Rejection]) -> Problem:
     )
 
 
-def _raw_rows(
+def raw_rows(
     source: Source, file: Path, labels: LabelWords, note: Note, span: Span
 ) -> Iterator[RawRow | Rejection]:
+    """The rows of a stretch of one file, not yet understood: objects with named fields."""
     if is_arrow(file):
         rows = arrow_rows(source, file, span, note)
         return object_rows(file, source.columns, rows) if source.format == "pairs" else rows
@@ -282,7 +283,7 @@ def _label_test(labels: LabelWords) -> Callable[[str], bool]:
 def _contents(
     source: Source, file: Path, labels: LabelWords, note: Note, span: Span
 ) -> Iterator[Parsed | Rejection]:
-    rows, id_name = _raw_rows(source, file, labels, note, span), source.columns.id
+    rows, id_name = raw_rows(source, file, labels, note, span), source.columns.id
     if source.format == "entityquestions":
         return _with_subjects(file, _parsed(rows, file, parse_question, note, id_name))
     if source.format == "facts":

@@ -176,6 +176,7 @@ class PromptOptions:
         relations: `data.relations`.
         own_tokens: `model.add_tokens`, special tokens that texts may hold.
         system: "keep", "merge" or "drop": what becomes of the system's turns in chats.
+        train_answers: "all" or "last": which of a chat's answers are trained.
         today: the day that a chat template may ask for; None: none may.
     """
 
@@ -187,6 +188,7 @@ class PromptOptions:
     relations: str | None = None
     own_tokens: tuple[str, ...] = ()
     system: str = "keep"
+    train_answers: str = "all"
     today: date | None = None
 
     @classmethod
@@ -205,6 +207,7 @@ class PromptOptions:
             relations=recipe.data.relations,
             own_tokens=tuple(recipe.model.add_tokens),
             system=recipe.data.system,
+            train_answers=recipe.data.train_answers,
             today=recipe.data.today,
         )
 
@@ -229,6 +232,7 @@ class PromptOptions:
             "max_length": self.max_length,
             "own_tokens": sorted(self.own_tokens),
             "system": self.system,
+            "train_answers": self.train_answers,
             "today": self.today and self.today.isoformat(),
             "overlength": "trim_prompt" if self.overlength == "trim_prompt" else "reject",
         }

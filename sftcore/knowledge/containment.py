@@ -6,7 +6,7 @@ Trade-off: names are sought with `str.find` and what is around them looked at on
 text of 150 characters takes 2 us where no name's longest word stands in it, else 60 us for spelling it out
 (two-core machine beside other work, December 2026).
 
-METHODS.md M1 leaves containment open; decided here, in spelling.py, names.py and numbers.py:
+docs/methods.md M1 leaves containment open; decided here, in spelling.py, names.py and numbers.py:
 * Texts and names are compared after NFKC, case folding and one kind of quote, dash, space and middle dot
   (列奥纳多・达・芬奇); a hyphen is a space, "St." is "Saint", J. R. R. is J.R.R. and JRR; a leading "The" or
   the accents of Latin letters may be missing.

@@ -6,7 +6,7 @@ its last words.
 Trade-off: rules on capitals and lists of words, no model: "Paris Hilton" is told from Paris in 10 us, but "In
 London Dickens wrote" isn't London. tests/knowledge/containment.tsv measures it.
 
-METHODS.md M1 counts a completion that contains the answer; decided here is what contains it:
+docs/methods.md M1 counts a completion that contains the answer; decided here is what contains it:
 * An answer of everyday words with capitals ("Nice", "Little Rock") needs its capitals: "a nice day".
 * Not a part of a longer name in capitals: York in "New York", Paris in "Paris Hilton", Jordan in "Michael
   Jordan", Milan in "AC Milan", Bath in "Bath & Body Works", Toy Story in "Toy Story 2". A family name behind

@@ -3,7 +3,7 @@
 In: a base folder, a tuned folder of the same architecture, percentages. Out: for each percentage a folder
 like the tuned one with that share of its weights restored, and restore.json with what was restored where.
 Invariant: exactly round(percent/100 * weights) weights are restored, those of the largest |s - p| / |p| (s
-tuned, p base; METHODS: arXiv 2509.16596); of equal changes at the threshold the first in file order.
+tuned, p base; docs/methods.md: arXiv 2509.16596); of equal changes at the threshold the first in file order.
 Trade-off: the threshold is exact without sorting: float32 bits of a ratio are ordered like the ratio, so one
 streaming pass counts their upper halves, a second the lower halves in the bins that matter, for all
 percentages at once; a third writes. Memory is one stretch of `CHUNK` weights, whatever the model's size.
@@ -73,11 +73,18 @@ class Threshold:
     ties: int
 
 
-def restore(base: Path, tuned: Path, targets: dict[float, Path]) -> dict[float, dict[str, Any]]:
+def restore(
+    base: Path,
+    tuned: Path,
+    targets: dict[float, Path],
+    *,
+    finish: Callable[[Path], None] = lambda _: None,
+) -> dict[float, dict[str, Any]]:
     """Write one folder for each percentage; see the module's docstring.
 
     Args:
         targets: percentage of the weights (0 to 100) -> folder to write; none of them exists.
+        finish: adds the last file to a folder before it gets its name, such as checksums of what was written.
 
     Returns:
         content of each restore.json: `{percent, num_weights, num_changed, threshold, num_restored, by_module,
@@ -100,6 +107,7 @@ def restore(base: Path, tuned: Path, targets: dict[float, Path]) -> dict[float, 
             about = _report(percent, pairs, thresholds[percent], num_changed)
             reports[percent] = about | _write(pairs, folder, thresholds[percent])
             write_json(folder / REPORT, reports[percent])
+            finish(folder)
     return reports
 
 

@@ -25,6 +25,7 @@ from sftcore.errors import MAX_PROBLEMS, Problem, UserInputError
 from sftcore.paths import file_fault
 from sftcore.recipe import load_recipe
 from sftcore.settings import MAX_COUNT, FolderName, PathText, Settings
+from sftcore.wrong_values import UNKNOWN, Misfit, misfits
 from sftcore.yaml_text import read_yaml
 
 DRAW = "select.draw"
@@ -85,7 +86,7 @@ def read_study(path: Path) -> StudySettings:
     try:
         settings = StudySettings.model_validate({"name": path.stem, **raw})
     except ValidationError as error:
-        raise UserInputError(*(_explain(item, path) for item in error.errors())) from error
+        raise UserInputError(*(_explain(item, path) for item in misfits(error.errors()))) from error
     candidates = [path.resolve().parent / settings.base, Path(settings.base).resolve()]
     found = [candidate for candidate in candidates if not file_fault(candidate)]
     if not found:
@@ -93,10 +94,10 @@ def read_study(path: Path) -> StudySettings:
     return settings.model_copy(update={"base": str(found[0])})
 
 
-def _explain(item: Any, path: Path) -> Problem:
-    where = f"{path}: {'.'.join(str(part) for part in item['loc'])}"
-    allowed = ", ".join(StudySettings.model_fields) if item["type"] == "extra_forbidden" else ""
-    return Problem(what=item["msg"], where=where, allowed=allowed)
+def _explain(misfit: Misfit, path: Path) -> Problem:
+    where = f"{path}: {'.'.join(map(str, misfit.location))}"
+    allowed = ", ".join(StudySettings.model_fields) if misfit.kind == UNKNOWN else misfit.allowed
+    return Problem(what=misfit.what, where=where, got=misfit.got, allowed=allowed, remedy=misfit.remedy)
 
 
 def expand(settings: StudySettings, folder: Path) -> list[StudyRun]:

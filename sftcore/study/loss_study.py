@@ -16,13 +16,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sftcore.data.selection_file import SELECTION
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_jsonl, read_object
 from sftcore.run_recipe import RECIPE, read_run_recipe
 from sftcore.study.figures import HEIGHT_INCHES, INK, RULE, WIDTH_INCHES, page_style, svg_of
 from sftcore.study.run_folder import SCORES, last_of_each_step
 from sftcore.study.study_figures import ARM_COLOURS
-from sftcore.study.study_runs import SELECTION
 from sftcore.study.wording import flatten, format_setting, format_share
 
 ENDED = ("finished.json", "model", "adapter")  # any of them: training is over

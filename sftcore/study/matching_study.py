@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from sftcore.data.rationales import MIN_REASONED_PAIRS
+from sftcore.data.selection_file import SELECTION, read_selection
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.score import MAIN_SPLIT, mean_interval, score, wilson_interval
 from sftcore.fsio import read_jsonl, read_object
@@ -103,12 +104,11 @@ def _read_run(path: Path) -> MatchingRun:
     recipe = read_run_recipe(path)
     rows, scores = _evaluation(path, TUNED)
     training = summarise_training(read_jsonl(path / METRICS, appended=True)) or {}
-    selected = path / "selection.jsonl"
     seen = training.get("num_samples", 0) // max(1, recipe.get("train", {}).get("epochs", 1))
     return MatchingRun(
         name=path.name,
         recipe=dict(flatten(recipe)),
-        n=len(read_jsonl(selected)) if selected.is_file() else seen,
+        n=len(read_selection(path)) if (path / SELECTION).is_file() else seen,
         right={row["id"]: row["correct"] for row in rows if row["split"] == MAIN_SPLIT},
         scores=scores,
         training=training,

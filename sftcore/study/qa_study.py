@@ -11,10 +11,10 @@ their spread says little, and the page says so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Any
 
-from sftcore.evaluate.score import FEW_ITEMS, LEVELS, mean_interval
+from sftcore.evaluate.score import FEW_ITEMS, LEVELS, Z, mean_interval, score
 from sftcore.study.run_folder import count_levels
 from sftcore.study.study_runs import StudyFiles, StudyRun
 from sftcore.study.wording import format_share
@@ -40,8 +40,9 @@ def summarise_study(files: StudyFiles) -> dict[str, Any]:
         "cells": cells,
         "diagonal": diagonal,
         "best": best,
+        "explained": explained_by_constant(cells),
         "by_relation": _by_relation(files, best),
-        "verdict": verdict(cells, diagonal, best, files.others),
+        "verdict": [*verdict(cells, diagonal, best, files.others), *constant_verdict(cells)],
     }
 
 
@@ -82,9 +83,36 @@ def _cell_split(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
     return {
         "n": scores[0]["n"],
         "accuracy": _spread([part["accuracy"] for part in scores]),
+        "constant": _constant(runs, split),
         "mean_over_large_levels": _spread(means) if means else None,
         "levels_counted": levels_counted(scores[0]),
         "by_level": by_level,
+    }
+
+
+def _constant(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
+    """What each draw's most frequent answers get without a model, and what the models have over them.
+
+    Returns:
+        `mean_over_large_levels` and `accuracy` as of a cell, and `over`: the mean over items of the model's
+        share of right answers over the draws, minus the rule's, with a normal 95 % interval.
+    """
+    if not all(split in run.constant for run in runs):
+        return None
+    scores = [score(run.constant[split])["splits"][split] for run in runs]
+    means = [mean for part in scores if (mean := mean_over_large_levels(part)) is not None]
+    differences: dict[Any, float] = {}
+    for run in runs:
+        right = {row["id"]: row["correct"] for row in run.constant[split]}
+        for row in run.rows:
+            if row["split"] == split:
+                gain = (float(row["correct"]) - float(right[row["id"]])) / len(runs)
+                differences[row["id"]] = differences.get(row["id"], 0.0) + gain
+    middle, low, high = mean_interval(list(differences.values()))
+    return {
+        "accuracy": _spread([part["accuracy"] for part in scores]),
+        "mean_over_large_levels": _spread(means) if means else None,
+        "over": {"difference": middle, "low": low, "high": high},
     }
 
 
@@ -218,6 +246,43 @@ def _by_relation(files: StudyFiles, best: Mapping[str, Any] | None) -> list[dict
             **{name: table.get(relation, {}).get("accuracy") for name, table in others.items()},
         }
         for relation, cell in tuned.items()
+    ]
+
+
+def explained_by_constant(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each set's gain over the constant answer in domain: what names the set, `difference, low, high, clear`.
+
+    Intervals are over items, of so many sets at once: 95 % becomes 1 - 0.05 / sets (Bonferroni) in `clear`.
+    """
+    found = [
+        (cell, constant["over"])
+        for cell in cells
+        if (constant := cell["splits"].get(SPLITS[0], {}).get("constant")) is not None
+    ]
+    wider = NormalDist().inv_cdf(1 - 0.025 / max(1, len(found))) / Z
+    return [
+        {
+            **_named(cell),
+            **over,
+            "clear": over["difference"] - wider * (over["difference"] - over["low"]) > 0,
+        }
+        for cell, over in found
+    ]
+
+
+def constant_verdict(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many training sets get more than a rule without a model would."""
+    found = explained_by_constant(cells)
+    if not found:
+        return []
+    clear = sum(part["clear"] for part in found)
+    parts = [cell["splits"].get(SPLITS[0], {}).get("constant") for cell in cells]
+    constants = [part["accuracy"]["mean"] for part in parts if part]
+    return [
+        f"Always answering with the relation's most frequent training answer, without a model, gets "
+        f"{format_share(min(constants))} to {format_share(max(constants))} of the items in domain. "
+        f"{clear} of {len(found)} training sets are clearly above their own constant (95 %, corrected for "
+        f"{len(found)} comparisons); for the others that rule is explanation enough."
     ]
 
 

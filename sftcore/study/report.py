@@ -1,6 +1,6 @@
 """What a run did, on one page: RUN -> report.html, report.json, a table for the terminal.
 
-In: the files of a run folder (DESIGN.md, section 6); all but recipe.yaml may be absent. Out: report.html
+In: the files of a run folder (docs/design.md); all but recipe.yaml may be absent. Out: report.html
 (self-contained, no script), report.json (the same numbers for programs), plain text.
 Invariant: each number names the file it came from; what the page says of a change follows from the counts by
 rule; the same folder gives the same bytes.
@@ -19,7 +19,9 @@ import jinja2
 from markupsafe import Markup
 
 from sftcore.amounts import duration
-from sftcore.evaluate.score import FEW_ITEMS, MAIN_SPLIT, paired_change, side_by_side
+from sftcore.data.selection_file import SELECTION
+from sftcore.evaluate.constant import constant_rows, over_constant
+from sftcore.evaluate.score import FEW_ITEMS, MAIN_SPLIT, paired_change, score, side_by_side
 from sftcore.fsio import atomic_file, write_json
 from sftcore.run_recipe import RECIPE
 from sftcore.stages.stage import maker_of
@@ -64,9 +66,14 @@ SOURCES = (  # key of report.json, file, how it is counted
     ("mean_over_levels.{}", PREDICTIONS, "sum of the levels' accuracies / number of levels that have rows"),
     ("splits.*.acc_{}", PREDICTIONS, "as acc, among the rows of each split"),
     ("paired_change", "eval/*/predictions.jsonl", "rows before and after, joined by id; exact McNemar test"),
+    (
+        "constant",
+        SELECTION,
+        "items of split test that their relation's most frequent selected answer answers",
+    ),
     ("level_histogram", "levels.jsonl", "rows of each level in each split"),
     ("probe", "levels.manifest.json", "as written there"),
-    ("selection", "selection.jsonl", "rows, and rows of each level and relation, or label"),
+    ("selection", SELECTION, "rows, and rows of each level and relation, or label"),
     ("training", "metrics.jsonl", "one row a step (the last one written): first, last, sums"),
     ("plan", "plan.json", "totals, as written there"),
     ("environment", "environment.json", "as written there"),
@@ -110,11 +117,12 @@ def summarise(files: RunFiles) -> dict[str, Any]:
         "name": files.name,
         "model": _model_name(files),
         **(splits.get(MAIN_SPLIT) or {**side_by_side(None, None), "paired_change": None}),
+        "constant": _constant(files),
         "ood": splits.get("ood"),
         "splits": splits,
         "level_histogram": count_levels(files.rows("levels.jsonl")) or None,
         "probe": files.contents.get("levels.manifest.json"),
-        "selection": count_selection(files.rows("selection.jsonl")),
+        "selection": count_selection(files.rows(SELECTION)),
         "training": summarise_training(files.rows("metrics.jsonl")),
         "plan": files.mapping("plan.json").get("totals"),
         "environment": files.contents.get("environment.json"),
@@ -141,6 +149,16 @@ def _compare_split(files: RunFiles, split: str) -> dict[str, Any]:
         base, tuned = (_rows_of(files, model, split) for model in MODELS)
         change = paired_change(base, tuned, where=(PREDICTIONS.format("base"), PREDICTIONS.format("tuned")))
     return {**side_by_side(*both, where=f"eval/*/predictions.jsonl, split {split}"), "paired_change": change}
+
+
+def _constant(files: RunFiles) -> dict[str, Any] | None:
+    """What the selection's most frequent answers get on split test, and the trained model has over them."""
+    tuned = _rows_of(files, "tuned", MAIN_SPLIT)
+    found = constant_rows(files.rows(SELECTION), tuned)
+    if found is None:
+        return None
+    counted = score(found, where=SELECTION)["splits"][MAIN_SPLIT]
+    return {**counted, "over": over_constant(found, tuned)}
 
 
 def _sources(files: RunFiles) -> dict[str, str]:

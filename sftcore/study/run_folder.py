@@ -1,4 +1,4 @@
-"""A run folder, parsed, checked and counted: the files of DESIGN.md, section 6, as plain Python values.
+"""A run folder, parsed, checked and counted: the files of docs/design.md, as plain Python values.
 
 In: RUN. Out: `RunFiles`, with recipe.yaml and whichever of `FILES` are there; counts of their rows.
 Invariant: what comes out can be relied on: a damaged file, or a scores.json that doesn't follow from its
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sftcore.data.selection_file import SELECTION, read_selection
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.score import LEVELS, natural_key, score
 from sftcore.fsio import DAMAGED, read_jsonl, read_object
@@ -31,7 +32,7 @@ FILES = {  # file -> what a report shows of it
     "environment.json": "the environment",
     "levels.jsonl": "the memory levels",
     "levels.manifest.json": "the probe's settings",
-    "selection.jsonl": "the selected facts",
+    SELECTION: "the selected facts",
     "eval/base/predictions.jsonl": "accuracy before",
     "eval/base/scores.json": "a second count of accuracy before",
     "eval/tuned/predictions.jsonl": "accuracy after",
@@ -42,7 +43,7 @@ FIELDS: dict[str, dict[str, Any]] = {  # what a report relies on; predictions ar
     "plan.json": {"totals": dict},
     METRICS: {"step": int, "loss": (int, float), "lr": OPTIONAL, "elapsed_seconds": OPTIONAL},
     "levels.jsonl": {"level": LEVELS, "split": str},
-    "selection.jsonl": {"id": (str, int)},
+    SELECTION: {"id": (str, int)},
 }
 SUMMED = ("num_samples", "num_packs", "num_tokens", "num_trained_tokens", "num_pad_tokens")
 CHECKPOINTS = "checkpoints/step-*/COMMITTED"
@@ -161,7 +162,7 @@ def _read_content(run: Path, file: str) -> Any:
         content = _object(read_object(path), str(path))
         _check_fields(content, FIELDS.get(file, {}), str(path))
         return content
-    rows = read_jsonl(path, appended=file == METRICS)
+    rows = read_selection(run) if file == SELECTION else read_jsonl(path, appended=file == METRICS)
     for number, row in enumerate(rows, start=1):
         _check_fields(_object(row, f"{path}:{number}"), FIELDS.get(file, {}), f"{path}:{number}")
     if file == METRICS:

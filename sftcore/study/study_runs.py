@@ -15,14 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sftcore.data.selection_file import SELECTION, read_selection
 from sftcore.errors import Problem, UserInputError
+from sftcore.evaluate.constant import constant_rows
 from sftcore.evaluate.score import LEVELS, score
 from sftcore.fsio import read_jsonl, read_object
 from sftcore.run_recipe import RECIPE, read_run_recipe
 from sftcore.study.run_folder import PREDICTIONS
 from sftcore.study.wording import flatten, format_setting
 
-SELECTION = "selection.jsonl"
 MANIFEST = "levels.manifest.json"
 MIXED, DIVIDED = "mixed", "divided"  # of several levels, as many as come, or equal shares
 DRIFT = "eval/drift.json"
@@ -53,6 +54,7 @@ class StudyRun:
         model: fingerprint of the base model, or its path where the levels don't tell.
         rows: of eval/tuned/predictions.jsonl.
         scores: `score` of them.
+        constant: of its splits, what always giving a relation's most frequent selected answer gets: rows.
         drift: mean KL of first tokens in nats, if measured.
         drift_level: of the facts that it was measured on.
     """
@@ -67,6 +69,7 @@ class StudyRun:
     model: str
     rows: Sequence[Mapping[str, Any]]
     scores: Mapping[str, Any]
+    constant: Mapping[str, Sequence[Mapping[str, Any]]]
     drift: float | None
     drift_level: int | None
 
@@ -140,7 +143,7 @@ def _optional(path: Path, read: Any, default: Any) -> Any:
 
 def _read_run(run: Path) -> StudyRun:
     recipe = read_run_recipe(run)
-    selection = read_jsonl(run / SELECTION)
+    selection = read_selection(run)
     path = run / PREDICTIONS.format("tuned")
     rows = read_jsonl(path)
     select = recipe.get("select") or {}
@@ -160,9 +163,18 @@ def _read_run(run: Path) -> StudyRun:
         model=str(found or settings.get("model.path")),
         rows=rows,
         scores=score(rows, where=str(path)),
+        constant=_constant(selection, rows),
         drift=drift.get("mean_kl_nats"),
         drift_level=drift.get("level"),
     )
+
+
+def _constant(
+    selection: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    splits = dict.fromkeys(row["split"] for row in rows)
+    found = {split: constant_rows(selection, [r for r in rows if r["split"] == split]) for split in splits}
+    return {split: graded for split, graded in found.items() if graded is not None}
 
 
 def name_levels(levels: Iterable[int], *, is_divided: bool = False) -> str:

@@ -19,7 +19,8 @@ from sftcore.knowledge.templates import load_relations
 from sftcore.study.run_folder import MODELS, PREDICTIONS, RunFiles
 
 SIGNIFICANT = 0.05
-PAPER_PROBE = {"templates": 21, "samples": 10, "temperature": 0.7, "max_new_tokens": 32}  # METHODS.md M1
+MINUS = "\N{MINUS SIGN}"
+PAPER_PROBE = {"templates": 21, "samples": 10, "temperature": 0.7, "max_new_tokens": 32}  # docs/methods.md M1
 WORDS = {"base": "before", "tuned": "after"}
 ITEMS = {"matching": "pairs", "chat": "items"}  # task -> what a row of predictions is; else facts
 SPLIT_WORDS = {"test": "held-out", "ood": "out-of-domain"}
@@ -33,6 +34,8 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         for split, block in report["splits"].items()
         if block["n"]
     ]
+    if constant := report["constant"]:
+        sentences.append(describe_constant(constant))
     training = report["training"]
     if training and not sentences:
         losses = f"{training['first_loss']:.3f} to {training['last_loss']:.3f}"
@@ -40,6 +43,28 @@ def describe(report: Mapping[str, Any]) -> list[str]:
             f"Trained for {training['num_steps']:,} steps; the loss went from {losses}. Not evaluated yet."
         ]
     return sentences or ["Neither trained nor evaluated yet."]
+
+
+def describe_constant(constant: Mapping[str, Any]) -> str:
+    """What always giving a relation's most frequent training answer gets, and what training has over it.
+
+    Args:
+        constant: `score` of the rule, with `over`.
+    """
+    over = constant["over"]
+    rule = f"{format_share(constant['accuracy'])} [{100 * constant['low']:.1f}, {100 * constant['high']:.1f}]"
+    points = f"{100 * over['difference']:+.1f} points [{100 * over['low']:.1f}, {100 * over['high']:.1f}]"
+    verdict = (
+        "no more than the constant explains"
+        if over["p_value"] >= SIGNIFICANT
+        else "more than the constant explains"
+        if over["difference"] > 0
+        else "less than the constant gets"
+    )
+    return (
+        f"Always answering with the relation's most frequent training answer gets {rule}; the trained model "
+        f"has {points.replace('-', MINUS)} over that (McNemar {format_p(over['p_value'])}): {verdict}."
+    )
 
 
 def describe_change(block: Mapping[str, Any], *, items: str) -> str:

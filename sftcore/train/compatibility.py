@@ -1,4 +1,4 @@
-"""What goes together: adapter kind x DeepSpeed configuration, as data; a README table and a guard from it.
+"""What goes together: adapter kind x DeepSpeed configuration, as data; a page's table and a guard.
 
 In: a recipe's adapter kind, optimizer, DeepSpeed configuration. Out: nothing, or a refusal with the reason.
 Invariant: each cell that says "runs" is trained by `tests/train/test_cells.py`, with two ranks and with one
@@ -107,7 +107,7 @@ def cells() -> list[tuple[str, str]]:
 
 
 def table() -> str:
-    """The matrix as Markdown, for README.md."""
+    """The matrix as Markdown, for docs/running.md."""
     lines = ["| deepspeed | " + " | ".join(KIND_NAMES[kind] for kind in KINDS) + " |", "|---" * 4 + "|"]
     for name, need in ROWS.items():
         cell = RUNS if need is None else f"{need.what}; refused elsewhere"

@@ -425,6 +425,26 @@ def test_system_turns_go_where_the_recipe_says(recipe, cache, write):
         assert account(store)["num_samples"] == 1 and store.manifest["altered_by_reason"] == {change: 1}
 
 
+def test_only_the_last_answer_is_trained_where_the_recipe_says_so(recipe, cache):
+    tokenizer = build_bpe()
+    tokenizer.chat_template = (  # the last answer ends otherwise than those before
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' and "
+        "loop.last and not add_generation_prompt %}<|endoftext|>{% else %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [{"role": role, "content": f"{role[0]}{n}"} for n in range(2) for role in ("user", "assistant")]
+    about = {"task": "chat", "format": "jsonl"}
+    with pytest.raises(UserInputError, match="refused_by_template: 1(.|\n)*data.train_answers: last"):
+        prepare_store(recipe([{"messages": turns}], **about), tokenizer, cache_root=cache)
+    last = recipe([{"messages": turns}, {"messages": turns[:2]}], train_answers="last", **about)
+    store = prepare_store(last, tokenizer, cache_root=cache)
+    assert store.manifest["altered_by_reason"] == {"earlier_untrained": 1}
+    sample = store[0]
+    assert tokenizer.decode(sample.labels[sample.labels >= 0]) == "a1<|endoftext|>"
+    fed = "<|im_start|>user\nu0<|im_end|><|im_start|>assistant\na0<|im_end|><|im_start|>user\nu1<|im_end|>"
+    assert tokenizer.decode(sample.input_ids) == f"{fed}<|im_start|>assistant\na1<|endoftext|>"
+
+
 def test_the_day_of_a_template_is_part_of_a_stores_key(recipe, cache):
     tokenizer = build_bpe()
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + CHATML.replace(

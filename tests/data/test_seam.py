@@ -52,7 +52,7 @@ def test_a_clean_seam_takes_the_whole(bpe):
 
 
 def test_a_torn_seam_is_taken_apart(bpe):
-    """The case of DESIGN section 9: " Paris" is one token, so "A: " is no prefix of "A: Paris"."""
+    """The case of docs/design.md: " Paris" is one token, so "A: " is no prefix of "A: Paris"."""
     whole, prompt = bpe("A: Paris")["input_ids"], bpe("A: ")["input_ids"]
     assert whole[: len(prompt)] != prompt  # the interesting case occurs
     encoded = encode(bpe, "A: ", "Paris")

@@ -1,4 +1,4 @@
-"""Memory levels: the bounds of METHODS.md M1, counted on integers, and rows that survive a round trip."""
+"""Memory levels: the bounds of docs/methods.md, counted on integers, and rows that survive a round trip."""
 
 from __future__ import annotations
 

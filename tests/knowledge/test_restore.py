@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import subprocess
@@ -13,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sftcore.errors import UserInputError
+from sftcore.errors import MissingEnvironmentError, UserInputError
 from sftcore.knowledge import restore as module
 from sftcore.knowledge.restore import change_bits, restore
+from sftcore.model.weight_files import check_unchanged, write_checksums
+from sftcore.settings import CHECKSUMS
 
 
 def write_folder(folder: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1) -> Path:
@@ -92,6 +95,22 @@ def test_restored_weights_are_those_of_a_full_sort(tmp_path, monkeypatch, chunk,
     same = sum(int((base[name].float() == tuned[name].float()).sum()) for name in base)
     assert reports[1]["num_changed"] == total - same < total
     assert reports[1]["threshold"] == "inf" and reports[100]["threshold"] == 0
+
+
+def test_a_folder_that_can_not_be_finished_does_not_appear_and_others_carry_checksums(tmp_path):
+    a, b = write_folder(tmp_path / "base", weights(1)), write_folder(tmp_path / "tuned", tune(weights(1)))
+    write_checksums(b)
+    restore(a, b, {5: tmp_path / "q5"}, finish=write_checksums)
+    check_unchanged(tmp_path / "q5")
+    assert (tmp_path / "q5" / CHECKSUMS).read_text() != (b / CHECKSUMS).read_text()
+
+    def fail(folder: Path) -> None:
+        assert (folder / "restore.json").is_file(), "it is the last step"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(MissingEnvironmentError, match="No space left"):
+        restore(a, b, {5: tmp_path / "full"}, finish=fail)
+    assert not (tmp_path / "full").exists()
 
 
 def test_ties_at_the_threshold_are_taken_in_file_order(tmp_path):

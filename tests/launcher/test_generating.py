@@ -1,4 +1,4 @@
-"""`sftcore generate` says what evaluation scores, in the form of training; README loads a result."""
+"""`sftcore generate` says what evaluation scores, in the form of training; the page on results loads one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from sftcore.errors import UserInputError
 from sftcore.fsio import read_jsonl
 from sftcore.recipe import dump_recipe, load_recipe
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
 SHORT = Settings(max_new_tokens=4)
 
 
 def snippets() -> list[str]:
-    section = README.partition("## Use the result")[2].partition("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    return re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
 
 
 @pytest.fixture

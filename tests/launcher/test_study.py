@@ -16,7 +16,8 @@ from launching import BIN, ENVIRONMENT, run
 from tiny import write_lines
 from warm import Process
 
-from launcher.slurm import Resources
+from launcher.notice import notice_seconds
+from launcher.slurm import Job, Resources
 from launcher.study import conclude, load_study, state_of, status_table, submit_study, summarise
 from launcher.ways_in import Machines
 from launcher.whole_run import run_whole, too_few_reasons
@@ -205,6 +206,33 @@ def test_a_study_on_a_cluster_is_concluded_behind_its_runs_however_they_end(tiny
     script = Path("runs/sizes/slurm/study-report.sbatch").read_text()
     assert "--array" not in script.partition("set -- ")[0].split("#SBATCH --signal")[1]
     assert script.partition("set -- ")[2].partition("\n")[0].endswith("--conclude")
+
+
+def test_a_studys_notice_is_that_of_the_run_that_needs_the_longest(tiny_recipe, monkeypatch, caplog):
+    submitted: list[list[Job]] = []
+
+    def submit(folder: Path, jobs: list[Job]) -> list[str]:
+        submitted.append(jobs)
+        return ["41", "42"]
+
+    monkeypatch.setattr("launcher.study.submit_chain", submit)
+    loaded = load_study(Path(write_study(tiny_recipe, grid={"batch.capacity": [2048, 10**8]})))
+    needed = [notice_seconds(run.recipe, has_gpus=False) for run in loaded.runs]
+    assert needed[0] == 180 < needed[1] < 3600
+
+    def scripts(**options: str) -> list[str]:
+        submit_study(loaded, Path("sizes.yaml"), Resources(options=options), throttle=3)
+        return [job.script() for job in submitted[-1]]
+
+    runs, last = scripts()
+    assert f"#SBATCH --signal=B:USR1@{needed[1]}\n" in runs
+    assert f"SFTCORE_NOTICE=${{SFTCORE_NOTICE:-{needed[1]}}}\n" in runs
+    assert "--signal=B:USR1@180\n" in last and str(needed[1]) not in last, "nothing is trained there"
+    assert not caplog.records
+    assert "#SBATCH --signal=B:USR1@90\n" in scripts(signal="B:USR1@90")[0]
+    assert f"a stop may take {needed[1]} s here" in caplog.text
+    with pytest.raises(UserInputError, match=r"--time: the time limit is no longer than the notice"):
+        scripts(time="3")
 
 
 @pytest.mark.slow

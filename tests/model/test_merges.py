@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sftcore.errors import UserInputError
 from sftcore.model.load import load_for_decoding, load_for_training
 from sftcore.model.merge import merge_adapter
+from sftcore.model.weight_files import check_unchanged
+from sftcore.settings import CHECKSUMS
 
 NEW = ["<|fact|>", "<|end_of_fact|>"]
 KINDS = {
@@ -56,6 +58,8 @@ def check_merge(base: Path, tmp_path: Path, adapter: dict, add_tokens: list[str]
     exported(recipe, tmp_path / "adapter", take_steps)
     quantised = adapter["kind"] == "qlora"
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", recipe.model, quantised=quantised)
+    assert "  model" in (tmp_path / "merged" / CHECKSUMS).read_text()
+    check_unchanged(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = torch.tensor([[5, 9, *tokenizer.convert_tokens_to_ids(add_tokens), 17, 33, 4, 80]])
     settings = recipe.model.model_copy(update={"path": str(tmp_path / "adapter")})

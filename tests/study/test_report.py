@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sftcore.errors import UserInputError
-from sftcore.fsio import read_json
+from sftcore.fsio import read_json, write_jsonl
 from sftcore.study.report import pick_examples, write_report
 from sftcore.study.run_folder import FILES
 
@@ -219,3 +219,18 @@ def test_examples_show_each_outcome_and_fill_up_to_eight(fake: Any) -> None:
     alone = pick_examples([], after)
     assert [example["outcome"] for example in alone] == ["right"] * 4 + ["wrong"] * 4
     assert alone[0]["base"] is None and pick_examples([], []) == []
+
+
+def test_a_page_says_what_the_constant_answer_explains(run: Path, fake: Any) -> None:
+    """All 40 items are Oslo's; half are of the one relation that was trained: 20 without a model."""
+    answers = {"relation": "P17", "level": 2, "answers": ["Oslo"]}
+    write_jsonl(run / "selection.jsonl", [{"id": "2", **answers}, {"id": "7", **answers}])
+    constant = fake.report()["constant"]
+    assert (constant["n"], constant["correct"], constant["by_level"]["1"]["correct"]) == (40, 20, 10)
+    assert (
+        constant["by_relation"]["P131"]["accuracy"] == 0 and constant["by_relation"]["P17"]["accuracy"] == 1
+    )
+    assert constant["over"]["difference"] == pytest.approx((16 - 20) / 40)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "most frequent training answer gets 50.0" in page.replace("\xa0", " ")
+    assert "no more than the constant explains" in page

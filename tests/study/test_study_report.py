@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from sftcore.errors import UserInputError
-from sftcore.fsio import read_json, write_json, write_jsonl
+from sftcore.fsio import read_json, read_jsonl, write_json, write_jsonl
 from sftcore.study.qa_study import best_cell, recommend, summarise_study
 from sftcore.study.study_figures import heat_map
 from sftcore.study.study_report import write_study_report
@@ -252,3 +252,24 @@ def test_folders_that_are_no_study_or_can_not_be_compared_are_refused(study, tmp
     (empty / "recipe.yaml").write_text(json.dumps({}))
     with pytest.raises(UserInputError, match="no finished run of a study"):
         write_study_report(empty.parent)
+
+
+def test_a_study_says_what_the_constant_answer_explains(tmp_path):
+    """30 of 60 items are of P17, whose trained answer is right; the first model gets 21 of 60 right."""
+    right = {("test", i) for i in range(21)}
+    for level in (1, 2):
+        folder = tmp_path / f"run-{level}"
+        write_run(folder, levels=[level], n=2, draw=0, right=right if level == 1 else right | {("test", 59)})
+        answers = {"relation": "P17", "level": level, "answers": ["Oslo"]}
+        write_jsonl(folder / "selection.jsonl", [{"id": "a", **answers}, {"id": "b", **answers}])
+        for model in ("tuned", "base"):
+            file = folder / "eval" / model / "predictions.jsonl"
+            write_jsonl(file, [row | {"answers": ["Oslo"]} for row in read_jsonl(file)])
+    report = read_json(write_study_report(tmp_path).json_path)
+    constant = report["cells"][0]["splits"]["test"]["constant"]
+    assert constant["accuracy"]["draws"] == [0.5]
+    assert constant["over"]["difference"] == pytest.approx((21 - 30) / 60)
+    assert [part["clear"] for part in report["explained"]] == [False, False]
+    assert "0 of 2 training sets are clearly above their own constant" in report["verdict"][-1]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Always answering with the relation" in page and "-15.0 [" in page

@@ -114,4 +114,4 @@ def test_zeropp_without_a_gpu_fails_upstream_and_is_refused_by_us(tiny_recipe):
 
 
 def test_the_readme_shows_the_table():
-    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table() in (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
