@@ -27,6 +27,7 @@ from sftcore.knowledge.level_files import holds_levels
 from sftcore.model.cost import measure_recipe
 from sftcore.precision import dtype_of, matmul_rate
 from sftcore.recipe import source_files
+from sftcore.tasks import TASKS
 from sftcore.train.devices import Device
 
 LOOKED_AT = 64  # records whose tokens are counted
@@ -123,7 +124,7 @@ def _training(recipe: Recipe, sizes: Sizes, rate: float) -> float:
 def _answers(recipe: Recipe, sizes: Sizes, rate: float, *, shots: int = 1) -> float:
     """One model's answers to all held-out items; a tuned one's are half as long."""
     items = sizes.records["test"] + sizes.records["ood"]
-    is_generated = recipe.task != "matching" or not recipe.matching.compares_likelihoods
+    is_generated = TASKS[recipe.task].answered_by(recipe.matching) == "generation"
     decoded = recipe.evaluate.max_new_tokens if is_generated else 0
     read = 2 * sizes.body * sizes.sample_tokens * shots / TRAINED_AT
     return items * (read + 2 * (sizes.body + sizes.head) * decoded / DECODED_AT) / rate

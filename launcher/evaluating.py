@@ -23,7 +23,6 @@ from launcher.held_out import fitting, scorable_records
 from launcher.run_folder import open_run, record_seconds
 from launcher.stages import recipe_tokenizer
 from sftcore.config import Recipe
-from sftcore.data.contents import Chat
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records
 from sftcore.data.prompts import Prompter, PromptOptions
@@ -39,9 +38,9 @@ from sftcore.evaluate.drift import (
     first_logits,
     summarise_drift,
 )
-from sftcore.evaluate.few_shot import choose_examples, with_examples
+from sftcore.evaluate.few_shot import choose_examples
 from sftcore.evaluate.generate import predict
-from sftcore.evaluate.pairs import has_learnt_labels, judge_pairs, pair_rows, pair_scores
+from sftcore.evaluate.pairs import has_learnt_labels, judge_pairs, pair_rows
 from sftcore.evaluate.score import CODE_VERSION, score
 from sftcore.fsio import (
     fingerprint_of,
@@ -52,7 +51,6 @@ from sftcore.fsio import (
     write_json,
     write_jsonl,
 )
-from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.level_files import LEVELS, TEMPLATES, check_same_facts, read_levels
 from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
@@ -60,6 +58,8 @@ from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 from sftcore.model.weight_files import check_unchanged
 from sftcore.precision import dtype_of
+from sftcore.settings import MatchingSettings
+from sftcore.tasks import TASKS
 
 log = logging.getLogger("sftcore.evaluating")
 SHARDS, ROWS, MANIFEST, SCORES = "shards", "predictions.jsonl", "manifest.json", "scores.json"
@@ -173,12 +173,8 @@ class _Task:
             "settings": recipe.evaluate.model_dump(),
             "examples": [example.id for example in self.examples],
         }
-        if recipe.task == "matching":
-            manifest["matching"] = recipe.matching.model_dump(mode="json")
-            manifest |= {} if has_learnt_labels(self.folder) else {"labels": "compared without stop token"}
-        else:
-            manifest["aliases_fingerprint"] = AliasTable.load().fingerprint()
-        return manifest
+        has_learnt = has_learnt_labels(self.folder)
+        return manifest | TASKS[recipe.task].grading(recipe.matching, has_learnt=has_learnt)
 
 
 def _tasks(items: _Items, model: Path | None) -> list[_Task]:
@@ -233,25 +229,26 @@ def _known_levels(recipe: Recipe, run: Path, records: Sequence[Record]) -> dict[
 
 def _few_shot_tasks(items: _Items) -> list[_Task]:
     """The base model behind solved training examples, if the recipe asks for it and the model can do it."""
-    recipe = items.recipe
+    recipe, task = items.recipe, TASKS[items.recipe.task]
     if not recipe.evaluate.few_shot:
         return []
     if recipe.classifies:
         log.info("few-shot: left out, as the base model has no classifier yet")
         return []
-    found = [r for r in load_records(recipe, "train", Ledger()) if not isinstance(r.content, Chat)]
-    is_explained = recipe.task == "matching" and recipe.matching.rationale != "none"
+    found = [r for r in load_records(recipe, "train", Ledger()) if r.content.is_bare]
+    is_explained = task.needs_reasons(recipe.matching)
     examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed, explained=is_explained)
-    if recipe.task == "matching":  # whose prompts know of examples themselves
-        items, examples = _behind_examples(items, examples), []
+    settings = task.with_examples(recipe.matching, [example.content for example in examples])
+    if settings is not None:  # prompts know of examples themselves
+        items, examples = _behind_examples(items, settings), []
         if not items.records:
             return []
     return [_Task(name="fewshot", items=items, folder=recipe.model.path, examples=examples)]
 
 
-def _behind_examples(items: _Items, examples: Sequence[Record]) -> _Items:
+def _behind_examples(items: _Items, settings: MatchingSettings) -> _Items:
     """The same pairs behind examples; what gets too long is listed in RUN/ledger.fewshot.jsonl."""
-    recipe, ledger = with_examples(items.recipe, examples), Ledger()
+    recipe, ledger = items.recipe.model_copy(update={"matching": settings}), Ledger()
     records = fitting(recipe, recipe.model.path, items.tokenizer)(items.records, ledger)
     if ledger.num_rejected:
         ledger.write(items.run / "ledger.fewshot.jsonl")
@@ -270,9 +267,8 @@ def _evaluate_one(task: _Task, *, merge_only: bool) -> dict[str, Any]:
         if merge_only:
             raise UserInputError(_not_all_shards(target))
         rows = _predict(task, WHOLE)
-    scores = score(rows)
-    if task.items.recipe.task == "matching":
-        scores |= {"pairs": pair_scores(task.items.records, rows)}
+    golds = [record.content.gold for record in task.items.records]
+    scores = score(rows) | TASKS[task.items.recipe.task].more_scores(golds, rows)
     (target / MANIFEST).unlink(missing_ok=True)
     write_jsonl(target / ROWS, rows)
     write_json(target / SCORES, scores)
@@ -339,7 +335,7 @@ def _predict(task: _Task, share: Share) -> list[dict[str, Any]]:
     """Rows of predictions.jsonl of a job's share of the items."""
     items, recipe, records = task.items, task.items.recipe, task.items.records
     log.info("evaluating %s (%s) on %d items", task.name, task.folder, len(records))
-    if recipe.task == "matching":
+    if TASKS[recipe.task].answers == "labels":
         quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(task.folder))
         verdicts = judge_pairs(recipe, task.folder, records, task.prompter, quantised=quantised, share=share)
         return pair_rows(records, verdicts, task.prompter)

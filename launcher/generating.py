@@ -24,7 +24,7 @@ from sftcore.data.ledger import Reason, Rejection
 from sftcore.data.rows import RawRow, has_surrogates, ignore, json_rows
 from sftcore.data.tokens import Codec, codec_of, load_tokenizer
 from sftcore.data.turns import parse_message
-from sftcore.data.wording import Template, fact_texts, load_template
+from sftcore.data.wording import load_template
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_json
 from sftcore.hub import require_models
@@ -36,6 +36,9 @@ from sftcore.model.load import load_for_decoding
 from sftcore.model.positions import position_limit
 from sftcore.run_recipe import read_run_recipe
 from sftcore.settings import MATCHING_FILE
+from sftcore.tasks import TASKS
+from sftcore.tasks.kinds.fact import fact_texts
+from sftcore.tasks.template import Template
 
 log = logging.getLogger("sftcore.generating")
 PROMPTS_PER_BATCH = 32
@@ -155,7 +158,7 @@ def _found(folder: Path) -> _Found:
     if not (model / "config.json").is_file() and not is_adapter(model):
         remedy = "give runs/NAME, its model or adapter folder, or a Hugging Face model folder"
         raise UserInputError(Problem(what="no run and no model here", where=str(folder), remedy=remedy))
-    if (recipe and recipe.task == "matching") or (model / MATCHING_FILE).is_file():
+    if (recipe and TASKS[recipe.task].answers == "labels") or (model / MATCHING_FILE).is_file():
         remedy = "score pairs with it: sftcore match DIR --pairs FILE"
         raise UserInputError(Problem(what="a model for text matching", where=str(folder), remedy=remedy))
     if is_adapter(model):
@@ -204,7 +207,7 @@ def _encode(
         asked = [_question(text) if isinstance(text, str) else text for text in asked]
     form = f"template {template.name}" if template else "the chat template" if talks else "no template"
     log.info("texts are put into %s", form)
-    if not any(isinstance(item, Chat) for item in asked):
+    if all(isinstance(item, str) for item in asked):
         return codec.encode_prompts([_filled(str(text), template) for text in asked]), set()
     renderer = ChatRenderer(codec, found.recipe.data.today if found.recipe else ANY_DAY)
     ids = [_chat_ids(item, renderer, codec, template) for item in asked]
@@ -233,15 +236,19 @@ def _question(text: str) -> Chat:
 
 def _template_of(recipe: Recipe | None) -> Template | None:
     """The run's template, if it was trained on facts."""
-    if recipe is None or recipe.task != "qa":
+    if recipe is None or not TASKS[recipe.task].has_facts:
         return None
     formats = {source.format for source in recipe.data.train}
-    return load_template(recipe.data.template, task="qa") if formats & {"facts", "entityquestions"} else None
+    return (
+        load_template(recipe.data.template, task=recipe.task)
+        if formats & {"facts", "entityquestions"}
+        else None
+    )
 
 
 def _talks(recipe: Recipe | None, codec: Codec) -> bool:
     """Whether a text is a user's turn: of a chat's run, or of a model with a chat template and no run."""
-    return bool(codec.tokenizer.chat_template) and (recipe is None or recipe.task == "chat")
+    return bool(codec.tokenizer.chat_template) and (recipe is None or TASKS[recipe.task].talks)
 
 
 def _check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from launcher.stages import recipe_tokenizer, usable_records
 from sftcore.config import Recipe
-from sftcore.data.contents import Chat
 from sftcore.data.ledger import REMEDIES, Ledger, Reason
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
@@ -68,7 +67,7 @@ def scorable_records(recipe: Recipe, folder: str, tokenizer: Tokenizer, run: Pat
         raise UserInputError(
             Problem(what="nothing to evaluate on", where="data.test", got=counts, remedy=remedy)
         )
-    if recipe.evaluate.few_shot and any(isinstance(record.content, Chat) for record in records):
+    if recipe.evaluate.few_shot and not all(record.content.is_bare for record in records):
         what = "solved chats can't be put before a chat"
         raise UserInputError(Problem(what=what, where="evaluate.few_shot", remedy="set it to 0"))
     return records

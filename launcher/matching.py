@@ -18,7 +18,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from sftcore.config import Recipe
-from sftcore.data.contents import Pair
 from sftcore.data.ledger import REMEDIES, Change, Ledger, Reason
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record, read_unlabelled
@@ -30,6 +29,7 @@ from sftcore.model.adapters import is_adapter
 from sftcore.run_recipe import RECIPE
 from sftcore.settings import MATCHING_FILE
 from sftcore.sources import PRESETS, Columns
+from sftcore.tasks.kinds.pair import pair_in
 from sftcore.wrong_values import misfits
 
 log = logging.getLogger("sftcore.matching")
@@ -172,8 +172,9 @@ def _in_words(error: Exception) -> str:
 
 def _rows(records: list[Record], verdicts: list[Verdict | None]) -> Iterator[dict[str, Any]]:
     for record, verdict in zip(records, verdicts, strict=True):
-        assert isinstance(record.content, Pair) and verdict is not None
-        texts = {"row": record.row, "sentence1": record.content.a, "sentence2": record.content.b}
+        pair = pair_in(record.content)
+        assert verdict is not None
+        texts = {"row": record.row, "sentence1": pair.a, "sentence2": pair.b}
         yield {**texts, "label": verdict.label, "score": verdict.score, "text": verdict.text}
 
 

@@ -139,7 +139,7 @@ def why_not_trainable(recipe: Recipe, device: Device) -> SftError | None:
     ds_config = read_ds_config(deepspeed_file(recipe))
     kind = "cuda" if device.is_gpu else "cpu"
     model, dtype = recipe.model, dtype_of(recipe.model)
-    is_encoder = recipe.task == "matching" and recipe.matching.mode == "encoder"
+    is_encoder = recipe.architecture == "encoder"
     checks: list[Callable[[], object]] = [
         lambda: check_engine(ds_config, recipe.train.optimizer, has_cuda=device.is_gpu),
         lambda: check_tracker(recipe),

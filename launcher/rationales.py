@@ -18,7 +18,6 @@ from typing import Any
 from launcher.run_folder import open_run
 from sftcore.config import Recipe
 from sftcore.data.bounded import bounded
-from sftcore.data.contents import Pair
 from sftcore.data.draws import draw_selected
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records
@@ -26,13 +25,14 @@ from sftcore.data.rationales import MIN_REASONED_PAIRS, read_reply
 from sftcore.data.records import Record
 from sftcore.data.teacher import Failure, Reply, ReplyCache, ask_all, connect
 from sftcore.data.tokens import codec_of, load_tokenizer
-from sftcore.data.wording import language_of, load_template
+from sftcore.data.wording import load_template
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import write_json, write_jsonl
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
 from sftcore.model.load import load_for_decoding
 from sftcore.settings import MatchingSettings, TeacherSettings
+from sftcore.tasks.kinds.pair import label_words, language_of, pair_in
 
 log = logging.getLogger("sftcore.rationales")
 TOKENS_PER_PRICE = 1_000_000
@@ -77,11 +77,10 @@ def write_rationales(recipe: Recipe, to: Path | None = None) -> dict[str, Any]:
 
 def teacher_prompt(record: Record, settings: MatchingSettings) -> str:
     """The complex prompt that asks for a reason and then a conclusion; without the gold label."""
-    pair = record.content
-    assert isinstance(pair, Pair)
+    pair = pair_in(record.content)
     language = language_of(pair, settings.language)
     template = load_template(f"matching-complex-before-{language}", task="matching")
-    different, same = settings.labels.zh if language == "zh" else settings.labels.en
+    different, same = label_words(pair, settings)
     values = {"a": pair.a, "b": pair.b, "label_0": different, "label_1": same, "label": ""}
     return template.fill(values)[0]
 
@@ -94,7 +93,8 @@ def keep_agreeing(
     for record in records:
         fate, rationale = _judge(record, replies[record.id], settings)
         counts[fate] += 1
-        if fate == "kept" and isinstance(pair := record.content, Pair):
+        if fate == "kept":
+            pair = pair_in(record.content)
             row = {"id": record.id, "sentence1": pair.a, "sentence2": pair.b, "label": pair.label}
             kept.append({**row, "rationale": rationale})
     return kept, counts
@@ -102,13 +102,10 @@ def keep_agreeing(
 
 def _judge(record: Record, reply: Reply | Failure, settings: MatchingSettings) -> tuple[str, str]:
     """(kept | disagreeing | unparsable | failed, rationale)."""
-    pair = record.content
-    assert isinstance(pair, Pair)
+    pair = pair_in(record.content)
     if isinstance(reply, Failure):
         return "failed", ""
-    language = language_of(pair, settings.language)
-    words = settings.labels.zh if language == "zh" else settings.labels.en
-    label, rationale = read_reply(reply.text, words)
+    label, rationale = read_reply(reply.text, label_words(pair, settings))
     if label is None or not rationale:
         return "unparsable", ""
     return ("kept" if label == pair.label else "disagreeing"), rationale

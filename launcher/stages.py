@@ -18,7 +18,6 @@ from typing import Any
 from launcher.run_folder import open_run, record_seconds
 from sftcore.config import Recipe
 from sftcore.data.check import check_store, check_text, draw_check
-from sftcore.data.contents import Pair
 from sftcore.data.draws import draw_selected
 from sftcore.data.ledger import TRIVIAL, Ledger
 from sftcore.data.prepare import load_records, prepare_shard, prepare_store
@@ -48,6 +47,7 @@ from sftcore.knowledge.vllm_backend import load_vllm
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 from sftcore.precision import dtype_of
+from sftcore.tasks import TASKS
 
 log = logging.getLogger("sftcore.stages")
 SPLITS = ("train", "test", "ood")
@@ -116,7 +116,7 @@ def write_check(recipe: Recipe, store: TokenStore) -> str:
 def _chosen(recipe: Recipe) -> set[str] | None:
     if recipe.select is None:
         return None
-    return draw(recipe) if recipe.task == "matching" else {level.id for level in select(recipe)}
+    return CHOOSE[TASKS[recipe.task].selects_by](recipe)
 
 
 def draw(recipe: Recipe) -> set[str]:
@@ -125,7 +125,7 @@ def draw(recipe: Recipe) -> set[str]:
     chosen = draw_selected(records, recipe.select, seed=recipe.seed)
     if len(chosen) < len(records):
         log.info("select: %d of %d pairs", len(chosen), len(records))
-    rows = [{"id": r.id, "label": r.content.label} for r in chosen if isinstance(r.content, Pair)]
+    rows = [{"id": record.id, "label": record.content.gold} for record in chosen]
     write_selection(recipe.run_folder, rows)
     return {record.id for record in chosen}
 
@@ -153,6 +153,13 @@ def select(recipe: Recipe) -> list[FactLevel]:
     _tell_levels(recipe.select.levels, chosen)
     write_selection(run, [level.to_row() for level in chosen])
     return chosen
+
+
+def _of_levels(recipe: Recipe) -> set[str]:
+    return {level.id for level in select(recipe)}
+
+
+CHOOSE = {"levels": _of_levels, "labels": draw}  # by `Task.selects_by`
 
 
 def _tell_levels(wanted: list[int], chosen: list[FactLevel]) -> None:

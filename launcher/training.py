@@ -283,7 +283,7 @@ def overfit_recipe(recipe: Recipe) -> str:
 
 
 def _load_model(recipe: Recipe, *, sharded_by: dict[str, Any] | None) -> LossModel:
-    if recipe.task == "matching" and recipe.matching.mode == "encoder":
+    if recipe.architecture == "encoder":
         return load_encoder_for_training(recipe)
     if recipe.classifies:
         return load_classifier_for_training(recipe)

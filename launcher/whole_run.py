@@ -24,7 +24,6 @@ from pydantic import ValidationError
 
 from launcher.run_folder import FINISHED, differences, open_run, owner_of
 from sftcore.config import Recipe
-from sftcore.data.contents import Pair
 from sftcore.data.digests import KnownDigests
 from sftcore.data.ledger import Ledger
 from sftcore.data.rationales import MIN_REASONED_PAIRS
@@ -40,6 +39,7 @@ from sftcore.model.weight_files import check_weight_files
 from sftcore.recipe import source_files
 from sftcore.stages.stage import NUMBERLESS, STAGES, is_within, rescored_keys, wanted
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
+from sftcore.tasks import TASKS
 
 if TYPE_CHECKING:
     from launcher.ways_in import Machines
@@ -114,10 +114,9 @@ def _train(recipe: Recipe, machines: Machines | None) -> None:
 
 def too_few_reasons(recipe: Recipe) -> str:
     """Why an arm with reasons is too small to be compared; empty if it isn't."""
-    if recipe.task != "matching" or recipe.matching.rationale == "none":
+    if not TASKS[recipe.task].needs_reasons(recipe.matching):
         return ""
-    found = [record.content for record in load_records(recipe, "train", Ledger())]
-    n = sum(isinstance(content, Pair) and content.rationale is not None for content in found)
+    n = sum(record.content.why is not None for record in load_records(recipe, "train", Ledger()))
     if recipe.select is not None and recipe.select.n != "all":
         n = min(n, recipe.select.n)
     return f"{n} pairs with reasons, {MIN_REASONED_PAIRS} are needed" if n < MIN_REASONED_PAIRS else ""

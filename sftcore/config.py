@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from sftcore.settings import ADAPTER_LR as ADAPTER_LR
 from sftcore.settings import FULL_LR as FULL_LR
@@ -31,11 +31,21 @@ from sftcore.settings import (
     Settings,
     TrackingSettings,
 )
+from sftcore.settings import AdapterSettings as AdapterSettings
 from sftcore.settings import TrainSettings as TrainSettings
 from sftcore.sources import InlineTemplate as InlineTemplate
 from sftcore.sources import Source as Source
+from sftcore.tasks import TASKS
+from sftcore.tasks.task import Architecture
 
 DRAW_STRIDE = 1_000_003  # between the seeds of two draws
+
+
+def _known_task(name: str) -> str:
+    """Refuse a task that there is no module for."""
+    if name not in TASKS:
+        raise ValueError(f"a task is one of {', '.join(TASKS)}")
+    return name
 
 
 class ModelSettings(Settings):
@@ -63,25 +73,6 @@ class ModelSettings(Settings):
     add_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="special tokens to add; their rows begin as the mean row and are trained"
     )
-
-
-DROPOUT = "on the adapters' inputs; with batch.samples_per_step its masks depend on the number of ranks"
-
-
-class AdapterSettings(Settings):
-    """What is trained: all weights, or low-rank updates beside frozen ones."""
-
-    kind: Literal["none", "lora", "qlora"] = Field(
-        "none", description="none: full fine-tuning; qlora: LoRA beside 4-bit weights"
-    )
-    r: Positive = Field(16, description="rank of the updates")
-    alpha: Positive = Field(32, description="updates are scaled by alpha / r")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description=DROPOUT)
-    targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="names of linear layers, such as [q_proj, v_proj]"
-    )
-    rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
-    dora: bool = Field(False, description="train each row's magnitude apart (DoRA)")
 
 
 class DataSettings(Settings):
@@ -230,8 +221,9 @@ class Recipe(Settings):
     )
     model: ModelSettings
     adapter: AdapterSettings = Field(default_factory=lambda: AdapterSettings())
-    task: Literal["qa", "matching", "chat"] = Field(
+    task: Annotated[str, AfterValidator(_known_task)] = Field(
         "qa",
+        json_schema_extra={"enum": list(TASKS)},
         description="qa: facts in a template, scored by containment, and prompts with completions; matching:"
         " pairs of texts -> same or different; chat: messages through the model's chat template, all"
         " assistant turns trained, scored by the exact last reply",
@@ -302,29 +294,29 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _honoured(self) -> Recipe:
-        mode = self.matching.mode
-        if self.classifies and self.adapter.kind == "qlora":
-            raise ValueError(f"matching.mode {mode} has no 4-bit weights: set adapter.kind: none or lora")
-        if self.classifies and mode == "encoder" and self.adapter.kind != "none":
-            raise ValueError("matching.mode encoder trains all weights: set adapter.kind: none")
-        if self.train.optimizer == "muon" and self.task == "matching" and mode == "encoder":
-            raise ValueError("train.optimizer: muon is for decoders: set adamw")
+        task = TASKS[self.task]
+        for fault in task.faults(self):
+            raise ValueError(fault)
         if self.adapter.kind != "none" and not self.matching.has_plain_classifier:
             raise ValueError("matching.pooling: mean and layers: 2 train all weights: set adapter.kind: none")
-        balances = ("label", "none") if self.task == "matching" else ("relation", "level", "none")
-        if self.select and self.select.balance not in balances:
-            raise ValueError(f"select.balance of task {self.task} is {' or '.join(balances)}")
+        if self.select and self.select.balance not in task.balances:
+            raise ValueError(f"select.balance of task {self.task} is {' or '.join(task.balances)}")
         return self
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is trained: a causal LM, one with a classifier, or an encoder with one."""
+        return TASKS[self.task].architecture(self.matching)
 
     @property
     def classifies(self) -> bool:
         """Whether samples have a class instead of trained tokens."""
-        return self.task == "matching" and self.matching.mode != "generative"
+        return self.architecture != "decoder"
 
     @property
     def selects_by_level(self) -> bool:
         """Whether memory levels have to be known before training."""
-        return self.select is not None and self.task != "matching"
+        return self.select is not None and TASKS[self.task].selects_by == "levels"
 
     @property
     def max_length(self) -> int:

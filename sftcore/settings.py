@@ -205,6 +205,25 @@ class MatchingSettings(Settings):
         return self.predict == "likelihood" or (self.predict == "auto" and self.rationale != "before")
 
 
+DROPOUT = "on the adapters' inputs; with batch.samples_per_step its masks depend on the number of ranks"
+
+
+class AdapterSettings(Settings):
+    """What is trained: all weights, or low-rank updates beside frozen ones."""
+
+    kind: Literal["none", "lora", "qlora"] = Field(
+        "none", description="none: full fine-tuning; qlora: LoRA beside 4-bit weights"
+    )
+    r: Positive = Field(16, description="rank of the updates")
+    alpha: Positive = Field(32, description="updates are scaled by alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description=DROPOUT)
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="names of linear layers, such as [q_proj, v_proj]"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+    dora: bool = Field(False, description="train each row's magnitude apart (DoRA)")
+
+
 class TrackingSettings(Settings):
     """Where metrics go besides metrics.jsonl."""
 

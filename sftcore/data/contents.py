@@ -18,69 +18,16 @@ from typing import Any
 from sftcore.data.ledger import Alteration, Change, Reason
 from sftcore.data.rows import Note, RawRow, has_surrogates, likely_encoding
 from sftcore.settings import BARE_LABELS, LabelWords
+from sftcore.tasks.kinds.chat import Chat as Chat
+from sftcore.tasks.kinds.completion import Completion as Completion
+from sftcore.tasks.kinds.content import UNKNOWN_LABEL
+from sftcore.tasks.kinds.content import Content as Content
+from sftcore.tasks.kinds.content import Message as Message
+from sftcore.tasks.kinds.fact import Fact as Fact
+from sftcore.tasks.kinds.pair import Pair as Pair
 
-UNKNOWN_LABEL = -1
 OTHER_LABELS = {"0.0": "0", "false": "0", "1.0": "1", "true": "1"}  # of files that know no whole numbers
 FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fact:
-    """A (subject, relation, object) triple.
-
-    Args:
-        relation: Wikidata property such as "P17", or the user's own name.
-        subject: whom the fact is about.
-        answers: the object's accepted names, at least one; the first is trained on, all count when scoring.
-        question: the file's own question, or None: the relation's question pattern is used.
-    """
-
-    relation: str
-    subject: str
-    answers: tuple[str, ...]
-    question: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two texts and whether they mean the same (`label`: 0 different, 1 same, -1 unknown), perhaps why."""
-
-    a: str
-    b: str
-    label: int
-    rationale: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """A prompt and what follows it, both verbatim."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a conversation; an assistant's is trained unless the row says otherwise."""
-
-    role: str
-    content: str
-    is_trained: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chat:
-    """A conversation with at least one assistant turn that is trained."""
-
-    messages: tuple[Message, ...]
-
-    @property
-    def answers(self) -> list[int]:
-        """Places of the turns that are trained."""
-        return [i for i, turn in enumerate(self.messages) if turn.role == "assistant" and turn.is_trained]
-
-
-Content = Fact | Pair | Completion | Chat
 
 
 class OddRow(Exception):

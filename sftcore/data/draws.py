@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 
 from sftcore.config import SelectSettings
-from sftcore.data.contents import Pair
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
 
@@ -62,9 +61,7 @@ def draw_selected(records: Sequence[Record], select: SelectSettings | None, *, s
 
 
 def _of_label(records: Sequence[Record], label: int) -> list[Record]:
-    return [
-        record for record in records if isinstance(record.content, Pair) and record.content.label == label
-    ]
+    return [record for record in records if record.content.gold == label]
 
 
 def _too_few(n: int, balance: str, available: Sequence[int]) -> Problem:

@@ -20,6 +20,7 @@ from sftcore.data.tokens import Tokenizer, tokenizer_identity
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import fingerprint_of, sha256_of_file
 from sftcore.recipe import source_files
+from sftcore.tasks import TASKS
 
 CODE_VERSION = 8  # raise it when the same inputs give other samples, or other parts
 Digest = Callable[[Path], str]
@@ -43,7 +44,7 @@ def store_fingerprint(
             "code": CODE_VERSION,
             "sources": sources,
             "prompts": PromptOptions.of(recipe).identity(),
-            "patterns": question_patterns(data.relations) if recipe.task == "qa" else None,
+            "patterns": question_patterns(data.relations) if TASKS[recipe.task].has_facts else None,
             "deduplicate": data.deduplicate,
             "tokenizer": tokenizer_identity(tokenizer),
             "only_ids": None if only_ids is None else sorted(set(only_ids)),

@@ -12,81 +12,20 @@ for 10 million; 16 more for each earlier assistant turn of a chat), and one fals
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sftcore.data.contents import Chat, Completion, Content, Fact, Message, Pair
 from sftcore.data.ledger import Reason
 from sftcore.data.records import Record
+from sftcore.tasks.kinds.content import Content, normalised
 
-# Unicode's format characters (Cf) that text is sprinkled with: soft hyphen, zero-width, direction, byte-order
-UNSEEN = re.compile(
-    "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff]"
-)
-SYSTEM_ROLES = ("system", "developer")  # what they say is no part of the question
 Hashes = NDArray[np.uint64]
 Render = Callable[[Content], str | None]  # the prompt that a held-out record becomes, where that is known
-
-
-def normalised(text: str) -> str:
-    r"""`text` as leaks are compared: NFKC, case-folded, runs of white space as one space, nothing unseen.
-
-    >>> normalised("Where is  ＰＡ\u200bＲ\u00adＩＳ?\n")
-    'where is paris?'
-    """
-    if text.isascii():
-        return " ".join(text.lower().split())  # the same, at a third of the time
-    seen = UNSEEN.sub("", unicodedata.normalize("NFKC", text))
-    return " ".join(seen.casefold().split())
-
-
-def item_texts(content: Content) -> tuple[str, str]:
-    """What is asked, without the answer; a fact is known by its question and by relation + subject."""
-    match content:
-        case Fact():
-            triple = _joined(normalised(content.relation), normalised(content.subject))
-            return triple, triple if content.question is None else normalised(content.question)
-        case Pair():
-            text = _joined(*sorted((normalised(content.a), normalised(content.b))))
-        case Completion():
-            text = normalised(content.prompt)
-        case Chat():
-            text = _joined(*_said(content.messages[: content.answers[-1]]))
-    return text, text
-
-
-def _said(turns: Sequence[Message]) -> list[str]:
-    """What was said, the system's words aside: the same question behind another system text is the same."""
-    return [normalised(turn.content) for turn in turns if turn.role not in SYSTEM_ROLES]
-
-
-def sample_text(content: Content) -> str:
-    """What a sample would hold: equal texts are exact duplicates of prompt and trained answer."""
-    match content:
-        case Fact():
-            return _joined(content.question or content.relation + content.subject, content.answers[0])
-        case Pair():
-            return _joined(content.a, content.b, str(content.label), content.rationale or "")
-        case Completion():
-            return _joined(content.prompt, content.completion)
-        case Chat():
-            return _joined(*(text for turn in content.messages for text in _written(turn)))
-
-
-def _written(turn: Message) -> tuple[str, str]:
-    return (turn.role if turn.is_trained else f"{turn.role}, not trained"), turn.content
-
-
-def _joined(*texts: str) -> str:
-    return "\x1f".join(texts)  # the ASCII unit separator: not in any text after normalisation
 
 
 def _hash(text: str) -> int:
@@ -98,9 +37,9 @@ class RowHashes:
     """What R rows are compared by; all are (R,) uint64 but for `labels` and E earlier turns.
 
     Args:
-        items: of what is asked (`item_texts`, first).
-        questions: of a fact's own question (`item_texts`, second).
-        texts: of the whole sample (`sample_text`).
+        items: of what is asked (`Content.asked`, first).
+        questions: of a fact's own question (`Content.asked`, second).
+        texts: of the whole sample (`Content.written`).
         labels: (R,) int8, of pairs; -1 for others.
         earlier: (E,) uint64, of what comes before each assistant turn but the last of each chat.
         earlier_rows: (E,) int64, the rows that these stand in.
@@ -121,20 +60,15 @@ def hash_id(id: str) -> int:
 
 def hash_row(content: Content) -> tuple[int, int, int, int]:
     """One row of `RowHashes`."""
-    item, question = item_texts(content)
+    item, question = content.asked()
     hashed = _hash(item)
-    label = content.label if isinstance(content, Pair) else -1
-    return hashed, hashed if question is item else _hash(question), _hash(sample_text(content)), label
+    same = question is item
+    return hashed, hashed if same else _hash(question), _hash(content.written()), content.gold
 
 
 def hash_earlier(content: Content) -> list[int]:
-    """Hashes of what comes before each assistant turn of a chat but the last, as `item_texts` has it."""
-    if not isinstance(content, Chat):
-        return []
-    turns, answers = content.messages, content.answers[:-1]
-    texts = _said(turns[: answers[-1]]) if answers else []
-    num_said = [0, *accumulate(turn.role not in SYSTEM_ROLES for turn in turns)]
-    return [_hash(_joined(*texts[: num_said[i]])) for i in answers]
+    """Hashes of what comes before each assistant turn of a chat but the last, as `Content.asked` has it."""
+    return [_hash(text) for text in content.earlier()]
 
 
 def _unrendered(_: Content) -> None:
@@ -145,7 +79,7 @@ def hash_asked(held_out: Iterable[Record], render: Render = _unrendered) -> Hash
     """Sorted hashes of all that held-out records ask, also as the prompts that `render` makes of them."""
     hashes: set[int] = set()
     for record in held_out:
-        hashes.update(map(_hash, item_texts(record.content)))
+        hashes.update(map(_hash, record.content.asked()))
         if (prompt := render(record.content)) is not None:
             hashes.add(_hash(normalised(prompt)))
     return np.unique(_hashes(array("Q", hashes)))

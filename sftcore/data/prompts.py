@@ -12,31 +12,26 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftcore.data.chat import SYSTEM_ROLES, ChatRefused, ChatRenderer, last_answer_only, without_system
-from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
+from sftcore.data.chat import ChatRefused, ChatRenderer, last_answer_only, without_system
 from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
-from sftcore.data.rationales import Order, compose_answer
 from sftcore.data.records import Record
 from sftcore.data.rows import ignore
 from sftcore.data.seam import Draft, Encoded, encode_classified, encode_drafts, encode_joined
 from sftcore.data.special import SpecialTokens
 from sftcore.data.tokens import Codec, Tokenizer, codec_of
-from sftcore.data.trimming import cut_left, prompt_texts, with_prompt_texts
-from sftcore.data.wording import (
-    PromptOptions,
-    Template,
-    fact_texts,
-    language_of,
-    load_template,
-    question_patterns,
-    with_question,
-)
+from sftcore.data.trimming import cut_left
+from sftcore.data.wording import PromptOptions, load_template, question_patterns
 from sftcore.errors import Problem, UserInputError
+from sftcore.tasks.kinds.chat import Chat
+from sftcore.tasks.kinds.content import Content, Form, Pieces, Refusal
+from sftcore.tasks.kinds.pair import label_answers, pair_in
+from sftcore.tasks.template import Template
 
 __all__ = ["PromptOptions", "Prompter", "Refusal", "Sample", "Template", "load_template", "question_patterns"]
 
@@ -66,14 +61,6 @@ class Sample:
     row: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """Why a record can't become a sample (`reason` is one of `PROMPTING`)."""
-
-    reason: Reason
-    detail: str
-
-
 class Prompter:
     """Turns records into prompts and samples.
 
@@ -97,19 +84,26 @@ class Prompter:
         self._special = SpecialTokens(self.codec, options.own_tokens)
         self._special_in_chats: SpecialTokens | None = None
 
+    @cached_property
+    def form(self) -> Form:
+        """How contents become text."""
+        return self.options.form(self.patterns, lambda turns: self._talk(Chat(messages=turns)))
+
     def prompt_text(self, record: Record) -> str:
         """The prompt as text, without the tokenizer's own prefix.
 
         Raises:
             UserInputError: the template refuses the record (training would have rejected it).
         """
-        if isinstance(pair := record.content, Pair):
-            return f"{pair.a}\n{pair.b}" if self.options.joins_texts else self._texts(pair)[0]
-        draft = self._draft(record.content)
-        if isinstance(draft, Refusal):
+        pieces = self._pieces(record)
+        return "\n".join(pieces) if self.options.joins_texts else "".join(pieces[:-1])
+
+    def _pieces(self, record: Record) -> Pieces:
+        pieces = record.content.pieces(self.form)
+        if isinstance(pieces, Refusal):
             where = f"{record.file}:{record.row}"
-            raise UserInputError(Problem(what=f"no prompt can be made: {draft.detail}", where=where))
-        return "".join(draft.pieces[:-1])
+            raise UserInputError(Problem(what=f"no prompt can be made: {pieces.detail}", where=where))
+        return pieces
 
     def prompt_ids(self, record: Record) -> list[int]:
         """Exactly what inference feeds."""
@@ -118,18 +112,17 @@ class Prompter:
     def prompt_ids_batch(self, records: Sequence[Record]) -> list[list[int]]:
         """`prompt_ids` of each record, encoded in one batch."""
         if self.options.joins_texts:
-            pairs = [record.content for record in records if isinstance(record.content, Pair)]
-            return self.codec.encode_joined([(pair.a, pair.b) for pair in pairs])
+            return self.codec.encode_joined([(a, b) for a, b in map(self._pieces, records)])
         encoded = self.codec.encode([self.prompt_text(record) for record in records])
         return [
-            ids if isinstance(record.content, Chat) else self.codec.with_prefix(ids)
+            self.codec.with_prefix(ids) if record.content.is_bare else ids
             for record, ids in zip(records, encoded, strict=True)
         ]
 
     def answer_text(self, record: Record) -> str:
         """The completion that is trained after the prompt; not for chats, which have several."""
-        assert not isinstance(record.content, Chat)
-        return self._texts(record.content)[1]
+        assert record.content.is_bare
+        return self._pieces(record)[-1]
 
     def reply_ids_batch(self, records: Sequence[Record]) -> list[list[int] | Refusal]:
         """What is trained last in each record, stop token included, cut nowhere; or why nothing is."""
@@ -146,38 +139,27 @@ class Prompter:
         )
         return ids[: last + 1]
 
-    def label_ids(self, record: Record) -> tuple[list[int], list[int]]:
-        """What would be trained after a pair's prompt for label 0 and for label 1, stop token included."""
-        return self.label_ids_batch([record])[0]
-
     def label_ids_batch(
         self, records: Sequence[Record], *, stops: bool = True
     ) -> list[tuple[list[int], list[int]]]:
-        """`label_ids` of each pair; where a rationale follows, the label's line alone.
+        """What would be trained after each pair's prompt for label 0 and for label 1, stop token included.
+
+        Where a rationale follows, the label's line alone.
 
         Args:
             stops: whether the model has learnt to stop after a label; else the label is compared alone.
         """
-        drafts = [draft for record in records for draft in self._label_drafts(record, stops=stops)]
+        drafts = [
+            Draft(pieces=(self.prompt_text(record), answer), is_bare=True)
+            for record in records
+            for answer in label_answers(pair_in(record.content), self.form, stops=stops)
+        ]
         answers = [
             encoded.ids[encoded.num_prompt :] for encoded in encode_drafts(self.codec, drafts) if encoded
         ]
         if self.options.matching.rationale == "after" or not stops:
             answers = [ids[:-1] for ids in answers]  # no stop token: the text goes on
         return list(zip(answers[::2], answers[1::2], strict=True))
-
-    def _label_drafts(self, record: Record, *, stops: bool) -> list[Draft]:
-        pair = record.content
-        assert isinstance(pair, Pair)
-        prompt = self.prompt_text(record)
-        template, language = self._template_of(pair)
-        words = self.label_words(language)
-        is_nested = words[0].startswith(words[1]) or words[1].startswith(words[0])  # the shorter always wins
-        ends_line = self.options.matching.rationale == "after" or (is_nested and not stops)
-        words = (f"{words[0]}\n", f"{words[1]}\n") if ends_line else words
-        nothing = dict.fromkeys(("a", "b", "label_0", "label_1"), "")  # completions hold the label only
-        answers = [template.fill(nothing | {"label": word})[1] for word in words]
-        return [Draft(pieces=(prompt, answer), is_bare=True) for answer in answers]
 
     def sample(self, record: Record, ledger: Ledger | None = None) -> Sample | Rejection:
         """One record's sample; alterations go to the ledger, the rejection is returned."""
@@ -208,16 +190,17 @@ class Prompter:
             if isinstance(sample := fitted[i], Encoded):
                 fitted[i] = replace(sample, changes=(*sample.changes, Change.SPECIAL_IN_TEXT))
         for i, content in enumerate(contents):
-            if isinstance(content, Chat) and isinstance(sample := fitted[i], Encoded):
-                fitted[i] = replace(sample, changes=(*sample.changes, *self._asked_changes(content)))
+            changes = (*self._asked_changes(content),)
+            if changes and isinstance(sample := fitted[i], Encoded):
+                fitted[i] = replace(sample, changes=(*sample.changes, *changes))
         return fitted
 
-    def _asked_changes(self, chat: Chat) -> Iterator[Change]:
-        """What the recipe asks to be changed in chats, where this one is."""
+    def _asked_changes(self, content: Content) -> Iterator[Change]:
+        """What the recipe asks to be changed in chats, where this is one."""
         change = SYSTEM_CHANGES.get(self.options.system)
-        if change is not None and any(turn.role in SYSTEM_ROLES for turn in chat.messages):
+        if change is not None and content.has_system:
             yield change
-        if self.options.train_answers == "last" and len(chat.answers) > 1:
+        if self.options.train_answers == "last" and content.num_trained_turns > 1:
             yield Change.EARLIER_UNTRAINED
 
     def _encode(self, contents: Sequence[Content]) -> list[Encoded | Refusal]:
@@ -245,18 +228,15 @@ class Prompter:
         return Refusal(reason=Reason.OVERLENGTH, detail=detail)
 
     def _draft(self, content: Content) -> Draft | Refusal:
-        if isinstance(content, Chat):
-            return self._chat_draft(content)
-        if isinstance(content, Fact):
-            content = with_question(content, self.patterns)
-            if content.question is None and "question" in self.options.templates["any"].placeholders:
-                detail = f"no question, and no pattern for relation {content.relation!r}"
-                return Refusal(reason=Reason.UNKNOWN_RELATION, detail=detail)
-        if isinstance(content, Pair):
-            return self._pair_draft(content)
-        return Draft(pieces=self._texts(content), is_bare=True)
+        refusal = content.why_untrained(self.form)
+        pieces = content.pieces(self.form) if refusal is None else refusal
+        if isinstance(pieces, Refusal):
+            return pieces
+        label = content.gold if self.options.classifies else None
+        return Draft(pieces=pieces, is_bare=content.is_bare, label=label)
 
-    def _chat_draft(self, chat: Chat) -> Draft | Refusal:
+    def _talk(self, chat: Chat) -> Pieces | Refusal:
+        """A chat's pieces as its template writes them."""
         renderer = self._renderer()
         if (
             self._special_in_chats is None
@@ -271,53 +251,14 @@ class Prompter:
                 chat = without_system(chat, self.options.system)
             if self.options.train_answers == "last":
                 chat = last_answer_only(chat)
-            return Draft(pieces=renderer.pieces(chat), is_bare=False)
+            return renderer.pieces(chat)
         except ChatRefused as error:
             return Refusal(reason=Reason.REFUSED_BY_TEMPLATE, detail=str(error))
-
-    def _pair_draft(self, pair: Pair) -> Draft | Refusal:
-        is_explained = self.options.matching.rationale != "none"
-        if is_explained and pair.rationale is None:
-            return Refusal(reason=Reason.NO_RATIONALE, detail="the pair has no rationale")
-        pieces = (pair.a, pair.b) if self.options.joins_texts else self._texts(pair)
-        return Draft(pieces=pieces, is_bare=True, label=pair.label if self.options.classifies else None)
 
     def _renderer(self) -> ChatRenderer:
         if self._chat is None:
             self._chat = ChatRenderer(self.codec, self.options.today)
         return self._chat
-
-    def _texts(self, content: Fact | Pair | Completion) -> tuple[str, str]:
-        """Prompt and completion of a record that isn't a chat."""
-        match content:
-            case Completion():
-                return content.prompt, content.completion
-            case Fact():
-                return fact_texts(content, self.options.templates["any"])
-            case Pair():
-                examples = [Pair(**example.model_dump()) for example in self.options.matching.examples]
-                shown = [self._pair_texts(example, content) for example in examples]
-                prompt, completion = self._pair_texts(content, content)
-                return "".join(f"{p}{c}\n\n" for p, c in shown) + prompt, completion
-
-    def _pair_texts(self, pair: Pair, asked: Pair) -> tuple[str, str]:
-        """Prompt and completion of a pair in the language of the pair that is asked about."""
-        template, language = self._template_of(asked)
-        different, same = words = self.label_words(language)
-        order: Order = self.options.matching.rationale if pair.rationale else "none"
-        answer = compose_answer(words[pair.label], pair.rationale, order=order, language=language)
-        values = {"a": pair.a, "b": pair.b, "label_0": different, "label_1": same}
-        return template.fill(values | {"label": answer})
-
-    def _template_of(self, pair: Pair) -> tuple[Template, str]:
-        language = language_of(pair, self.options.matching.language)
-        templates = self.options.templates
-        return templates["any"] if "any" in templates else templates[language], language
-
-    def label_words(self, language: str) -> tuple[str, str]:
-        """Text of label 0 and of label 1 in "zh" or "en"."""
-        labels = self.options.matching.labels
-        return labels.zh if language == "zh" else labels.en
 
     def _fitted(self, content: Content, encoded: Encoded | Refusal) -> Encoded | Refusal:
         """`encoded`, cut to `max_length` if the recipe says so, or a refusal."""
@@ -338,12 +279,11 @@ class Prompter:
 
     def _trimmed(self, content: Content) -> Encoded | None:
         """The sample after the smallest cut of prompt characters that makes it fit, or None."""
-        if isinstance(content, Fact):
-            content = with_question(content, self.patterns)
-        texts = prompt_texts(content)
+        content = content.completed(self.form)
+        texts = content.cuttable()
 
         def encode(num_characters: int) -> Encoded | Refusal:
-            return self._encode([with_prompt_texts(content, cut_left(texts, num_characters))])[0]
+            return self._encode([content.with_cuttable(cut_left(texts, num_characters))])[0]
 
         def fits(num_characters: int) -> bool:
             result = encode(num_characters)

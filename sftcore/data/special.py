@@ -12,8 +12,9 @@ import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
 
-from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
 from sftcore.data.tokens import Codec
+from sftcore.tasks.kinds.chat import Chat
+from sftcore.tasks.kinds.content import Content
 
 
 class SpecialTokens:
@@ -43,7 +44,7 @@ class SpecialTokens:
 
     def rows(self, contents: Sequence[Content]) -> list[int]:
         """Which contents, chats aside, spell one out."""
-        texts = ["\n".join(_texts(content)) for content in contents]
+        texts = ["\n".join(content.plain_texts()) for content in contents]
         if self.find("\n".join(texts)) is None:
             return []
         return [i for i, text in enumerate(texts) if self.find(text) is not None]
@@ -54,15 +55,3 @@ class SpecialTokens:
             if (token := self.find(turn.content)) is not None:
                 return token, turn.role
         return None
-
-
-def _texts(content: Content) -> tuple[str, ...]:
-    match content:
-        case Completion():
-            return content.prompt, content.completion
-        case Pair():
-            return content.a, content.b, content.rationale or ""
-        case Fact():
-            return content.question or "", content.subject, content.answers[0]
-        case Chat():
-            return ()

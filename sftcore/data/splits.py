@@ -13,21 +13,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sftcore.config import Recipe, Source
-from sftcore.data.contents import Content, Fact
 from sftcore.data.hygiene import Render, judge
 from sftcore.data.ledger import READING, Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.records import Record, id_prefixes, read_source
-from sftcore.data.wording import PromptOptions, fact_texts, question_patterns, with_question
+from sftcore.data.wording import PromptOptions, question_patterns
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
+from sftcore.tasks import TASKS
 
 log = logging.getLogger(__name__)
 HELD_OUT = ("valid", "test", "ood")
-FORMATS = {
-    "qa": ("entityquestions", "facts", "jsonl"),
-    "matching": ("pairs",),
-    "chat": ("jsonl",),
-}
 
 
 def load_records(recipe: Recipe, split: str, ledger: Ledger) -> list[Record]:
@@ -88,18 +83,8 @@ def held_out_records(recipe: Recipe) -> Iterator[Record]:
 
 def render_held_out(recipe: Recipe) -> Render:
     """How held-out facts become prompts: a verbatim training prompt may spell one out."""
-    if recipe.task != "qa":
-        return lambda _: None
-    template, patterns = PromptOptions.of(recipe).templates["any"], question_patterns(recipe.data.relations)
-
-    def render(content: Content) -> str | None:
-        if not isinstance(content, Fact):
-            return None
-        fact = with_question(content, patterns)
-        has_all = fact.question is not None or "question" not in template.placeholders
-        return fact_texts(fact, template)[0] if has_all else None
-
-    return render
+    form = PromptOptions.of(recipe).form(question_patterns(recipe.data.relations))
+    return lambda content: content.rendered(form)
 
 
 def with_valid_as_train(recipe: Recipe) -> Recipe:
@@ -115,15 +100,16 @@ def check_formats(recipe: Recipe) -> None:
     Raises:
         UserInputError: naming each of them.
     """
+    formats = TASKS[recipe.task].formats
     problems = [
         Problem(
             what=f"task {recipe.task} can't use format {source.format}",
             where=f"data.{split}.{number}.format",
-            allowed=", ".join(FORMATS[recipe.task]),
+            allowed=", ".join(formats),
         )
         for split in ("train", *HELD_OUT)
         for number, source in enumerate(sources_of(recipe, split))
-        if source.format not in FORMATS[recipe.task]
+        if source.format not in formats
     ]
     if problems:
         raise UserInputError(*problems)

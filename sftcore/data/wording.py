@@ -1,17 +1,15 @@
-"""Prompt templates: where the texts of a record go.
+"""Prompt templates of a recipe: named or inline, checked for its task; and what else decides a sample's text.
 
 In: a name in assets/prompts.yaml or an inline template of the recipe. Out: a checked `Template`.
-Invariant: a template holds exactly the placeholders that its task has, each one it needs, and text that is
-put in is never read as a placeholder again.
-Trade-off: placeholders are plain names, no format specs or attributes: str.format on a user's text would let
-`{question.__class__}` through (cost: about 1 microsecond per text for joining the parts ourselves).
+Invariant: a template holds exactly the placeholders that its task has, each one it needs.
+Trade-off: all mistakes of a template are found without a record (50 microseconds a template).
 """
 
 from __future__ import annotations
 
 import difflib
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import cache
@@ -20,73 +18,16 @@ from typing import Any
 
 import yaml
 
-from sftcore.config import DataSettings, InlineTemplate, Recipe
-from sftcore.data.contents import Fact, Pair
+from sftcore.config import InlineTemplate, Recipe
 from sftcore.data.relations import load_relations
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import ASSETS
 from sftcore.settings import MatchingSettings
+from sftcore.tasks import TASKS
+from sftcore.tasks.kinds.content import Form, Message, Pieces, Refusal
+from sftcore.tasks.template import Placeholders, Template
 
-CJK_LETTER_SHARE = 0.1  # of a pair's letters; 5 of the 4,000 PAWS-X Chinese pairs lie below it (2026-11)
 WHERE = "data.template"
-LANGUAGES = ("zh", "en")
-NOT_OF_SAMPLES = ("predict", "normalise", "teacher")  # keys of `matching` that decide no sample
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placeholders:
-    """What a task's templates may and must hold (of `prompt_needs`, one is enough)."""
-
-    prompt_needs: tuple[tuple[str, ...], ...]
-    prompt_allows: tuple[str, ...]
-    completion_needs: str
-
-
-PLACEHOLDERS = {
-    "qa": Placeholders(
-        prompt_needs=(("question", "subject"),),
-        prompt_allows=("question", "subject"),
-        completion_needs="answer",
-    ),
-    "matching": Placeholders(
-        prompt_needs=(("a",), ("b",)),
-        prompt_allows=("a", "b", "label_0", "label_1"),
-        completion_needs="label",
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
-    """A prompt and a completion with {placeholders}; "{{" stands for a brace."""
-
-    name: str
-    prompt: str
-    completion: str
-
-    @property
-    def placeholders(self) -> frozenset[str]:
-        """Names in the prompt."""
-        return frozenset(name for _, name in _parts(self.prompt) if name)
-
-    def fill(self, values: Mapping[str, str]) -> tuple[str, str]:
-        """Prompt and completion with `values` put in.
-
-        >>> Template(name="t", prompt="Q: {question}", completion=" {answer}").fill(
-        ...     {"question": "Is {answer} a word?", "answer": "Yes"}
-        ... )
-        ('Q: Is {answer} a word?', ' Yes')
-        """
-        return _filled(self.prompt, values), _filled(self.completion, values)
-
-
-def _filled(text: str, values: Mapping[str, str]) -> str:
-    return "".join(part + (values[name] if name else "") for part, name in _parts(text))
-
-
-@cache
-def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
-    return tuple((literal, name) for literal, name, _, _ in string.Formatter().parse(text))
 
 
 @cache
@@ -115,14 +56,20 @@ def load_template(setting: str | InlineTemplate, *, task: str) -> Template:
                 Problem(what="no such template", where=WHERE, got=setting, allowed=names, remedy=remedy)
             )
         template = Template(name=setting, **_shipped()[setting])
-    if problems := _problems(template, PLACEHOLDERS[task], task):
+    if problems := _problems(template, _placeholders(task), task):
         raise UserInputError(*problems)
     return template
 
 
+def _placeholders(task: str) -> Placeholders:
+    known = TASKS[task].placeholders
+    assert known is not None, "a task with templates has placeholders"
+    return known
+
+
 def _names_of(task: str) -> list[str]:
     """The shipped templates that a task can use."""
-    known = PLACEHOLDERS[task]
+    known = _placeholders(task)
     return [
         name for name, texts in _shipped().items() if not _problems(Template(name=name, **texts), known, task)
     ]
@@ -214,21 +161,35 @@ class PromptOptions:
     @property
     def classifies(self) -> bool:
         """Whether samples have a class instead of a completion."""
-        return self.task == "matching" and self.matching.mode != "generative"
+        return TASKS[self.task].architecture(self.matching) != "decoder"
 
     @property
     def joins_texts(self) -> bool:
         """Whether the model gets both texts as the tokenizer joins two texts, without a prompt."""
-        return self.task == "matching" and self.matching.mode == "encoder"
+        return TASKS[self.task].architecture(self.matching) == "encoder"
+
+    def form(
+        self,
+        patterns: Mapping[str, str],
+        talk: Callable[[tuple[Message, ...]], Pieces | Refusal] | None = None,
+    ) -> Form:
+        """The form into which contents are written.
+
+        Args:
+            patterns: of questions, by relation.
+            talk: turns as the chat template writes them.
+        """
+        form = Form(
+            templates=self.templates, matching=self.matching, patterns=patterns, joins_texts=self.joins_texts
+        )
+        return form if talk is None else replace(form, talk=talk)
 
     def identity(self) -> dict[str, Any]:
         """All of it as JSON values, for fingerprints."""
         return {
             "task": self.task,
             "templates": {language: asdict(template) for language, template in self.templates.items()},
-            "matching": self.matching.model_dump(mode="json", exclude=set(NOT_OF_SAMPLES))
-            if self.task == "matching"
-            else None,
+            "matching": TASKS[self.task].sample_settings(self.matching),
             "max_length": self.max_length,
             "own_tokens": sorted(self.own_tokens),
             "system": self.system,
@@ -239,47 +200,9 @@ class PromptOptions:
 
 
 def _templates(recipe: Recipe) -> dict[str, Template]:
-    """`data.template`; for matching, `matching.prompt` in both languages unless a template was given."""
-    setting = recipe.data.template
-    if recipe.task == "chat":
-        return {}
-    if recipe.task == "matching" and setting == DataSettings.model_fields["template"].default:
-        names = {language: _matching_name(recipe.matching, language) for language in LANGUAGES}
-        return {language: load_template(name, task="matching") for language, name in names.items()}
-    return {"any": load_template(setting, task=recipe.task)}
-
-
-def _matching_name(settings: MatchingSettings, language: str) -> str:
-    """Name of the shipped template that the settings ask for."""
-    asks_why = settings.prompt == "complex" and settings.rationale != "none"
-    kind = f"complex-{settings.rationale}" if asks_why else settings.prompt
-    return f"matching-{kind}-{language}" + (f"-{settings.wording}" if settings.wording else "")
-
-
-def language_of(pair: Pair, setting: str) -> str:
-    """ "zh" or "en": `matching.language`, or by the pair's script if that is "auto".
-
-    >>> language_of(Pair(a="北京 Beijing", b="上海", label=0), "auto")
-    'zh'
-    """
-    if setting != "auto":
-        return setting
-    letters = [char for char in pair.a + pair.b if char.isalpha()]
-    num_cjk = sum("\u3400" <= char <= "\u9fff" or "\U00020000" <= char <= "\U0003ffff" for char in letters)
-    return "zh" if letters and num_cjk >= CJK_LETTER_SHARE * len(letters) else "en"
-
-
-def with_question(fact: Fact, patterns: Mapping[str, str]) -> Fact:
-    """The fact with its relation's question if it has none of its own."""
-    if fact.question is not None or fact.relation not in patterns:
-        return fact
-    return replace(fact, question=patterns[fact.relation].replace("{subject}", fact.subject))
-
-
-def fact_texts(fact: Fact, template: Template) -> tuple[str, str]:
-    """Prompt and completion of a fact."""
-    values = {"question": fact.question or "", "subject": fact.subject}
-    return template.fill(values | {"answer": fact.answers[0]})
+    """`data.template`, or what the task takes in its place."""
+    named = TASKS[recipe.task].templates(recipe.data.template, recipe.matching)
+    return {language: load_template(setting, task=recipe.task) for language, setting in named.items()}
 
 
 def question_patterns(relations: str | None = None) -> dict[str, str]:

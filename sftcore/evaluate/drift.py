@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sftcore.data.contents import Fact
 from sftcore.data.records import Record
 from sftcore.evaluate.score import FEW_ITEMS
+from sftcore.knowledge.questions import fact_of
 from sftcore.knowledge.templates import Relation, completion_prompts
 from sftcore.model.generate import batches_by_length
 from sftcore.model.rows import lone_or_cached_rows
@@ -59,10 +59,9 @@ def drift_prompts(
     """Each fact in its relation's best wording."""
     prompts = []
     for record in records:
-        assert isinstance(record.content, Fact), "levels belong to facts"
-        number = templates[record.content.relation]
-        relation = relations[record.content.relation]
-        prompts.append(completion_prompts(relation, record.content.subject, number + 1)[number])
+        fact = fact_of(record)
+        number = templates[fact.relation]
+        prompts.append(completion_prompts(relations[fact.relation], fact.subject, number + 1)[number])
     return prompts
 
 
@@ -93,8 +92,7 @@ def summarise_drift(records: Sequence[Record], values: Sequence[float], *, level
     """Content of drift.json: level and number of the facts, their mean, and the same of each relation."""
     groups: dict[str, list[float]] = {}
     for record, value in zip(records, values, strict=True):
-        assert isinstance(record.content, Fact), "levels belong to facts"
-        groups.setdefault(record.content.relation, []).append(value)
+        groups.setdefault(fact_of(record).relation, []).append(value)
     return {
         "level": level,
         "n": len(values),

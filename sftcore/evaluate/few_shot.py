@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
 
-from sftcore.config import Recipe
-from sftcore.data.contents import Fact, Pair
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
-from sftcore.settings import PairExample
 
 SEPARATOR = "\n\n"
 
@@ -35,7 +31,7 @@ def choose_examples(
         UserInputError: there are fewer.
     """
     if explained:
-        records = [r for r in records if isinstance(r.content, Pair) and r.content.rationale is not None]
+        records = [r for r in records if r.content.why is not None]
     if len(records) < count:
         raise UserInputError(
             Problem(
@@ -49,28 +45,11 @@ def choose_examples(
     seen: dict[str, int] = {}
     rounds = []
     for record in ranked:
-        group = _group_of(record)
+        group = record.content.example_group
         rounds.append(seen.setdefault(group, 0))
         seen[group] += 1
     order = sorted(range(len(ranked)), key=lambda i: rounds[i])
     return [ranked[i] for i in order[:count]]
-
-
-def _group_of(record: Record) -> str:
-    if isinstance(record.content, Pair):
-        return str(record.content.label)
-    return record.content.relation if isinstance(record.content, Fact) else ""
-
-
-def with_examples(recipe: Recipe, examples: Sequence[Record]) -> Recipe:
-    """A matching recipe whose prompts begin with these solved pairs, after the recipe's own.
-
-    Their rationales come along: an answer without one would show another form than the one that is read.
-    """
-    pairs = [example.content for example in examples if isinstance(example.content, Pair)]
-    shown = [PairExample.model_validate(asdict(pair)) for pair in pairs]
-    matching = recipe.matching.model_copy(update={"examples": [*recipe.matching.examples, *shown]})
-    return recipe.model_copy(update={"matching": matching})
 
 
 def few_shot_prompts(

@@ -15,13 +15,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sftcore.config import EvaluateSettings
-from sftcore.data.contents import Fact, Pair
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
 from sftcore.dist import WHOLE, Share
 from sftcore.evaluate.few_shot import few_shot_prompts, first_paragraph
 from sftcore.evaluate.replies import Reply, replies_of
-from sftcore.knowledge.containment import AliasTable, AnswerMatcher
+from sftcore.knowledge.containment import AliasTable
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
 
@@ -66,31 +65,16 @@ def predict(
             advance(len(batch))
     aliases = AliasTable.load()
     return [
-        _row(records[i], tokenizer.decode(prompts[i]), texts[i], prompter, aliases)
-        | _expected(replies[i], texts[i])
-        | _level(records[i], levels)
+        {
+            "id": records[i].id,
+            "prompt": tokenizer.decode(prompts[i]),
+            "prediction": texts[i],
+            "split": records[i].split,
+            **records[i].content.graded(texts[i], replies[i], form=prompter.form, aliases=aliases),
+            **_level(records[i], levels),
+        }
         for i in sorted(texts)
     ]
-
-
-def _row(record: Record, prompt: str, text: str, prompter: Prompter, aliases: AliasTable) -> dict[str, Any]:
-    """What a row holds of any record; `correct` by containment for facts, by the exact label for pairs."""
-    row: dict[str, Any] = {"id": record.id, "prompt": prompt, "prediction": text, "split": record.split}
-    content = record.content
-    if isinstance(content, Fact):
-        correct = AnswerMatcher(content.answers, aliases).matches(text)
-        row |= {"answers": list(content.answers), "relation": content.relation, "correct": correct}
-    elif isinstance(content, Pair):
-        label = prompter.answer_text(record).strip()
-        row |= {"label": label, "correct": text.strip() == label}
-    return row
-
-
-def _expected(reply: Reply | None, text: str) -> dict[str, Any]:
-    """What is expected of a chat or completion, and whether it came."""
-    if reply is None:
-        return {}
-    return {"label": reply.text, "label_tokens": reply.num_tokens, "correct": text.strip() == reply.text}
 
 
 def _level(record: Record, levels: Mapping[tuple[str, str], int]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Predictions for pairs: the likelier label text, the generated one, or a classifier's class.
 
 In: pair records, a model folder, the recipe's matching section. Out: rows of predictions.jsonl with the score
-of label 1, and what scores.json says of them beyond accuracy.
+of label 1.
 Invariant: the prompt is the one that training conditioned on; `correct` means the gold label, however it was
 predicted.
 Trade-off: a generated text that is not exactly in the trained form counts as unparsable and wrong; their
@@ -10,8 +10,7 @@ number is reported (a base model: often all), as a lenient reading would hide an
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sftcore.config import Recipe
-from sftcore.data.contents import Pair
 from sftcore.data.ledger import Ledger, Reason, Rejection, printable
 from sftcore.data.prompts import Prompter
-from sftcore.data.rationales import parse_answer
 from sftcore.data.records import Record
-from sftcore.data.wording import LANGUAGES, language_of
 from sftcore.dist import WHOLE, Share
 from sftcore.evaluate.few_shot import first_paragraph
 from sftcore.log import progress
@@ -36,8 +32,10 @@ from sftcore.model.likelihood import Question, class_logits, continuation_scores
 from sftcore.model.load import load_config, load_for_decoding
 from sftcore.model.positions import position_limit
 from sftcore.settings import MATCHING_FILE
+from sftcore.tasks import TASKS
+from sftcore.tasks.kinds.pair import LANGUAGES, label_words, language_of, pair_in, said_label
 
-__all__ = ["Verdict", "has_learnt_labels", "judge_pairs", "pair_rows", "pair_scores", "reject_overlong"]
+__all__ = ["Verdict", "has_learnt_labels", "judge_pairs", "pair_rows", "reject_overlong"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +69,10 @@ def judge_pairs(
         UserInputError: no such model, or one that can't be scored.
     """
     settings = recipe.model.model_copy(update={"path": folder})
-    if not recipe.classifies and not recipe.matching.compares_likelihoods:
+    if TASKS[recipe.task].answered_by(recipe.matching) == "generation":
         model = load_for_decoding(settings, quantised=quantised)
         return _generated(recipe, model, records, prompter, share)
-    if recipe.matching.mode == "encoder":
+    if recipe.architecture == "encoder":
         logits = encoder_logits(recipe, folder, prompter.prompt_ids_batch(records), share=share)
         scores = [None if row is None else row[1] - row[0] for row in logits]
     else:
@@ -117,9 +115,10 @@ def _tokens_needed(
 ) -> list[int]:
     """Tokens of each prompt and of what is read behind it: the last token of an answer never is."""
     prompts = [len(ids) for ids in prompter.prompt_ids_batch(records)]
-    if recipe.classifies:
+    way = TASKS[recipe.task].answered_by(recipe.matching)
+    if way == "class":
         return prompts
-    if recipe.task != "matching" or not recipe.matching.compares_likelihoods:
+    if way == "generation":
         return [prompt + recipe.evaluate.max_new_tokens - 1 for prompt in prompts]
     answers = [max(map(len, both)) for both in prompter.label_ids_batch(records, stops=stops)]
     return [prompt + answer - 1 for prompt, answer in zip(prompts, answers, strict=True)]
@@ -158,7 +157,7 @@ def _scores_by_language(
 
 def _verdict(score: float, record: Record, prompter: Prompter) -> Verdict:
     label = int(score > 0)
-    text = prompter.label_words(_language(record, prompter))[label]
+    text = label_words(pair_in(record.content), prompter.options.matching)[label]
     return Verdict(label=label, text=text, score=score)
 
 
@@ -206,20 +205,17 @@ def _generated(
             for i, tokens in zip(batch, completions, strict=True):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
                 text = first_paragraph(text) if recipe.matching.examples else text
-                verdicts[i] = Verdict(label=_read(text, records[i], prompter), text=text, score=None)
+                verdicts[i] = Verdict(label=_said(text, records[i], prompter), text=text, score=None)
             advance(len(batch))
     return verdicts
 
 
-def _read(text: str, record: Record, prompter: Prompter) -> int | None:
-    language = _language(record, prompter)
-    order = prompter.options.matching.rationale
-    return parse_answer(text, prompter.label_words(language), order=order, language=language)
+def _said(text: str, record: Record, prompter: Prompter) -> int | None:
+    return said_label(text, pair_in(record.content), prompter.options.matching)
 
 
 def _language(record: Record, prompter: Prompter) -> str:
-    assert isinstance(record.content, Pair)
-    return language_of(record.content, prompter.options.matching.language)
+    return language_of(pair_in(record.content), prompter.options.matching.language)
 
 
 def pair_rows(
@@ -235,38 +231,14 @@ def pair_rows(
 
 
 def _row(record: Record, verdict: Verdict, prompter: Prompter) -> dict[str, Any]:
-    assert isinstance(record.content, Pair)
+    pair = pair_in(record.content)
     return {
         "id": record.id,
         "prompt": prompter.prompt_text(record),
         "prediction": verdict.text,
         "split": record.split,
-        "label": prompter.label_words(_language(record, prompter))[record.content.label],
-        "correct": verdict.label == record.content.label,
+        "label": label_words(pair, prompter.options.matching)[pair.label],
+        "correct": verdict.label == pair.label,
         "score": verdict.score,
         "parsed": verdict.label is not None,
     }
-
-
-def pair_scores(records: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What scores.json says of each split's pairs beyond accuracy.
-
-    Args:
-        rows: of predictions.jsonl, one for each record.
-
-    Returns:
-        `{split: {n, unparsable, majority_accuracy, predicted_same, gold_same}}`, counts and shares of n.
-    """
-    found = {}
-    for split in dict.fromkeys(record.split for record in records):
-        here = [(r.content, row) for r, row in zip(records, rows, strict=True) if r.split == split]
-        gold = Counter(content.label for content, _ in here if isinstance(content, Pair))
-        same = [row["correct"] == (c.label == 1) for c, row in here if isinstance(c, Pair) and row["parsed"]]
-        found[split] = {
-            "n": len(here),
-            "unparsable": sum(not row["parsed"] for _, row in here),
-            "majority_accuracy": max(gold.values()) / len(here),
-            "predicted_same": sum(same) / len(here),
-            "gold_same": gold[1] / len(here),
-        }
-    return found

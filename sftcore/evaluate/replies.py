@@ -11,39 +11,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from sftcore.data.contents import Chat, Completion, Content
-from sftcore.data.ledger import Ledger, Reason, Rejection, printable
+from sftcore.data.ledger import Ledger, Rejection, printable
 from sftcore.data.prompts import Prompter, Refusal
 from sftcore.data.records import Record
+from sftcore.tasks.kinds.content import Reply as Reply
 
 log = logging.getLogger("sftcore.evaluating")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """The right reply.
-
-    Args:
-        text: without special tokens and white space around it.
-        num_tokens: before the stop token.
-        stop_id: the token that ends it, which is a template's own in a chat.
-    """
-
-    text: str
-    num_tokens: int
-    stop_id: int
-
-
 def replies_of(records: Sequence[Record], prompter: Prompter) -> list[Reply | Refusal | None]:
     """The reply of each chat and completion, or why there is none; None for other records."""
-    found: list[Reply | Refusal | None] = [_silence(record.content) for record in records]
-    asked = [
-        i
-        for i, record in enumerate(records)
-        if isinstance(record.content, Chat | Completion) and found[i] is None
-    ]
+    found: list[Reply | Refusal | None] = [record.content.why_no_reply() for record in records]
+    asked = [i for i, record in enumerate(records) if record.content.is_verbatim and found[i] is None]
     for i, ids in zip(asked, prompter.reply_ids_batch([records[i] for i in asked]), strict=True):
         if isinstance(ids, Refusal):
             found[i] = ids
@@ -51,13 +31,6 @@ def replies_of(records: Sequence[Record], prompter: Prompter) -> list[Reply | Re
         text = str(prompter.codec.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         found[i] = Reply(text=text, num_tokens=len(ids) - 1, stop_id=ids[-1])
     return found
-
-
-def _silence(content: Content) -> Refusal | None:
-    """Why a chat has nothing to be compared with: it ends before the assistant's turn."""
-    if not isinstance(content, Chat) or (last := content.messages[-1].role) == "assistant":
-        return None
-    return Refusal(reason=Reason.NO_REPLY, detail=f"the last turn is of role {last}")
 
 
 def reject_unscorable(

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sftcore.data.contents import Fact
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_jsonl, read_object
 from sftcore.knowledge.levels import FactLevel
+from sftcore.tasks.kinds.fact import fact_in
 
 LEVELS, MANIFEST, TEMPLATES = "levels.jsonl", "levels.manifest.json", "levels.templates.json"
 LEVEL_FILES = (LEVELS, MANIFEST, TEMPLATES)
@@ -147,17 +147,19 @@ def check_same_facts(levels: Sequence[FactLevel], records: Sequence[Record], *, 
 
 
 def _is_of(level: FactLevel, record: Record | None) -> bool:
-    if record is None or not isinstance(record.content, Fact):
-        return False
-    fact = record.content
-    return (fact.relation, fact.subject, fact.answers) == (level.relation, level.subject, level.answers)
+    fact = None if record is None else fact_in(record.content)
+    return fact is not None and (fact.relation, fact.subject, fact.answers) == (
+        level.relation,
+        level.subject,
+        level.answers,
+    )
 
 
 def _today(record: Record | None) -> str:
     if record is None:
         return "not there"
-    fact = record.content
-    return _in_words(fact.relation, fact.subject, fact.answers) if isinstance(fact, Fact) else "not a fact"
+    fact = fact_in(record.content)
+    return _in_words(fact.relation, fact.subject, fact.answers) if fact else "not a fact"
 
 
 def _in_words(relation: str, subject: str, answers: Sequence[str]) -> str:

@@ -12,15 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sftcore.data.contents import Fact
-from sftcore.data.ledger import Ledger, Reason, Rejection, printable
+from sftcore.data.ledger import Ledger, Rejection, printable
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
-from sftcore.knowledge.containment import AliasTable, AnswerMatcher, normalise
+from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.templates import Relation, completion_prompts, find_relation, load_relations
-
-MIN_ANSWER_LETTERS = 2
-FINAL_MARKS = ".!?。"  # "J." is found in any "J. K. ..."
+from sftcore.tasks.kinds.fact import Fact, fact_in, trivial_reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +88,7 @@ def fact_of(record: Record) -> Fact:
     Raises:
         UserInputError: it is not a fact.
     """
-    if not isinstance(record.content, Fact):
+    if (fact := fact_in(record.content)) is None:
         raise UserInputError(
             Problem(
                 what="only facts can be probed",
@@ -99,7 +96,7 @@ def fact_of(record: Record) -> Fact:
                 remedy="use format entityquestions or facts",
             )
         )
-    return record.content
+    return fact
 
 
 def without_trivial(records: Sequence[Record], ledger: Ledger) -> list[Record]:
@@ -107,25 +104,11 @@ def without_trivial(records: Sequence[Record], ledger: Ledger) -> list[Record]:
     aliases = AliasTable.load()
     kept = []
     for record in records:
-        fact = record.content
-        reason = trivial_reason(fact, aliases) if isinstance(fact, Fact) else None
-        if reason is None or not isinstance(fact, Fact):
+        fact = fact_in(record.content)
+        reason = trivial_reason(fact, aliases) if fact else None
+        if reason is None or fact is None:
             kept.append(record)
             continue
         excerpt = printable(f"{fact.subject}: {', '.join(fact.answers)}")
         ledger.reject(Rejection(file=record.file, row=record.row, reason=reason, excerpt=excerpt))
     return kept
-
-
-def trivial_reason(fact: Fact, aliases: AliasTable) -> Reason | None:
-    """Why a hit on this fact would say nothing: one-letter answers, or an answer inside the subject.
-
-    >>> print(trivial_reason(Fact(relation="P131", subject="Wakefield Cathedral", answers=("Wakefield",)),
-    ...                      AliasTable(rows={})))
-    answer_in_subject
-    """
-    if any(len(normalise(answer).rstrip(FINAL_MARKS)) < MIN_ANSWER_LETTERS for answer in fact.answers):
-        return Reason.SHORT_ANSWER
-    if AnswerMatcher(fact.answers, aliases, anywhere=True).matches(fact.subject):
-        return Reason.ANSWER_IN_SUBJECT
-    return None

@@ -29,7 +29,7 @@ def check_demands(recipe: Recipe, config: Any) -> None:
         UserInputError: its weights are quantised, samples may be longer than it has positions, its routers
             have a loss of their own, or the adapter to go on from can't be trained on.
     """
-    is_encoder = recipe.task == "matching" and recipe.matching.mode == "encoder"
+    is_encoder = recipe.architecture == "encoder"
     checks = (already_quantised,) if is_encoder else (already_quantised, _short_table, _router_loss)
     if problems := [problem for check in checks if (problem := check(recipe, config))]:
         raise UserInputError(*problems)

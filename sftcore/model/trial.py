@@ -80,7 +80,7 @@ class Way:
 
 def try_recipe(recipe: Recipe, config: Any) -> None:
     """`try_code` of a decoder as the recipe trains it; an encoder runs no packs through a causal LM."""
-    if not (recipe.task == "matching" and recipe.matching.mode == "encoder"):
+    if recipe.architecture != "encoder":
         try_code(config, Way.of(recipe))
 
 

@@ -37,6 +37,7 @@ from sftcore.model.merge import GENERATION_CONFIG
 from sftcore.model.weight_files import write_checksums
 from sftcore.precision import dtype_of
 from sftcore.settings import MATCHING_FILE
+from sftcore.tasks import TASKS
 from sftcore.train.engine import Engine
 from sftcore.train.model_card import write_card
 from sftcore.train.reload import Trained, check_export, check_files, digest_of, fits_again, observe
@@ -97,12 +98,12 @@ def _write_texts(engine: Engine, tokenizer: Any, recipe: Recipe, *, config: Any,
         config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-        if recipe.task == "chat" and tokenizer.chat_template:
+        if TASKS[recipe.task].talks and tokenizer.chat_template:
             _end_texts_with_turns(folder / GENERATION_CONFIG, tokenizer)
     tokenizer.save_pretrained(folder)
     if recipe.model.trust_remote_code:
         copy_code(local_folder(recipe.model.path, CODE_FILES), folder)
-    if recipe.task == "matching":
+    if TASKS[recipe.task].answers == "labels":
         write_json(folder / MATCHING_FILE, _what_inference_needs(recipe))
 
 

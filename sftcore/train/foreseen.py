@@ -30,7 +30,7 @@ def check_layers(recipe: Recipe, ds_config: dict[str, Any]) -> None:
     Raises:
         UserInputError: as training does.
     """
-    if recipe.task == "matching" and recipe.matching.mode == "encoder":
+    if recipe.architecture == "encoder":
         return
     stage, ids = zero_stage(ds_config), new_token_ids(recipe.model)
     if not ids and (stage < 3 or dtype_of(recipe.model) != "bfloat16"):

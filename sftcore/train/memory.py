@@ -180,7 +180,7 @@ def lighter_recipes(recipe: Recipe, *, longest: int) -> list[tuple[str, Recipe]]
         found.append(("train.activation_checkpointing: full", recomputed))
     if recipe.adapter.kind == "none" and recipe.train.optimizer == "adamw":
         found.append(("train.optimizer: adamw-8bit", changed("train", optimizer="adamw-8bit")))
-    if recipe.task == "matching" and recipe.matching.mode == "encoder":
+    if recipe.architecture == "encoder":
         return found  # it takes no adapter
     if recipe.adapter.kind == "none":
         found.append(("adapter.kind: lora", changed("adapter", kind="lora")))

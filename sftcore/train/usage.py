@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from sftcore.config import Recipe
 from sftcore.data.wording import PromptOptions
+from sftcore.tasks import TASKS
 
 ASKED = {
     "question": "What is the capital of France?",
@@ -65,7 +66,7 @@ def usage_of(recipe: Recipe, *, is_peft: bool) -> str:
     if not recipe.matching.has_plain_classifier:
         return OURS
     labels = list(recipe.matching.labels.en)
-    is_encoder = recipe.matching.mode == "encoder"
+    is_encoder = recipe.architecture == "encoder"
     return CLASSIFIES.format(
         library=library,
         loader=f"Auto{'Peft' if is_peft else ''}ModelForSequenceClassification",
@@ -77,7 +78,7 @@ def usage_of(recipe: Recipe, *, is_peft: bool) -> str:
 
 
 def _inputs(recipe: Recipe) -> str:
-    if recipe.task == "chat":
+    if TASKS[recipe.task].talks:
         chat = [{"role": "user", "content": ASKED["question"]}]
         options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
         return f"messages = {chat!r}\ninputs = tokenizer.apply_chat_template(messages, {options})"

@@ -13,8 +13,8 @@ from sftcore.config import Source
 from sftcore.data.hygiene import judge
 from sftcore.data.ledger import Reason
 from sftcore.data.records import Record, read_source
-from sftcore.data.wording import language_of
 from sftcore.settings import LabelWords
+from sftcore.tasks.kinds.pair import language_of
 
 DATA = Path(os.environ.get("SFTCORE_TEST_DATA", "nowhere"))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="SFTCORE_TEST_DATA is not set")

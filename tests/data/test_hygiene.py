@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftcore.data.hygiene import judge, normalised
+from sftcore.data.hygiene import judge
 from sftcore.data.ledger import Reason
 from sftcore.data.records import Chat, Completion, Fact, Message, Pair, Record
+from sftcore.tasks.kinds.content import normalised
 
 LEAK, CONTRADICTORY, DUPLICATE = Reason.LEAK, Reason.CONTRADICTORY_LABEL, Reason.DUPLICATE
 

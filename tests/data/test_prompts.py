@@ -71,7 +71,7 @@ def test_a_pair_gets_the_label_word_of_its_language(bpe, make_prompter, record_o
         assert trained_text(bpe, sample) == word[label] + "<|im_end|>"
         assert prompter.prompt_text(record) == f"{a}|{a}|{both}:\n"
         assert prompter.answer_text(record) == word[label]
-        ids = prompter.label_ids(record)
+        ids = prompter.label_ids_batch([record])[0]
         assert [text(bpe, i) for i in ids] == [w + "<|im_end|>" for w in word]
         assert sample.input_ids.tolist() == prompter.prompt_ids(record) + ids[label]
 

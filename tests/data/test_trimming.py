@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftcore.data.contents import Chat, Completion, Fact, Message, Pair
-from sftcore.data.trimming import cut_left, prompt_texts, with_prompt_texts
+from sftcore.data.trimming import cut_left
 
 CHAT = Chat(
     messages=(
@@ -38,7 +38,7 @@ def test_cutting_takes_the_left_of_the_longest(texts, data):
     ],
 )
 def test_prompt_texts_can_be_replaced_and_answers_stay(content, texts):
-    assert prompt_texts(content) == texts
-    changed = with_prompt_texts(content, [text.upper() for text in texts])
-    assert prompt_texts(changed) == [text.upper() for text in texts]
-    assert with_prompt_texts(changed, texts) == content
+    assert content.cuttable() == texts
+    changed = content.with_cuttable([text.upper() for text in texts])
+    assert changed.cuttable() == [text.upper() for text in texts]
+    assert changed.with_cuttable(texts) == content

@@ -12,15 +12,11 @@ from tokenizers import Regex, pre_tokenizers
 from sftcore.config import InlineTemplate, Recipe
 from sftcore.data.contents import Pair
 from sftcore.data.relations import load_relations
-from sftcore.data.wording import (
-    PLACEHOLDERS,
-    PromptOptions,
-    Template,
-    language_of,
-    load_template,
-    question_patterns,
-)
+from sftcore.data.wording import PromptOptions, load_template, question_patterns
 from sftcore.errors import UserInputError
+from sftcore.tasks import TASKS
+from sftcore.tasks.kinds.pair import language_of
+from sftcore.tasks.template import Template
 
 NAMES = {
     "qa": ("qa-plain", "qa-lines", "qa-bare", "qa-lines-zh"),
@@ -166,7 +162,7 @@ def test_question_patterns_have_one_place_for_the_subject():
 
 
 def test_every_task_with_templates_has_its_placeholders():
-    assert set(PLACEHOLDERS) == {"qa", "matching"}
+    assert {name for name, task in TASKS.items() if task.placeholders} == {"qa", "matching"}
 
 
 @pytest.mark.parametrize(

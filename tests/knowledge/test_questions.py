@@ -9,7 +9,8 @@ from sftcore.data.ledger import READING, Ledger, Reason
 from sftcore.data.records import Record
 from sftcore.errors import UserInputError
 from sftcore.knowledge.containment import AliasTable
-from sftcore.knowledge.questions import distinct_questions, make_trials, trivial_reason, without_trivial
+from sftcore.knowledge.questions import distinct_questions, make_trials, without_trivial
+from sftcore.tasks.kinds.fact import trivial_reason
 
 
 def record(content, row=1) -> Record:
