@@ -28,7 +28,6 @@ from sftcore.data.prepare import load_records
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
 from sftcore.data.tokens import Tokenizer, codec_of
-from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.drift import (
     best_templates,
@@ -47,7 +46,6 @@ from sftcore.fsio import (
     folder_lock,
     read_jsonl,
     read_object,
-    sha256_of_file,
     write_json,
     write_jsonl,
 )
@@ -59,10 +57,11 @@ from sftcore.model.load import load_for_decoding
 from sftcore.model.weight_files import check_unchanged
 from sftcore.precision import dtype_of
 from sftcore.settings import MatchingSettings
+from sftcore.shares import SHARDS, WHOLE, Share, Vouched, shard_folders, share_done, whole_set
 from sftcore.tasks import TASKS
 
 log = logging.getLogger("sftcore.evaluating")
-SHARDS, ROWS, MANIFEST, SCORES = "shards", "predictions.jsonl", "manifest.json", "scores.json"
+ROWS, SCORES = FILES = ("predictions.jsonl", "scores.json")
 OWN_NAMES = ("base", "tuned", "fewshot")  # of RUN/eval/NAME: what reports take for the run's own models
 
 
@@ -98,15 +97,14 @@ def evaluate_share(recipe: Recipe, share: Share, *, model: Path | None = None) -
     with open_run(recipe, purpose="evaluating a shard", shared=True) as run:
         found = []
         for task in _tasks(_items(recipe, run, model), model):
-            folder = task.target / SHARDS / f"{share.job}-of-{share.num_jobs}"
-            manifest = task.manifest()
+            folder = share.folder(task.target)
+            made = Vouched(folder, FILES, task.manifest())
             with folder_lock(folder, purpose="evaluating this shard"):
-                if not _is_made(folder, manifest):
+                if not made.is_made():
                     write_jsonl(folder / ROWS, _predict(task, share))
-                    _vouch(folder, manifest)
+                    made.vouch()
                 found.append(f"{task.name} {len(read_jsonl(folder / ROWS))}")
-    of = f"{share.job}/{share.num_jobs}"
-    return f"shard {of}: {', '.join(found)} items; then: sftcore evaluate RECIPE --merge"
+    return share_done(share, f"{', '.join(found)} items", command="evaluate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +256,8 @@ def _behind_examples(items: _Items, settings: MatchingSettings) -> _Items:
 def _evaluate_one(task: _Task, *, merge_only: bool) -> dict[str, Any]:
     """Predictions and scores of one model; found again if model, items, prompts and settings are the same."""
     target, manifest, run = task.target, task.manifest(), task.items.run
-    if _is_made(target, manifest):
+    made = Vouched(target, FILES, manifest)
+    if made.is_made():
         log.info("%s: already evaluated in %s", task.name, target)
         return read_object(target / SCORES)
     started = time.perf_counter()
@@ -269,60 +268,27 @@ def _evaluate_one(task: _Task, *, merge_only: bool) -> dict[str, Any]:
         rows = _predict(task, WHOLE)
     golds = [record.content.gold for record in task.items.records]
     scores = score(rows) | TASKS[task.items.recipe.task].more_scores(golds, rows)
-    (target / MANIFEST).unlink(missing_ok=True)
+    made.withdraw()
     write_jsonl(target / ROWS, rows)
     write_json(target / SCORES, scores)
-    _vouch(target, manifest)
+    made.vouch()
     shutil.rmtree(target / SHARDS, ignore_errors=True)
     record_seconds(run, f"evaluate_{task.name}", time.perf_counter() - started)
     return scores
 
 
-def _vouch(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, last: with the checksums of the files that it vouches for."""
-    files = [folder / name for name in (ROWS, SCORES) if (folder / name).is_file()]
-    write_json(folder / MANIFEST, {**manifest, "files": {file.name: sha256_of_file(file) for file in files}})
-
-
-def _is_made(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether predictions were made from these inputs and are whole; damaged ones are made again."""
-    if not (folder / MANIFEST).exists():
-        return False
-    try:
-        kept = read_object(folder / MANIFEST)
-        written = kept.pop("files", {})
-        if kept != manifest:
-            return False
-        if not (isinstance(written, dict) and written):  # of a version that noted none
-            return bool(read_jsonl(folder / ROWS) and read_object(folder / SCORES))
-        changed = [name for name, digest in written.items() if _digest(folder / name) != digest]
-    except UserInputError as error:
-        log.warning("evaluating again: %s", error)
-        return False
-    if changed:
-        log.warning("evaluating again: %s changed since it was written", folder / changed[0])
-    return not changed
-
-
-def _digest(file: Path) -> str:
-    return sha256_of_file(file) if file.is_file() else ""
-
-
 def _merged_rows(task: _Task, manifest: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The rows of all shards in the items' order; None unless a whole set was made from the same inputs."""
-    groups: dict[int, list[Path]] = {}
-    for folder in task.target.glob(f"{SHARDS}/*-of-*"):
-        if _is_made(folder, manifest):
-            groups.setdefault(int(folder.name.rpartition("-")[2]), []).append(folder)
-    whole = [folders for num_jobs, folders in groups.items() if len(folders) == num_jobs]
-    if not whole:
+    folders = shard_folders(task.target)
+    whole = whole_set([folder for folder in folders if Vouched(folder, FILES, manifest).is_made()])
+    if whole is None:
         return None
-    rows = {(row["split"], row["id"]): row for folder in whole[0] for row in read_jsonl(folder / ROWS)}
+    rows = {(row["split"], row["id"]): row for folder in whole for row in read_jsonl(folder / ROWS)}
     return [rows[record.split, record.id] for record in task.items.records]
 
 
 def _not_all_shards(target: Path) -> Problem:
-    found = sorted(folder.name for folder in target.glob(f"{SHARDS}/*-of-*"))
+    found = [folder.name for folder in shard_folders(target)]
     return Problem(
         what="not all shards of this evaluation are there",
         where=str(target / SHARDS),

@@ -18,6 +18,7 @@ from sftcore.model.code import local_folder
 from sftcore.model.identity import base_of
 from sftcore.model.merge import merge_adapter
 from sftcore.model.weight_files import check_unchanged
+from sftcore.recipe import changed
 from sftcore.run_recipe import read_run_recipe
 from sftcore.train.model_card import write_card
 
@@ -30,7 +31,7 @@ def export_run(run: Path, to: Path, *, merge: bool) -> None:
         MissingEnvironmentError: the disk is full.
     """
     recipe = Recipe.model_validate(read_run_recipe(run))
-    recipe = recipe.model_copy(update={"run": str(run)})
+    recipe = changed(recipe, run=str(run))
     result = run / recipe.result_folder.name
     if not result.is_dir():
         remedy = "finish it: sftcore train RECIPE"

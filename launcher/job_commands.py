@@ -27,6 +27,7 @@ from sftcore.hub import require_hub
 from sftcore.paths import folder_fault
 from sftcore.recipe import load_recipe
 from sftcore.run_recipe import RECIPE, check_beside_recipe, read_run_recipe
+from sftcore.shares import share_of
 from sftcore.stages.stage import STAGES, Stage
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def run_shared(
         machines: whose processes do the shares; None or "debug": this process does the whole.
         options: of the stage.
     """
-    from launcher.shares import run_shares, share_of
+    from launcher.shares import run_shares
 
     begin_stage(recipe.run_folder, stage.name)
     if shares.shard is not None:

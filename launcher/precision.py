@@ -21,6 +21,7 @@ from launcher.run_folder import owner_of
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_object
+from sftcore.recipe import changed
 
 if TYPE_CHECKING:
     from launcher.ways_in import Machines
@@ -78,7 +79,7 @@ def settle_runs(runs: Sequence[StudyRun], machines: Machines | None = None) -> l
 
 def with_dtype(recipe: Recipe, dtype: str) -> Recipe:
     """The recipe with another model.dtype."""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+    return changed(recipe, **{"model.dtype": dtype})
 
 
 def with_kept_rate(recipe: Recipe) -> Recipe:
@@ -89,7 +90,7 @@ def with_kept_rate(recipe: Recipe) -> Recipe:
     rate = owner.get("train", {}).get("lr", AUTO)
     if rate == AUTO or owner.get("adapter", {}).get("kind", "none") != recipe.adapter.kind:
         return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": float(rate)})})
+    return changed(recipe, **{"train.lr": float(rate)})
 
 
 def dtype_of_checkpoint(folder: Path) -> str | None:

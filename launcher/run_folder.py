@@ -27,6 +27,7 @@ from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import DAMAGED, disk_errors_explained, folder_lock, read_object, write_json
 from sftcore.leftovers import remove, remove_leftovers
 from sftcore.log import log_to_file
+from sftcore.recipe import changed
 from sftcore.run_recipe import ENVIRONMENT, RECIPE, check_free_for_run, read_run_recipe, write_run_recipe
 from sftcore.stages.stage import HELD_OUT, STAGES, begun, is_within, rescored_keys
 
@@ -241,4 +242,4 @@ def _processor() -> str:
 
 def with_run(recipe: Recipe, run: str | None) -> Recipe:
     """The recipe with `--run DIR` applied; an absolute path, so that it holds from any folder."""
-    return recipe if run is None else recipe.model_copy(update={"run": str(Path(run).resolve())})
+    return recipe if run is None else changed(recipe, run=str(Path(run).resolve()))

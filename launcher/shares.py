@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import subprocess
 import sys
 import time
@@ -19,17 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launcher.run_folder import open_run
+from launcher.run_folder import open_run, with_run
 from launcher.slurm import shared_stage, submit_recipe
 from launcher.ways_in import Machines, scripts_of
 from sftcore.config import Recipe
-from sftcore.dist import Share
 from sftcore.errors import (
     EXIT_ENVIRONMENT,
     EXIT_STOPPED,
     EXIT_USER_INPUT,
-    Problem,
-    UserInputError,
     error_of_code,
 )
 from sftcore.fsio import tail_of
@@ -37,35 +33,6 @@ from sftcore.train.stopping import WITH_INTERRUPT, handling
 
 log = logging.getLogger("sftcore.shares")
 POLL_SECONDS = 0.2
-
-
-def share_of(shard: str, *, is_alone: bool = True) -> Share:
-    """The share that "i/N" names.
-
-    Args:
-        is_alone: no other option was given that needs all shards.
-
-    Raises:
-        UserInputError: not of that form, or not alone.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if match is None or int(match[1]) >= int(match[2]):
-        what, allowed = "a share is i/N with i from 0 to N-1", _shares_of(int(match[2]) if match else 0)
-        raise UserInputError(Problem(what=what, where="--shard", got=shard, allowed=allowed))
-    if not is_alone:
-        raise UserInputError(Problem(what="--merge and --check need all shards", where="--shard", got=shard))
-    return Share(int(match[1]), int(match[2]))
-
-
-def _shares_of(count: int) -> str:
-    """The shares that there are.
-
-    >>> _shares_of(3), _shares_of(1)
-    ('0/3 to 2/3', '0/1')
-    """
-    if not count:
-        return "e.g. 0/4 to 3/4"
-    return f"0/{count} to {count - 1}/{count}" if count > 1 else "0/1"
 
 
 def run_shares(
@@ -80,7 +47,7 @@ def run_shares(
     Raises:
         SftError: a process failed, with its exit code; the others were stopped.
     """
-    recipe = recipe.model_copy(update={"run": str(recipe.run_folder.resolve())})
+    recipe = with_run(recipe, str(recipe.run_folder))
     run = recipe.run_folder
     arguments = [command, str(run / "recipe.yaml"), "--run", str(run), *more]
     if machines.on == "slurm":

@@ -26,7 +26,6 @@ from sftcore.data.selection_file import write_selection
 from sftcore.data.splits import with_valid_as_train
 from sftcore.data.store import TokenStore
 from sftcore.data.tokens import Tokenizer, load_tokenizer
-from sftcore.dist import Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import (
     atomic_file,
@@ -35,18 +34,14 @@ from sftcore.fsio import (
 )
 from sftcore.knowledge.level_files import LEVELS, check_same_facts, holds_levels, is_probed, read_levels
 from sftcore.knowledge.levels import FactLevel, level_counts
-from sftcore.knowledge.probe import (
-    SHARDS,
-    Probe,
-    probe_facts,
-    probe_shard,
-)
+from sftcore.knowledge.probe import Probe, probe_facts, probe_shard
 from sftcore.knowledge.questions import without_trivial
 from sftcore.knowledge.selection import select_facts
 from sftcore.knowledge.vllm_backend import load_vllm
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 from sftcore.precision import dtype_of
+from sftcore.shares import Share, share_done
 from sftcore.tasks import TASKS
 
 log = logging.getLogger("sftcore.stages")
@@ -90,15 +85,9 @@ def prepare_valid(recipe: Recipe, tokenizer: Tokenizer) -> TokenStore:
 def prepare_share(recipe: Recipe, share: Share, *, num_workers: int | None) -> str:
     """Make the parts of one job of an array; says what was done."""
     mine, total = prepare_shard(
-        recipe,
-        recipe_tokenizer(recipe),
-        job=share.job,
-        num_jobs=share.num_jobs,
-        only_ids=_chosen(recipe),
-        num_workers=num_workers,
+        recipe, recipe_tokenizer(recipe), share, only_ids=_chosen(recipe), num_workers=num_workers
     )
-    of = f"{share.job}/{share.num_jobs}"
-    return f"shard {of}: {mine} of {total} parts are done; then: sftcore prepare RECIPE --merge"
+    return share_done(share, f"{mine} of {total} parts are done", command="prepare")
 
 
 def write_check(recipe: Recipe, store: TokenStore) -> str:
@@ -195,17 +184,11 @@ def is_probed_now(recipe: Recipe) -> bool:
 def probe_share(recipe: Recipe, share: Share) -> str:
     """Measure the batches of one job of an array; says what was done."""
     with open_run(recipe, purpose="probing a shard", shared=True) as run:
-        folder = run / SHARDS / f"{share.job}-of-{share.num_jobs}"
-        with folder_lock(folder, purpose="probing this shard"):
+        with folder_lock(share.folder(run), purpose="probing this shard"):
             mine, total = probe_shard(
-                _probe(recipe, run),
-                lambda: _load_for_probe(recipe),
-                folder=folder,
-                job=share.job,
-                num_jobs=share.num_jobs,
+                _probe(recipe, run), lambda: _load_for_probe(recipe), run=run, share=share
             )
-    of = f"{share.job}/{share.num_jobs}"
-    return f"shard {of}: {mine} of {total} batches are done; then: sftcore probe RECIPE --merge"
+    return share_done(share, f"{mine} of {total} batches are done", command="probe")
 
 
 def _load_for_probe(recipe: Recipe) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from launcher.hosts import check_hosts, read_hostfile
 from launcher.node import node_command, train_on_node
-from launcher.run_folder import open_run
+from launcher.run_folder import open_run, with_run
 from launcher.slurm import Job, Resources, recipe_jobs, submit_recipe, train_job
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, Problem, UserInputError
@@ -118,7 +118,7 @@ def train_elsewhere(recipe: Recipe, machines: Machines, more: Sequence[str], *, 
         more: further arguments of worker.py.
         dry_run: only print the line or the script.
     """
-    recipe = recipe.model_copy(update={"run": str(recipe.run_folder.resolve())})
+    recipe = with_run(recipe, str(recipe.run_folder))
     if not dry_run and _is_done(recipe):
         return EXIT_DONE
     if machines.on == "slurm":
@@ -163,7 +163,7 @@ def _train_on_slurm(recipe: Recipe, machines: Machines, more: Sequence[str], *, 
 
 def submit_whole(recipe: Recipe, machines: Machines, *, num_shards: int, dry_run: bool) -> str:
     """Submit every stage of a recipe, each behind the one before; says what was submitted."""
-    recipe = recipe.model_copy(update={"run": str(recipe.run_folder.resolve())})
+    recipe = with_run(recipe, str(recipe.run_folder))
     jobs = recipe_jobs(recipe, machines.resources(), num_shards=num_shards)
     return scripts_of(jobs) if dry_run else submit_recipe(recipe, jobs)
 

@@ -36,7 +36,7 @@ from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.level_files import LEVEL_FILES
 from sftcore.model.identity import model_files
 from sftcore.model.weight_files import check_weight_files
-from sftcore.recipe import source_files
+from sftcore.recipe import changed, source_files
 from sftcore.stages.stage import NUMBERLESS, STAGES, is_within, rescored_keys, wanted
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 from sftcore.tasks import TASKS
@@ -224,7 +224,7 @@ def _probe_once(recipe: Recipe, shared: Path | None) -> None:
     if is_probed_now(recipe):
         return
     source = shared / shared_name("levels", recipe)
-    common = recipe.model_copy(update={"run": str(source), "select": None})
+    common = changed(recipe, run=str(source), select=None)
     with folder_lock(source.with_name(f"{source.name}.probing"), purpose="probing", wait=True):
         if not is_probed_now(common):
             probe(common)

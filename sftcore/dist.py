@@ -11,42 +11,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 
 LOST_RANK = ("Connection closed by", "Connection reset by", "Connection refused", "Timed out waiting")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # model loading may differ by minutes between ranks
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A job's share of work that is cut in batches: batches job, job + num_jobs, ...
-
-    Batches are cut before they are shared, so results don't depend on the number of jobs.
-    """
-
-    job: int = 0
-    num_jobs: int = 1
-
-    def of(self, batches: Sequence[T]) -> Sequence[T]:
-        """This job's batches.
-
-        >>> Share(1, 3).of("abcdefgh")
-        'beh'
-        """
-        return batches[self.job :: self.num_jobs]
-
-
-WHOLE = Share()
 
 
 def rank() -> int:

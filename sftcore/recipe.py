@@ -116,6 +116,38 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
+def changed(recipe: Recipe, **values: Any) -> Recipe:
+    """The recipe with other values, checked as a whole; keys that nobody set stay unset.
+
+    Args:
+        values: by dotted key; a section may be given as its keys in a mapping.
+
+    Raises:
+        UserInputError: with every mistake.
+
+    >>> small = Recipe(model={"path": "m"}, data={"train": [{"format": "facts", "path": "f"}]},
+    ...                batch={"samples_per_step": 8})
+    >>> changed(small, **{"batch.samples_per_step": 4, "name": "b"}).batch.samples_per_step
+    4
+    """
+    raw = recipe.model_dump(exclude_unset=True)
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        target = raw
+        for part in parents:
+            if not isinstance(target.get(part), dict):
+                target[part] = {}
+            target = target[part]
+        target[last] = value
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        found = [
+            _explain(item, ".".join(map(str, item["loc"])) or "recipe") for item in _merged(error.errors())
+        ]
+        raise UserInputError(*found) from error
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out."""
     values = recipe.model_dump(mode="json")

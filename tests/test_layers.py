@@ -36,6 +36,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.hub",
     "sftcore.run_recipe",
     "sftcore.stages.stage",
+    "sftcore.shares",
     "sftcore.dist",
     "sftcore.heap",
     "sftcore.precision",
@@ -64,6 +65,7 @@ TORCH_FREE = [
     "sftcore.fsio",
     "sftcore.log",
     "sftcore.stages.stage",
+    "sftcore.shares",
 ]
 DEEPSPEED_IMPORTERS = {
     f"sftcore/train/{name}.py" for name in ("casting", "engine", "checkpoint", "optimizers")

@@ -53,6 +53,7 @@ from sftcore.data.workers import Workshop, default_num_workers, write_parts
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import folder_lock, read_jsonl, sync_entry
 from sftcore.log import log
+from sftcore.shares import Share
 
 __all__ = ["load_items", "load_records", "prepare_shard", "prepare_store", "store_fingerprint"]
 
@@ -154,14 +155,13 @@ def prepare_store(
 def prepare_shard(
     recipe: Recipe,
     tokenizer: Tokenizer,
+    share: Share,
     *,
-    job: int,
-    num_jobs: int,
     only_ids: Collection[str] | None = None,
     cache_root: Path = STORES,
     num_workers: int | None = None,
 ) -> tuple[int, int]:
-    """Make the parts that are the share of job `job` (0-based) of `num_jobs`, e.g. in a Slurm array.
+    """Make the parts that are one job's share, e.g. in a Slurm array.
 
     When all jobs are done, `prepare_store` finds their parts and only writes the manifest.
 
@@ -175,14 +175,14 @@ def prepare_shard(
     with _remembered(cache_root) as known:
         order = _order(recipe, tokenizer, only_ids, cache_root, known.sha256)
         units = order.units()
-        mine = share_of_job(units, job, num_jobs)
+        mine = share_of_job(units, share)
         if _reusable(order, known.sha256):
             return len(mine), len(units)
     locks = cache_root / ".locks"
     with (
         folder_lock(locks / order.fingerprint, purpose="preparing data", wait=True, shared=True),
         folder_lock(
-            locks / f"{order.fingerprint}.{job}-of-{num_jobs}", purpose="preparing data", wait=True
+            locks / f"{order.fingerprint}.{share.name}", purpose="preparing data", wait=True
         ) as is_alone,
     ):
         workshop = order.workshop()

@@ -26,6 +26,7 @@ from sftcore.data.rows import WHOLE, Span, is_json_list, read_errors_explained, 
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.settings import LabelWords
+from sftcore.shares import Share
 
 PART_BYTES = 2**20  # about 0.5 s of work
 SMALLEST_SHARE = 4  # the last parts are a quarter of that, so that workers end together
@@ -127,13 +128,13 @@ def _cut_lines(file: Path, part_bytes: int, left: int) -> list[tuple[Span, int]]
     return spans or [(WHOLE, 0)]
 
 
-def share_of_job(units: Sequence[Unit], job: int, num_jobs: int) -> list[Unit]:
-    """The units of job `job` (0-based) of `num_jobs`: largest first to the job with the least bytes."""
-    load = [0] * num_jobs
+def share_of_job(units: Sequence[Unit], share: Share) -> list[Unit]:
+    """A job's units: largest first to the job with the least bytes."""
+    load = [0] * share.num_jobs
     mine: list[Unit] = []
     for unit in sorted(units, key=lambda unit: (-unit.num_bytes, unit.number)):
         target = load.index(min(load))
         load[target] += unit.num_bytes + 1
-        if target == job:
+        if target == share.job:
             mine.append(unit)
     return mine

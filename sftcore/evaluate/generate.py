@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from sftcore.config import EvaluateSettings
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
-from sftcore.dist import WHOLE, Share
 from sftcore.evaluate.few_shot import few_shot_prompts, first_paragraph
 from sftcore.evaluate.replies import Reply, replies_of
 from sftcore.knowledge.containment import AliasTable
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
+from sftcore.shares import WHOLE, Share
 
 
 def predict(

@@ -21,7 +21,6 @@ from sftcore.config import Recipe
 from sftcore.data.ledger import Ledger, Reason, Rejection, printable
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
-from sftcore.dist import WHOLE, Share
 from sftcore.evaluate.few_shot import first_paragraph
 from sftcore.log import progress
 from sftcore.model.adapters import is_adapter
@@ -32,6 +31,7 @@ from sftcore.model.likelihood import Question, class_logits, continuation_scores
 from sftcore.model.load import load_config, load_for_decoding
 from sftcore.model.positions import position_limit
 from sftcore.settings import MATCHING_FILE
+from sftcore.shares import WHOLE, Share
 from sftcore.tasks import TASKS
 from sftcore.tasks.kinds.pair import LANGUAGES, label_words, language_of, pair_in, said_label
 

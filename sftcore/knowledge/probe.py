@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,7 @@ from sftcore.config import ProbeSettings
 from sftcore.data.records import Record
 from sftcore.data.tokens import Codec, codec_of
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import (
-    append_jsonl,
-    fingerprint_of,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-)
+from sftcore.fsio import fingerprint_of, write_json, write_jsonl
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.knowledge.level_files import LEVELS, MANIFEST, TEMPLATES, is_probed, read_levels
 from sftcore.knowledge.levels import CODE_VERSION, FactLevel
@@ -41,9 +35,10 @@ from sftcore.knowledge.templates import Relation, load_relations
 from sftcore.knowledge.vllm_backend import complete_with_vllm
 from sftcore.log import progress
 from sftcore.model.generate import Sampling, batches_by_length, decode_batch, stop_ids
+from sftcore.shares import SHARDS, Partial, Share, partials
 
 log = logging.getLogger(__name__)
-PARTIAL, SHARDS = "levels.partial.jsonl", "shards"
+PARTIAL = "levels.partial.jsonl"
 Loader = Callable[[], Any]  # a PreTrainedModel, or vLLM's engine
 
 
@@ -142,34 +137,29 @@ def probe_facts(probe: Probe, load_model: Loader, *, run: Path, merge_only: bool
         log.info("memory levels are already in %s", run / LEVELS)
         return read_levels(run, model_fingerprint=probe.model_fingerprint, dtype=probe.dtype)
     prober = Prober.of(probe)
-    done = _done_by_all(run, manifest)
+    done = _done(row for partial in partials(run, PARTIAL, manifest) for row in partial.rows())
     left = [number for number in range(len(prober.batches)) if number not in done]
     if left and merge_only:
         raise UserInputError(_missing(run, left, len(prober.batches)))
-    done |= prober.measure(left, load_model, run / PARTIAL, manifest, num_done=len(done))
+    done |= prober.measure(left, load_model, Partial(run / PARTIAL, manifest), num_done=len(done))
     levels = _write_levels(run, probe, prober.collect(done), manifest)
-    for file in _partials(run):
-        file.unlink()
+    for partial in partials(run, PARTIAL, manifest):
+        partial.file.unlink()
     return levels
 
 
-def probe_shard(
-    probe: Probe, load_model: Loader, *, folder: Path, job: int, num_jobs: int
-) -> tuple[int, int]:
-    """Measure the batches of one job of an array: job, job + num_jobs, ...; goes on after a kill.
-
-    Args:
-        folder: RUN/shards/NAME, this job's own.
+def probe_shard(probe: Probe, load_model: Loader, *, run: Path, share: Share) -> tuple[int, int]:
+    """Measure one job's share of the batches, in RUN/shards; goes on after a kill.
 
     Returns:
         number of batches that this shard has done, and of all batches.
     """
-    manifest = probe.manifest()
     prober = Prober.of(probe)
-    mine = range(job, len(prober.batches), num_jobs)
-    done = _read_partial(folder / PARTIAL, manifest)
+    partial = Partial(share.folder(run) / PARTIAL, probe.manifest())
+    mine = share.of(range(len(prober.batches)))
+    done = _done(partial.start())
     left = [number for number in mine if number not in done]
-    prober.measure(left, load_model, folder / PARTIAL, manifest, num_done=len(mine) - len(left))
+    prober.measure(left, load_model, partial, num_done=len(mine) - len(left))
     return len(mine), len(prober.batches)
 
 
@@ -218,22 +208,21 @@ class Prober:
         self,
         numbers: Sequence[int],
         load_model: Loader,
-        partial: Path,
-        manifest: dict[str, Any],
+        partial: Partial,
         *,
         num_done: int,
     ) -> dict[int, list[float]]:
         """Hits of the trials of some batches; each batch is appended to `partial` when it is done."""
         if not numbers:
             return {}
-        _read_partial(partial, manifest)
+        partial.start()
         model, done = load_model(), {}
         hits_of = self.count_hits if self.probe.settings.estimator == "sampling" else self.expect_hits
         with progress("probing (batches)", num_done + len(numbers)) as advance:
             advance(num_done)
             for number in numbers:
                 done[number] = hits_of(model, self.batches[number])
-                append_jsonl(partial, {"batch": number, "hits": done[number]})
+                partial.append({"batch": number, "hits": done[number]})
                 advance(1)
         return done
 
@@ -345,26 +334,9 @@ def _fact_level(record: Record, hits: int, trials: int) -> FactLevel:
     )
 
 
-def _partials(run: Path) -> list[Path]:
-    return [file for file in (run / PARTIAL, *sorted(run.glob(f"{SHARDS}/*/{PARTIAL}"))) if file.is_file()]
-
-
-def _done_by_all(run: Path, manifest: dict[str, Any]) -> dict[int, list[float]]:
-    """Batches that this run or shards of it have done under the same manifest."""
-    done: dict[int, list[float]] = {}
-    for file in _partials(run):
-        rows = read_jsonl(file, appended=True)
-        if rows and rows[0] == manifest:
-            done |= {row["batch"]: row["hits"] for row in rows[1:]}
-    return done
-
-
-def _read_partial(path: Path, manifest: dict[str, Any]) -> dict[int, list[float]]:
-    """Batches that an interrupted probe with the same manifest has done; starts the file otherwise."""
-    rows = read_jsonl(path, appended=True) if path.is_file() else []
-    kept = rows if rows and rows[0] == manifest else [manifest]
-    write_jsonl(path, kept)  # drops a torn last line, so that the next append starts on a new one
-    return {row["batch"]: row["hits"] for row in kept[1:]}
+def _done(rows: Iterable[Mapping[str, Any]]) -> dict[int, list[float]]:
+    """Hits of finished batches, by the batch's number."""
+    return {row["batch"]: row["hits"] for row in rows}
 
 
 def _missing(run: Path, left: Sequence[int], num_batches: int) -> Problem:

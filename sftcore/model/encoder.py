@@ -20,7 +20,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
-from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, UserInputError
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length
@@ -29,6 +28,7 @@ from sftcore.model.ours import LossModel
 from sftcore.model.positions import position_limit
 from sftcore.precision import torch_dtype
 from sftcore.settings import NUM_CLASSES
+from sftcore.shares import WHOLE, Share
 
 ROWS_PER_BATCH = 64  # of inference
 

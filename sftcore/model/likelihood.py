@@ -21,7 +21,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from sftcore.config import ModelSettings
-from sftcore.dist import WHOLE, Share
 from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.heap import is_out_of_memory
 from sftcore.log import progress
@@ -36,6 +35,7 @@ from sftcore.model.miniature import BREAKS
 from sftcore.model.proof import ENVIRONMENT, NOT_PACKED, close, computes_attention, probe_ids
 from sftcore.model.trial import Way, bound_length, try_code
 from sftcore.precision import dtype_of
+from sftcore.shares import WHOLE, Share
 
 PACK_TOKENS = 2048
 PROBE_TOLERANCE = 5e-2  # of logits, relative to the largest: bfloat16's rounding

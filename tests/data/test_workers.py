@@ -25,6 +25,7 @@ from sftcore.data.store import TokenStore
 from sftcore.data.units import Unit, cut_sources, share_of_job
 from sftcore.errors import SftError, UserInputError
 from sftcore.settings import LabelWords
+from sftcore.shares import Share
 
 NUM_ROWS = 3000
 LINES = st.sampled_from(
@@ -163,10 +164,10 @@ def test_jobs_of_an_array_and_a_merge_that_only_writes_the_manifest(recipe, bpe,
     cache = tmp_path / "array"
     shares = []
     for job in (2, 0):
-        shares.append(prepare_shard(recipe, bpe, job=job, num_jobs=3, cache_root=cache, num_workers=1))
+        shares.append(prepare_shard(recipe, bpe, Share(job, 3), cache_root=cache, num_workers=1))
     with pytest.raises(UserInputError, match="parts are missing(.|\n)*--shard i/N"):
         prepare_store(recipe, bpe, cache_root=cache, merge_only=True)
-    shares.append(prepare_shard(recipe, bpe, job=1, num_jobs=3, cache_root=cache, num_workers=2))
+    shares.append(prepare_shard(recipe, bpe, Share(1, 3), cache_root=cache, num_workers=2))
     assert sum(mine for mine, _ in shares) == shares[0][1] == len(wanted.manifest["parts"])
     before = {p: p.stat().st_mtime_ns for p in cache.glob("*.parts/part-*/*")}
     monkeypatch.setattr(workers_module.Workshop, "write", None)  # the merge encodes nothing
@@ -174,7 +175,7 @@ def test_jobs_of_an_array_and_a_merge_that_only_writes_the_manifest(recipe, bpe,
     assert content(store) == content(wanted) and counts(store) == counts(wanted)
     after = {p.relative_to(store.folder): p.stat().st_mtime_ns for p in store.folder.glob("part-*/*")}
     assert sorted(before.values()) == sorted(after.values())
-    assert prepare_shard(recipe, bpe, job=0, num_jobs=3, cache_root=cache)[0] == shares[1][0]
+    assert prepare_shard(recipe, bpe, Share(0, 3), cache_root=cache)[0] == shares[1][0]
 
 
 @given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 6))
@@ -183,7 +184,7 @@ def test_shares_of_jobs_are_complete_and_even(sizes, num_jobs):
         Unit(number=i, source=0, file=Path("f"), span=None, limit=None, num_bytes=size)
         for i, size in enumerate(sizes)
     ]
-    shares = [share_of_job(units, job, num_jobs) for job in range(num_jobs)]
+    shares = [share_of_job(units, Share(job, num_jobs)) for job in range(num_jobs)]
     assert sorted(unit.number for share in shares for unit in share) == list(range(len(units)))
     loads = [sum(unit.num_bytes + 1 for unit in share) for share in shares]
     assert max(loads) - min(loads) <= max([0, *sizes]) + 1

@@ -30,6 +30,7 @@ from sftcore.knowledge.questions import make_trials
 from sftcore.model.generate import Sampling, decode_batch
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
+from sftcore.shares import Share
 
 SETTINGS = ProbeSettings(templates=3, samples=4, max_new_tokens=6, batch_rows=16)
 SEED = 11
@@ -151,10 +152,7 @@ def test_killed_and_resumed_writes_the_same_file(parts, tmp_path, monkeypatch):
 def test_shards_give_the_same_files_as_one_probe(parts, tmp_path, monkeypatch):
     run_probe(parts, tmp_path / "whole")
     run, probe = tmp_path / "shards", make_probe(parts)
-    done = [
-        probe_shard(probe, lambda: parts[0], folder=run / "shards" / f"{job}-of-2", job=job, num_jobs=2)
-        for job in (0, 1)
-    ]
+    done = [probe_shard(probe, lambda: parts[0], run=run, share=Share(job, 2)) for job in (0, 1)]
     assert done == [(3, 5), (2, 5)]
     decoded = count_batches(monkeypatch)
     run_probe(parts, run, merge_only=True)
@@ -164,9 +162,9 @@ def test_shards_give_the_same_files_as_one_probe(parts, tmp_path, monkeypatch):
 def test_merging_waits_for_every_shard_and_a_plain_probe_measures_the_rest(parts, tmp_path, monkeypatch):
     run_probe(parts, tmp_path / "whole")
     run = tmp_path / "shards"
-    folder = run / "shards" / "0-of-2"
     for _ in range(2):  # the second time there is nothing left to do
-        probe_shard(make_probe(parts), lambda: parts[0], folder=folder, job=0, num_jobs=2)
+        probe_shard(make_probe(parts), lambda: parts[0], run=run, share=Share(0, 2))
+    assert (run / "shards" / "0-of-2" / PARTIAL).is_file()
     with pytest.raises(UserInputError, match="2 of 5 batches were not probed yet"):
         run_probe(parts, run, merge_only=True)
     decoded = count_batches(monkeypatch)
@@ -175,8 +173,7 @@ def test_merging_waits_for_every_shard_and_a_plain_probe_measures_the_rest(parts
 
 
 def test_shards_of_another_probe_do_not_count(parts, tmp_path):
-    folder = tmp_path / "shards" / "0-of-1"
-    probe_shard(make_probe(parts, facts(["u"])), lambda: parts[0], folder=folder, job=0, num_jobs=1)
+    probe_shard(make_probe(parts, facts(["u"])), lambda: parts[0], run=tmp_path, share=Share(0, 1))
     with pytest.raises(UserInputError, match="5 of 5 batches were not probed yet"):
         run_probe(parts, tmp_path, merge_only=True)
 

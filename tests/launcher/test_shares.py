@@ -14,12 +14,12 @@ from tiny import SUBJECTS, write_lines
 from tiny_bert import write_bert
 
 from launcher.evaluating import evaluate, evaluate_share
-from launcher.shares import _run_processes, share_of
+from launcher.shares import _run_processes
 from sftcore.config import Recipe
-from sftcore.dist import Share
 from sftcore.errors import SftError, UserInputError
 from sftcore.fsio import read_json
 from sftcore.recipe import load_recipe
+from sftcore.shares import Share, share_of
 
 PREDICTED = ("predictions.jsonl", "scores.json", "manifest.json")
 
