@@ -35,7 +35,6 @@ from sftcore.fsio import (
 from sftcore.knowledge.level_files import LEVELS, check_same_facts, holds_levels, is_probed, read_levels
 from sftcore.knowledge.levels import FactLevel, level_counts
 from sftcore.knowledge.probe import Probe, probe_facts, probe_shard
-from sftcore.knowledge.questions import without_trivial
 from sftcore.knowledge.selection import select_facts
 from sftcore.knowledge.vllm_backend import load_vllm
 from sftcore.model.identity import fingerprint_model
@@ -252,12 +251,12 @@ def usable_records(
     records = []
     for split in splits:
         ledger, listed = Ledger(), None if run is None else run / f"ledger.{split}.jsonl"
-        found = load_records(recipe, split, ledger)
-        kept = found if recipe.data.trivial_facts == "keep" else without_trivial(found, ledger)
+        kept = load_records(recipe, split, ledger, is_measured=True)
+        num_trivial = sum(ledger.rejected_by_reason[reason] for reason in TRIVIAL)
         records += fit(kept, ledger) if fit else kept
         if listed is not None:
             ledger.write(listed)
-        if len(kept) < len(found):
+        if num_trivial:
             _tell_trivial(ledger, listed, split, num_left=len(kept))
     return records
 

@@ -1,1 +1,1 @@
-"""From files to trained tokens: records -> hygiene -> prompts -> store (CPU only, no torch)."""
+"""From files to trained tokens: records -> filters -> prompts -> store (CPU only, no torch)."""

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sftcore.data.hygiene import Hashes, RowHashes, judge_hashes, repeated
+from sftcore.data.filters import COMPARED, Columns, Hashes, filter_columns
+from sftcore.data.filters.columns import REASONS, repeated
 from sftcore.data.ledger import (
     LISTED_ALTERATIONS_PER_KIND,
     Alteration,
@@ -30,7 +31,7 @@ from sftcore.data.ledger import (
     Rejection,
     printable,
 )
-from sftcore.data.parts import CHANGES, NO_REFUSAL, REASONS, describe_file, part_name
+from sftcore.data.parts import CHANGES, NO_REFUSAL, describe_file, part_name
 from sftcore.data.records import unusable_file
 from sftcore.data.store import FORMAT_VERSION, KEPT, STORE_FILES, numbers, open_rows
 from sftcore.data.units import Unit
@@ -103,20 +104,21 @@ def decide(
     places = np.flatnonzero(first)
     earlier, earlier_rows = _earlier(parts)
     is_first = first[earlier_rows]
-    rows = RowHashes(
+    columns = Columns(
         items=_joined(parts, "item_hash", np.uint64)[first],
         questions=_joined(parts, "question_hash", np.uint64)[first],
         texts=_joined(parts, "text_hash", np.uint64)[first],
         labels=_joined(parts, "label", np.int8)[first],
         earlier=earlier[is_first],
         earlier_rows=np.searchsorted(places, earlier_rows[is_first]),
+        asked=asked,
     )
     copies = np.zeros(len(outcomes), bool)
-    for reason, mask in judge_hashes(rows, asked):
-        if reason is Reason.DUPLICATE and not deduplicate:
-            copies[places[mask]] = True
-        else:
-            outcomes[places[mask]] = _code(reason)
+    masks = filter_columns(columns, COMPARED)
+    if not deduplicate:
+        copies[places[masks.pop(Reason.DUPLICATE)]] = True
+    for reason, mask in reversed(masks.items()):
+        outcomes[places[mask]] = _code(reason)
     outcomes[again] = _code(Reason.DUPLICATE_ID)
     return outcomes, copies & (outcomes == KEPT)
 

@@ -25,8 +25,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from sftcore.data.hygiene import hash_earlier, hash_id, hash_row
-from sftcore.data.ledger import Change, Ledger, Reason, Rejection, printable_path
+from sftcore.data.filters.columns import REASONS, hash_earlier, hash_id, hash_row
+from sftcore.data.ledger import Change, Ledger, Rejection, printable_path
 from sftcore.data.prompts import Refusal
 from sftcore.data.records import Record
 from sftcore.data.rows import has_surrogates
@@ -36,7 +36,7 @@ from sftcore.fsio import atomic_folder, sha256_of_file, write_json
 BATCH_RECORDS = 1024  # encoded and written together; EntityQuestions: 0.3 MB of text
 PART_COLUMNS = ("input_ids.bin", "labels.bin", "rows.arrow", "ledger.jsonl")
 INT32 = np.dtype("<i4")
-REASONS, CHANGES = tuple(Reason), tuple(Change)
+CHANGES = tuple(Change)
 NO_REFUSAL = -1
 ROWS_SCHEMA = pa.schema(
     [

@@ -23,8 +23,9 @@ import numpy as np
 
 from sftcore.config import Recipe
 from sftcore.data.digests import KnownDigests
+from sftcore.data.filters import Hashes, hash_asked
+from sftcore.data.filters.columns import REASONS, hash_id
 from sftcore.data.fingerprint import Digest, store_fingerprint
-from sftcore.data.hygiene import Hashes, hash_asked, hash_id
 from sftcore.data.ledger import PROMPTING, READING, Ledger, Reason
 from sftcore.data.merge import (
     FIRST_REASON,
@@ -36,12 +37,10 @@ from sftcore.data.merge import (
     read_parts,
     write_merge,
 )
-from sftcore.data.parts import REASONS
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.splits import (
     check_formats,
     held_out_records,
-    load_items,
     load_records,
     render_held_out,
     split_prefixes,
@@ -55,7 +54,7 @@ from sftcore.fsio import folder_lock, read_jsonl, sync_entry
 from sftcore.log import log
 from sftcore.shares import Share
 
-__all__ = ["load_items", "load_records", "prepare_shard", "prepare_store", "store_fingerprint"]
+__all__ = ["load_records", "prepare_shard", "prepare_store", "store_fingerprint"]
 
 STORES = Path(".cache/stores")
 

@@ -9,45 +9,47 @@ written by prepare, which never does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from sftcore.config import Recipe, Source
-from sftcore.data.hygiene import Render, judge
-from sftcore.data.ledger import READING, Alteration, Change, Ledger, Reason, Rejection, printable
+from sftcore.data.filters import COMPARED, columns_of, filter_columns, first_reasons, hash_asked
+from sftcore.data.filters.columns import Hashes, Render
+from sftcore.data.ledger import READING, TRIVIAL, Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.records import Record, id_prefixes, read_source
 from sftcore.data.wording import PromptOptions, question_patterns
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.tasks import TASKS
+from sftcore.tasks.kinds.fact import fact_in
 
 log = logging.getLogger(__name__)
 HELD_OUT = ("valid", "test", "ood")
+NOTHING_ASKED: Hashes = np.empty(0, np.uint64)
 
 
-def load_records(recipe: Recipe, split: str, ledger: Ledger) -> list[Record]:
-    """All usable records of a split; for "train" after hygiene against those held out.
+def load_records(recipe: Recipe, split: str, ledger: Ledger, *, is_measured: bool = False) -> list[Record]:
+    """All usable records of a split; for "train" after comparison with each other and those held out.
+
+    Args:
+        is_measured: what a model remembers of them is probed or scored: trivial facts go, too, unless
+            `data.trivial_facts` keeps them.
 
     Raises:
         UserInputError: unusable files, formats that the task can't use, too many rejected rows.
     """
     check_formats(recipe)
     records = list(ledger.take(_read_split(recipe, split, ledger)))
-    if split == "train":
-        records = list(_clean(recipe, records, ledger))
+    reasons = list(COMPARED) if split == "train" else []
+    if is_measured and recipe.data.trivial_facts == "drop":
+        reasons += sorted(TRIVIAL)
+    if reasons:
+        records = list(_filtered(recipe, records, reasons, ledger))
     limit = recipe.data.max_reject_fraction
     ledger.check(limit, reasons=READING, num_rows=ledger.num_rows_read)
     return records
-
-
-def load_items(recipe: Recipe, split: str, ledger: Ledger | None = None) -> list[Record]:
-    """The held-out records that are probed and evaluated; empty if the recipe has no such source.
-
-    Args:
-        split: "valid", "test" or "ood".
-    """
-    assert split in HELD_OUT
-    return load_records(recipe, split, ledger or Ledger())
 
 
 def sources_of(recipe: Recipe, split: str) -> list[Source]:
@@ -144,16 +146,27 @@ def _unrepeated(rows: Iterable[Record | Rejection], seen: set[str]) -> Iterator[
 
 
 def _dropped(record: Record, reason: Reason) -> Rejection:
-    return Rejection(file=record.file, row=record.row, reason=reason, excerpt=printable(record.id))
+    fact = fact_in(record.content) if reason in TRIVIAL else None
+    excerpt = f"{fact.subject}: {', '.join(fact.answers)}" if fact else record.id
+    return Rejection(file=record.file, row=record.row, reason=reason, excerpt=printable(excerpt))
 
 
-def _clean(recipe: Recipe, records: list[Record], ledger: Ledger) -> Iterator[Record]:
-    """Training records without leaks, contradictions and (if asked for) duplicates."""
-    verdicts = judge(records, held_out_records(recipe), render_held_out(recipe))
-    for record, verdict in zip(records, verdicts, strict=True):
-        if verdict is Reason.DUPLICATE and not recipe.data.deduplicate:
+def _filtered(
+    recipe: Recipe, records: list[Record], reasons: Sequence[Reason], ledger: Ledger
+) -> Iterator[Record]:
+    """Records that no filter drops; exact duplicates stay, and are counted, unless they shall go."""
+    asked = NOTHING_ASKED
+    if Reason.LEAK in reasons:
+        asked = hash_asked(held_out_records(recipe), render_held_out(recipe))
+    columns = columns_of(records, asked, finds_trivial=not TRIVIAL.isdisjoint(reasons))
+    masks = filter_columns(columns, reasons)
+    copies = np.zeros(len(records), bool)
+    if not recipe.data.deduplicate:
+        copies = masks.pop(Reason.DUPLICATE, copies)
+    verdicts = first_reasons(masks, len(records))
+    for record, verdict, is_copy in zip(records, verdicts, copies.tolist(), strict=True):
+        if is_copy and verdict not in COMPARED:
             ledger.alter(Alteration(file=record.file, row=record.row, change=Change.DUPLICATE_KEPT))
-            verdict = None
         if verdict is None:
             yield record
         else:

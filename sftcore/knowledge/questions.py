@@ -1,7 +1,7 @@
 """What a probe asks: every fact in every wording, each distinct prompt once.
 
 In: records, relations, the number of templates. Out: `Trial`s (fact x template) and `Question`s (distinct
-prompts with the trials that they answer); facts that would count as known whatever a model says, set apart.
+prompts with the trials that they answer).
 Invariant: each trial belongs to exactly one question; the order of both follows from the records alone.
 Trade-off: facts about the same subject and relation share their completions, so their counts are not
 independent of each other; EntityQuestions' train split has 1.0 % fewer prompts that way.
@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sftcore.data.ledger import Ledger, Rejection, printable
 from sftcore.data.records import Record
 from sftcore.errors import Problem, UserInputError
-from sftcore.knowledge.containment import AliasTable
 from sftcore.knowledge.templates import Relation, completion_prompts, find_relation, load_relations
-from sftcore.tasks.kinds.fact import Fact, fact_in, trivial_reason
+from sftcore.tasks.kinds.fact import Fact, fact_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,18 +95,3 @@ def fact_of(record: Record) -> Fact:
             )
         )
     return fact
-
-
-def without_trivial(records: Sequence[Record], ledger: Ledger) -> list[Record]:
-    """The records but the trivial facts, which go into the ledger; what is not a fact stays."""
-    aliases = AliasTable.load()
-    kept = []
-    for record in records:
-        fact = fact_in(record.content)
-        reason = trivial_reason(fact, aliases) if fact else None
-        if reason is None or fact is None:
-            kept.append(record)
-            continue
-        excerpt = printable(f"{fact.subject}: {', '.join(fact.answers)}")
-        ledger.reject(Rejection(file=record.file, row=record.row, reason=reason, excerpt=excerpt))
-    return kept

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sftcore.config import Source
-from sftcore.data.hygiene import judge
+from sftcore.data.filters import judge
 from sftcore.data.ledger import Reason
 from sftcore.data.records import Record, read_source
 from sftcore.settings import LabelWords

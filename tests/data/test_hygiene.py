@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftcore.data.hygiene import judge
+from sftcore.data.filters import judge
 from sftcore.data.ledger import Reason
 from sftcore.data.records import Chat, Completion, Fact, Message, Pair, Record
 from sftcore.tasks.kinds.content import normalised

@@ -14,8 +14,8 @@ import sftcore.data.prepare as prepare_module
 from sftcore.config import Recipe
 from sftcore.data.check import check_store, check_text
 from sftcore.data.contents import Fact
-from sftcore.data.ledger import Ledger
-from sftcore.data.prepare import load_items, load_records, prepare_store, store_fingerprint
+from sftcore.data.ledger import READING, Ledger
+from sftcore.data.prepare import load_records, prepare_store, store_fingerprint
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
 from sftcore.data.store import TokenStore
@@ -120,9 +120,9 @@ def test_leaks_into_ood_are_dropped_too(recipe, bpe):
 
 def test_held_out_items_are_read_as_they_are(recipe):
     it = recipe(FACTS, test=[*FACTS[:2], FACTS[0]])
-    assert [record.id for record in load_items(it, "test")] == ["test:1", "test:2", "test:3"]
-    assert [record.split for record in load_items(it, "test")] == ["test"] * 3
-    assert load_items(it, "ood") == []
+    assert [record.id for record in load_records(it, "test", Ledger())] == ["test:1", "test:2", "test:3"]
+    assert [record.split for record in load_records(it, "test", Ledger())] == ["test"] * 3
+    assert load_records(it, "ood", Ledger()) == []
 
 
 def test_selected_ids_only(recipe, bpe, cache):
@@ -210,6 +210,24 @@ def test_a_chat_leaks_by_any_of_its_trained_turns(recipe, chatml, cache):
     assert account(store)["rejected_by_reason"] == {"leak": 2, "duplicate_id": 1}
     kept = load_records(it, "train", Ledger())
     assert [record.id for record in kept] == store.ids
+
+
+def test_trivial_facts_go_into_the_ledger_and_are_no_fault_of_the_file(recipe, write):
+    def fact(subject, answer):
+        return {"relation": "P131", "subject": subject, "answers": [answer]}
+
+    other = write("other.jsonl", [{"prompt": "a", "completion": "a"}])  # no fact
+    it = recipe([fact("Wakefield Cathedral", "Wakefield"), fact("Peru", "Lima"), fact("Peru", "Lima")])
+    it.data.train.append(it.data.train[0].model_copy(update={"format": "jsonl", "path": str(other)}))
+    every, ledger = load_records(it, "train", Ledger()), Ledger()
+    kept = load_records(it, "train", ledger, is_measured=True)
+    assert len(every) == 4 and kept == every[1:]
+    assert ledger.num_rows_read == len(kept) + ledger.num_rejected
+    (entry,) = [entry for entry in ledger.entries() if entry["kind"] == "rejected"]
+    assert (entry["reason"], entry["row"]) == ("answer_in_subject", 1)
+    assert entry["excerpt"] == "Wakefield Cathedral: Wakefield"
+    assert ledger.altered_by_reason["duplicate_kept"] == 1
+    ledger.check(0.0, reasons=READING, num_rows=4)
 
 
 def test_a_verbatim_prompt_that_spells_out_a_held_out_fact_is_a_leak(recipe, bpe, cache, write):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from sftcore.data.contents import Fact, Pair
-from sftcore.data.ledger import READING, Ledger, Reason
+from sftcore.data.contents import Fact
+from sftcore.data.ledger import Reason
 from sftcore.data.records import Record
 from sftcore.errors import UserInputError
 from sftcore.knowledge.containment import AliasTable
-from sftcore.knowledge.questions import distinct_questions, make_trials, without_trivial
-from sftcore.tasks.kinds.fact import trivial_reason
+from sftcore.knowledge.questions import distinct_questions, make_trials
 
 
 def record(content, row=1) -> Record:
@@ -37,20 +36,7 @@ def fact(subject: str, *answers: str, relation: str = "P131") -> Fact:
     ],
 )
 def test_facts_that_any_model_would_seem_to_know(content, reason):
-    assert trivial_reason(content, AliasTable.load()) == reason
-
-
-def test_trivial_facts_go_into_the_ledger_and_are_no_fault_of_the_file():
-    ledger = Ledger()
-    pair = record(Pair(a="a", b="a", label=1), row=3)
-    rows = [record(fact("Wakefield Cathedral", "Wakefield")), record(fact("Peru", "Lima"), row=2), pair]
-    kept = without_trivial(list(ledger.take(rows)), ledger)
-    assert kept == rows[1:]
-    assert ledger.num_rows_read == len(kept) + ledger.num_rejected
-    (entry,) = ledger.entries()
-    assert (entry["reason"], entry["row"]) == ("answer_in_subject", 1)
-    assert entry["excerpt"] == "Wakefield Cathedral: Wakefield"
-    ledger.check(0.0, reasons=READING, num_rows=3)
+    assert content.why_trivial(AliasTable.load()) == reason
 
 
 def test_each_prompt_is_asked_once():

@@ -17,8 +17,9 @@ from launcher.generating import Settings, generate_rows, generate_text
 from launcher.held_out import check_scorable
 from launcher.stages import recipe_tokenizer
 from launcher.whole_run import run_whole
+from sftcore.data.ledger import Ledger
 from sftcore.data.prompts import Prompter, PromptOptions
-from sftcore.data.splits import load_items
+from sftcore.data.splits import load_records
 from sftcore.errors import UserInputError
 from sftcore.evaluate.replies import Reply, replies_of
 from sftcore.fsio import read_json, read_jsonl
@@ -108,7 +109,7 @@ def test_the_reply_is_what_training_trains(chats):
     recipe = recipe_of(chats)
     tokenizer = recipe_tokenizer(recipe)
     prompter = Prompter(PromptOptions.of(recipe), tokenizer)
-    records = load_items(recipe, "test")
+    records = load_records(recipe, "test", Ledger())
     replies = replies_of(records, prompter)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end != tokenizer.eos_token_id

@@ -131,8 +131,9 @@ def test_a_cluster_gets_an_array_and_a_job_that_merges(tiny_recipe):
 def test_an_encoder_shares_its_batches(tiny_recipe, monkeypatch):
     from transformers import AutoModelForSequenceClassification
 
+    from sftcore.data.ledger import Ledger
     from sftcore.data.prompts import Prompter, PromptOptions
-    from sftcore.data.splits import load_items
+    from sftcore.data.splits import load_records
     from sftcore.data.tokens import load_tokenizer
     from sftcore.evaluate.pairs import judge_pairs
 
@@ -143,7 +144,7 @@ def test_an_encoder_shares_its_batches(tiny_recipe, monkeypatch):
     recipe = recipe_at(tiny_recipe, "runs/bert", **changes)
     monkeypatch.setattr("sftcore.model.encoder.ROWS_PER_BATCH", 5)
     prompter = Prompter(PromptOptions.of(recipe), load_tokenizer("bert"))
-    items = load_items(recipe, "test")
+    items = load_records(recipe, "test", Ledger())
     whole = judge_pairs(recipe, recipe.model.path, items, prompter)
     parts = [judge_pairs(recipe, recipe.model.path, items, prompter, share=Share(i, 2)) for i in (0, 1)]
     assert all((a is None) != (b is None) for a, b in zip(*parts, strict=True))

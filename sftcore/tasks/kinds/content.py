@@ -169,6 +169,10 @@ class Content(ABC):
         """Why there is nothing that a reply could be compared with."""
         return None
 
+    def why_trivial(self, aliases: AliasTable) -> Reason | None:
+        """Why a hit on it would say nothing of what a model remembers."""
+        return None
+
     @abstractmethod
     def graded(self, text: str, reply: Reply | None, *, form: Form, aliases: AliasTable) -> dict[str, Any]:
         """What predictions.jsonl says of a generated text: what was expected, and `correct`.

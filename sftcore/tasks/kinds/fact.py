@@ -70,6 +70,19 @@ class Fact(Content):
         pieces = self.pieces(form)
         return None if isinstance(pieces, Refusal) else pieces[0]
 
+    def why_trivial(self, aliases: AliasTable) -> Reason | None:
+        """One-letter answers, or an answer inside the subject.
+
+        >>> print(Fact(relation="P131", subject="Wakefield Cathedral", answers=("Wakefield",)).why_trivial(
+        ...     AliasTable(rows={})))
+        answer_in_subject
+        """
+        if any(len(normalise(answer).rstrip(FINAL_MARKS)) < MIN_ANSWER_LETTERS for answer in self.answers):
+            return Reason.SHORT_ANSWER
+        if AnswerMatcher(self.answers, aliases, anywhere=True).matches(self.subject):
+            return Reason.ANSWER_IN_SUBJECT
+        return None
+
     def graded(self, text: str, reply: Reply | None, *, form: Form, aliases: AliasTable) -> dict[str, Any]:
         correct = AnswerMatcher(self.answers, aliases).matches(text)
         return {"answers": list(self.answers), "relation": self.relation, "correct": correct}
@@ -91,17 +104,3 @@ def fact_texts(fact: Fact, template: Template) -> tuple[str, str]:
     """Prompt and completion of a fact."""
     values = {"question": fact.question or "", "subject": fact.subject}
     return template.fill(values | {"answer": fact.answers[0]})
-
-
-def trivial_reason(fact: Fact, aliases: AliasTable) -> Reason | None:
-    """Why a hit on this fact would say nothing: one-letter answers, or an answer inside the subject.
-
-    >>> print(trivial_reason(Fact(relation="P131", subject="Wakefield Cathedral", answers=("Wakefield",)),
-    ...                      AliasTable(rows={})))
-    answer_in_subject
-    """
-    if any(len(normalise(answer).rstrip(FINAL_MARKS)) < MIN_ANSWER_LETTERS for answer in fact.answers):
-        return Reason.SHORT_ANSWER
-    if AnswerMatcher(fact.answers, aliases, anywhere=True).matches(fact.subject):
-        return Reason.ANSWER_IN_SUBJECT
-    return None
