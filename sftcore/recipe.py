@@ -143,7 +143,7 @@ def changed(recipe: Recipe, **values: Any) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         found = [
-            _explain(item, ".".join(map(str, item["loc"])) or "recipe") for item in _merged(error.errors())
+            _explain(item, ".".join(map(str, item.location)) or "recipe") for item in misfits(error.errors())
         ]
         raise UserInputError(*found) from error
 
