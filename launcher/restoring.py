@@ -14,7 +14,6 @@ import yaml
 
 from sftcore.errors import Problem, UserInputError
 from sftcore.knowledge.restore import restore
-from sftcore.model.weight_files import write_checksums
 
 
 def restore_model(
@@ -34,7 +33,7 @@ def restore_model(
     if (start := _trained_from(base)) and start.resolve() == tuned.resolve():
         what, remedy = "these two are swapped: --base was trained from --tuned", "swap them"
         raise UserInputError(Problem(what=what, where=f"--base {base}", remedy=remedy))
-    reports = restore(base, tuned, targets, finish=write_checksums)
+    reports = restore(base, tuned, targets)
     return [f"{targets[percent]}: {_told(report)}" for percent, report in reports.items()]
 
 

@@ -46,6 +46,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.model",
     "sftcore.knowledge.likelihood",
     "sftcore.knowledge.probe",
+    "sftcore.knowledge.restore",
     "sftcore.train",
     "sftcore.evaluate",
     "sftcore.study",

@@ -6,18 +6,16 @@ Invariant: exactly round(percent/100 * weights) weights are restored, those of t
 tuned, p base; docs/methods.md: arXiv 2509.16596); of equal changes at the threshold the first in file order.
 Trade-off: the threshold is exact without sorting: float32 bits of a ratio are ordered like the ratio, so one
 streaming pass counts their upper halves, a second the lower halves in the bins that matter, for all
-percentages at once; a third writes. Memory is one stretch of `CHUNK` weights, whatever the model's size.
+percentages at once; a third writes. Memory is one stretch of weights, whatever the model's size.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +23,16 @@ import numpy as np
 import torch
 
 from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import atomic_folder, write_json
+from sftcore.fsio import write_json
 from sftcore.log import progress
-from sftcore.settings import CHECKSUMS
+from sftcore.model.weights import Span, aligned, change_weights, model_folder, stretches
 
 log = logging.getLogger(__name__)
-CHUNK = 2**22  # weights in memory at once: 8 MB in bfloat16, about 100 MB with all that is worked out
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 HALF = 16  # bits
 HALF_VALUES = 1 << HALF
 LAYER = re.compile(r"\.(\d+)\.")
 REPORT = "restore.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """Where a tensor's bytes lie.
-
-    Args:
-        file: a safetensors file.
-        dtype: of `DTYPES`.
-        shape: of the tensor.
-        start: offset of its first byte in the file.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return int(np.prod(self.shape, dtype=np.int64))
+Pairs = Mapping[str, tuple[Span, ...]]  # name -> where its tuned and its base weights are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +48,11 @@ class Threshold:
     ties: int
 
 
-def restore(
-    base: Path,
-    tuned: Path,
-    targets: dict[float, Path],
-    *,
-    finish: Callable[[Path], None] = lambda _: None,
-) -> dict[float, dict[str, Any]]:
+def restore(base: Path, tuned: Path, targets: dict[float, Path]) -> dict[float, dict[str, Any]]:
     """Write one folder for each percentage; see the module's docstring.
 
     Args:
         targets: percentage of the weights (0 to 100) -> folder to write; none of them exists.
-        finish: adds the last file to a folder before it gets its name, such as checksums of what was written.
 
     Returns:
         content of each restore.json: `{percent, num_weights, num_changed, threshold, num_restored, by_module,
@@ -96,18 +64,16 @@ def restore(
         MissingEnvironmentError: the disk is full.
     """
     _check_request(base, tuned, targets)
-    pairs = paired_spans(base, tuned)
+    pairs: Pairs = {name: (s, p) for name, (p, s) in aligned([base, tuned]).items()}
     thresholds, num_changed = find_thresholds(pairs, list(targets))
     _check_changed(base, tuned, pairs, list(targets), num_changed)
     reports = {}
     for percent, target in targets.items():
-        with atomic_folder(target) as folder:
-            shutil.copytree(tuned, folder, dirs_exist_ok=True)
-            (folder / CHECKSUMS).unlink(missing_ok=True)  # of the weights that were copied
-            about = _report(percent, pairs, thresholds[percent], num_changed)
-            reports[percent] = about | _write(pairs, folder, thresholds[percent])
+        with model_folder(target, like=tuned) as folder:
+            restoring = _Restoring(above=thresholds[percent].bits, ties=thresholds[percent].ties)
+            change_weights(pairs, folder, restoring, label="restoring")
+            reports[percent] = _report(percent, pairs, thresholds[percent], num_changed) | restoring.counts()
             write_json(folder / REPORT, reports[percent])
-            finish(folder)
     return reports
 
 
@@ -133,11 +99,7 @@ def _check_request(base: Path, tuned: Path, targets: dict[float, Path]) -> None:
 
 
 def _check_changed(
-    base: Path,
-    tuned: Path,
-    pairs: dict[str, tuple[Span, Span]],
-    percents: Sequence[float],
-    num_changed: int,
+    base: Path, tuned: Path, pairs: Pairs, percents: Sequence[float], num_changed: int
 ) -> None:
     """Refuse folders of equal weights; warn where more weights are asked for than changed."""
     asked = _num_wanted(pairs, max(percents))
@@ -153,81 +115,11 @@ def _check_changed(
         )
 
 
-def _num_wanted(pairs: dict[str, tuple[Span, Span]], percent: float) -> int:
-    return round(percent / 100 * sum(span.size for _, span in pairs.values()))
+def _num_wanted(pairs: Pairs, percent: float) -> int:
+    return round(percent / 100 * sum(span.size for span, _ in pairs.values()))
 
 
-def read_spans(folder: Path) -> dict[str, Span]:
-    """The floating-point tensors of a folder's safetensors files, by name.
-
-    The format (github.com/huggingface/safetensors): 8 bytes little-endian header size, a JSON header with
-    dtype, shape and data offsets by name, then the data.
-
-    Raises:
-        UserInputError: no such files, or a damaged header.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        remedy = "give a model folder with *.safetensors files (of an adapter: sftcore export --merge first)"
-        raise UserInputError(Problem(what="no safetensors files", where=str(folder), remedy=remedy))
-    spans = {}
-    for file in files:
-        for name, entry in _header(file).items():
-            if entry["dtype"] in DTYPES:
-                spans[name] = Span(
-                    file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]), start=entry["start"]
-                )
-    return spans
-
-
-def _header(file: Path) -> dict[str, dict[str, Any]]:
-    try:
-        with open(file, "rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(size))
-        header.pop("__metadata__", None)
-        end = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
-        raise UserInputError(Problem(what="not a safetensors file", where=str(file))) from error
-    if end != file.stat().st_size:
-        raise UserInputError(
-            Problem(
-                what="this safetensors file is cut off",
-                where=str(file),
-                got=f"{file.stat().st_size} bytes",
-                allowed=f"{end} bytes",
-            )
-        )
-    return {n: entry | {"start": 8 + size + entry["data_offsets"][0]} for n, entry in header.items()}
-
-
-def paired_spans(base: Path, tuned: Path) -> dict[str, tuple[Span, Span]]:
-    """Name -> (base, tuned), sorted by name.
-
-    Raises:
-        UserInputError: the folders differ in names or shapes; the first differences are named.
-    """
-    before, after = read_spans(base), read_spans(tuned)
-    wrong = sorted(
-        name
-        for name in before.keys() | after.keys()
-        if name not in before or name not in after or before[name].shape != after[name].shape
-    )
-    if wrong:
-        raise UserInputError(
-            Problem(
-                what=f"{len(wrong)} tensors are not in both folders with the same shape",
-                where=f"{base} and {tuned}",
-                got=", ".join(wrong[:3]),
-                remedy="give the folder that the tuned model was trained from",
-            )
-        )
-    return {name: (before[name], after[name]) for name in sorted(before)}
-
-
-def find_thresholds(
-    pairs: dict[str, tuple[Span, Span]], percents: Sequence[float]
-) -> tuple[dict[float, Threshold], int]:
+def find_thresholds(pairs: Pairs, percents: Sequence[float]) -> tuple[dict[float, Threshold], int]:
     """The exact threshold of each percentage, and how many weights changed, by two passes."""
     wanted = {percent: _num_wanted(pairs, percent) for percent in percents}
     upper = _count(pairs, lambda bits: np.bincount(bits >> HALF, minlength=HALF_VALUES), "counting")
@@ -262,13 +154,11 @@ def _bin_of(counts: np.ndarray, wanted: int) -> tuple[int, int]:
     return bin_, wanted - int(from_top[place] - counts[bin_])
 
 
-def _count(
-    pairs: dict[str, tuple[Span, Span]], count: Callable[[np.ndarray], np.ndarray], label: str
-) -> np.ndarray:
+def _count(pairs: Pairs, count: Callable[[np.ndarray], np.ndarray], label: str) -> np.ndarray:
     total: np.ndarray | int = 0
     with progress(f"{label} (tensors)", len(pairs)) as advance:
-        for base, tuned in pairs.values():
-            for p, s, _ in _stretches(base, tuned, tuned.file):
+        for spans in pairs.values():
+            for _, (s, p) in stretches(spans):
                 total = total + count(change_bits(p, s))
             advance(1)
     return np.asarray(total)
@@ -284,54 +174,39 @@ def change_bits(p: torch.Tensor, s: torch.Tensor) -> np.ndarray:
     return ratio.numpy().view(np.uint32).astype(np.int64)
 
 
-def _stretches(base: Span, tuned: Span, file: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Base and tuned weights of a tensor, stretch by stretch, and the offset of the tuned ones in `file`."""
-    with open(base.file, "rb") as first, open(file, "rb") as second:
-        for begin in range(0, base.size, CHUNK):
-            count = min(CHUNK, base.size - begin)
-            p, _ = _read(first, base, begin, count)
-            s, offset = _read(second, tuned, begin, count)
-            yield p, s, offset
+@dataclass(slots=True, kw_only=True)
+class _Restoring:
+    """Puts the chosen weights of tensors back, in their order, and counts them.
 
+    Args:
+        above: as `Threshold.bits`.
+        ties: those that are left for later tensors.
+        by_module: how many were restored, by kind of module ...
+        by_layer: ... and by number of the layer.
+    """
 
-def _read(handle: Any, span: Span, begin: int, count: int) -> tuple[torch.Tensor, int]:
-    dtype = DTYPES[span.dtype]
-    offset = span.start + begin * dtype.itemsize
-    handle.seek(offset)
-    return torch.frombuffer(bytearray(handle.read(count * dtype.itemsize)), dtype=dtype), offset
+    above: int
+    ties: int
+    by_module: Counter[str] = field(default_factory=Counter)
+    by_layer: Counter[str] = field(default_factory=Counter)
 
-
-def _write(pairs: dict[str, tuple[Span, Span]], folder: Path, threshold: Threshold) -> dict[str, Any]:
-    """Put the chosen weights of the copied files back; returns what was restored where."""
-    ties = threshold.ties
-    by_module: Counter[str] = Counter()
-    by_layer: Counter[str] = Counter()
-    with progress("restoring (tensors)", len(pairs)) as advance:
-        for name, (base, tuned) in pairs.items():
-            restored, ties = _restore_tensor(base, tuned, folder / tuned.file.name, threshold.bits, ties)
-            by_module[module_type(name)] += restored
-            layer = LAYER.search(name)
-            by_layer[layer[1] if layer else "none"] += restored
-            advance(1)
-    return {"num_restored": by_module.total(), "by_module": by_module, "by_layer": by_layer}
-
-
-def _restore_tensor(base: Span, tuned: Span, file: Path, above: int, ties: int) -> tuple[int, int]:
-    """Restore one tensor in `file`; returns how many weights that were, and the ties left for later ones."""
-    restored = 0
-    for p, s, offset in _stretches(base, tuned, file):
+    def __call__(self, name: str, tuned_and_base: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A stretch of tuned weights with the chosen ones as in the base."""
+        s, p = tuned_and_base
         bits = change_bits(p, s)
-        chosen = bits > above
-        equal = np.flatnonzero(bits == above)[:ties]
+        chosen = bits > self.above
+        equal = np.flatnonzero(bits == self.above)[: self.ties]
         chosen[equal] = True
-        ties -= len(equal)
-        if chosen.any():
-            restored += int(chosen.sum())
-            mixed = torch.where(torch.from_numpy(chosen), p.to(s.dtype), s)
-            with open(file, "r+b") as handle:
-                handle.seek(offset)
-                handle.write(mixed.view(torch.uint8).numpy().tobytes())
-    return restored, ties
+        self.ties -= len(equal)
+        layer = LAYER.search(name)
+        self.by_module[module_type(name)] += int(chosen.sum())
+        self.by_layer[layer[1] if layer else "none"] += int(chosen.sum())
+        return torch.where(torch.from_numpy(chosen), p.to(s.dtype), s) if chosen.any() else s
+
+    def counts(self) -> dict[str, Any]:
+        """What was restored where."""
+        counted = {"by_module": self.by_module, "by_layer": self.by_layer}
+        return {"num_restored": self.by_module.total(), **counted}
 
 
 def module_type(name: str) -> str:
@@ -343,14 +218,12 @@ def module_type(name: str) -> str:
     return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
 
 
-def _report(
-    percent: float, pairs: dict[str, tuple[Span, Span]], threshold: Threshold, num_changed: int
-) -> dict[str, Any]:
+def _report(percent: float, pairs: Pairs, threshold: Threshold, num_changed: int) -> dict[str, Any]:
     ratio = float(np.uint32(threshold.bits).view(np.float32))
     shown = ratio if np.isfinite(ratio) else str(ratio)
     return {
         "percent": percent,
-        "num_weights": sum(span.size for _, span in pairs.values()),
+        "num_weights": sum(span.size for span, _ in pairs.values()),
         "num_changed": num_changed,
         "threshold": shown if _num_wanted(pairs, percent) else None,
     }

@@ -9,19 +9,22 @@ other changes, never another model's levels. 16 GB are read at about 1 GB/s.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import fingerprint_of, read_object, sha256_of_file
 
 ADAPTER_CONFIG = "adapter_config.json"
-CONFIGS = ("config.json", ADAPTER_CONFIG, "generation_config.json")  # the last names tokens that end a text
+GENERATION_CONFIG = "generation_config.json"  # names tokens that end a text
+CONFIGS = ("config.json", ADAPTER_CONFIG, GENERATION_CONFIG)
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json")
 TOKENIZERS = (  # names that transformers' tokenizers write and read
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.*"),
 )
 CODE = ("*.py",)  # of models that need trust_remote_code
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # under which a model may be handed on
 LEFTOVERS = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "training_args*")  # of a training run
 
 
@@ -30,6 +33,12 @@ def model_files(folder: Path) -> list[Path]:
     patterns = (*CONFIGS, *WEIGHTS, *TOKENIZERS, *CODE)
     found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     return sorted(file for file in found if not any(file.match(name) for name in LEFTOVERS))
+
+
+def copy_files(source: Path, folder: Path, *patterns: str) -> None:
+    """Copy the files of these patterns, where there are any."""
+    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+        shutil.copy(file, folder)
 
 
 def fingerprint_model(path: str) -> str:

@@ -12,17 +12,14 @@ size). Else (fused experts, transposed or renamed weights) the model is held onc
 from __future__ import annotations
 
 import copy
-import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,31 +31,24 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from sftcore.config import ModelSettings
-from sftcore.errors import Problem, UserInputError
-from sftcore.fsio import atomic_folder, read_json, write_json
+from sftcore.fsio import read_json, write_json
 from sftcore.model.adapter_files import ADAPTER_WEIGHTS, PREFIX, adapter_values, is_update
 from sftcore.model.adapters import CLASSIFIER, CLASSIFIES, merge_weight
 from sftcore.model.code import copy_code
 from sftcore.model.fold import check_logits, fold_model, logits_with_adapter
+from sftcore.model.identity import GENERATION_CONFIG, TERMS, TOKENIZERS, copy_files
 from sftcore.model.kept import kept_pattern
 from sftcore.model.quantise import quantisation_settings, round_trip
-from sftcore.model.weight_files import check_weight_files, write_checksums
+from sftcore.model.weight_files import check_weight_files
+from sftcore.model.weights import SHARD_BYTES, Named, Span, model_folder, read_spans, shards_of, write_shards
 from sftcore.precision import torch_dtype
+from sftcore.settings import MATCHING_FILE
 
-INDEX = "model.safetensors.index.json"
-GENERATION_CONFIG = "generation_config.json"
 ODD_KEYS = (  # of adapter_config.json: more than W + s B A for whole linear layers
     *("target_parameters", "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices"),
     *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config"),
 )
-COPIED_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab*",
-    "merges.txt",
-    "matching.json",
-)
+BASE_FILES = "model*.safetensors"  # not what some models have next to them, in another form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,15 +124,14 @@ def merge_adapter(
         MissingEnvironmentError: the disk is full; or bitsandbytes is missing for a 4-bit base.
     """
     base, dtype = Path(settings.path), torch_dtype(settings)
-    check_weight_files(base)
+    spans = read_spans(base, BASE_FILES)
     check_weight_files(adapter)
-    shards = _shards(base)
     weights = {name.removeprefix(PREFIX): t for name, t in load_file(adapter / ADAPTER_WEIGHTS).items()}
     skeleton = skeleton_of(settings)
     merge = Merge(
         config=adapter_values(adapter),
         parts=_parts(weights),
-        whole=_whole(weights, skeleton, shards),
+        whole=_whole(weights, skeleton, spans),
         dtype=dtype,
         kept=kept_pattern(skeleton) if dtype == torch.bfloat16 else None,
         quantised=linear_weights(skeleton) if quantised else frozenset(),
@@ -150,9 +139,9 @@ def merge_adapter(
     kind = AutoModelForSequenceClassification if merge.classifies else AutoModelForCausalLM
     num_bytes = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
     wanted = logits_with_adapter(adapter, settings, kind, quantised=quantised, num_bytes=num_bytes)
-    with atomic_folder(folder) as temporary:
-        if has_same_names(merge, skeleton, shards):
-            _merge_files(shards, merge, temporary)
+    with model_folder(folder) as temporary:
+        if has_same_names(merge, skeleton, spans.keys()):
+            write_shards(shards_of(_merged(spans, merge), SHARD_BYTES), temporary)
             _write_configuration(settings, adapter, temporary, merge)
         else:
             config_keys = _classifier_keys(settings, adapter) if merge.classifies else {}
@@ -163,7 +152,6 @@ def merge_adapter(
         describe(temporary)
         if wanted is not None:
             check_logits(temporary, settings, kind, wanted)
-        write_checksums(temporary)
 
 
 def skeleton_of(settings: ModelSettings) -> PreTrainedModel:
@@ -176,9 +164,8 @@ def skeleton_of(settings: ModelSettings) -> PreTrainedModel:
     return model
 
 
-def has_same_names(merge: Merge, skeleton: PreTrainedModel, shards: list[Path]) -> bool:
+def has_same_names(merge: Merge, skeleton: PreTrainedModel, held: Set[str]) -> bool:
     """Whether each weight that the adapter changes has one name and one shape in model and files."""
-    held = _held_names(shards)
     linear = {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     plain = all(not merge.config.get(key) for key in ODD_KEYS)
     changed = merge.parts.keys() & linear
@@ -186,18 +173,12 @@ def has_same_names(merge: Merge, skeleton: PreTrainedModel, shards: list[Path]) 
     return plain and changed == merge.parts.keys() and wanted <= held
 
 
-def _held_names(shards: list[Path]) -> set[str]:
-    held: set[str] = set()
-    for shard in shards:
-        with safe_open(shard, framework="pt") as tensors:
-            held.update(tensors.keys())
-    return held
-
-
-def _merge_files(shards: list[Path], merge: Merge, folder: Path) -> None:
-    for shard in shards:
-        tensors = dict(_merged(shard, merge)) | (merge.classifier if shard == shards[-1] else {})
-        save_file(tensors, folder / shard.name, metadata={"format": "pt"})
+def _merged(spans: Mapping[str, Span], merge: Merge) -> Iterator[Named]:
+    """All weights of the merged model."""
+    for name, span in spans.items():
+        if not (merge.classifies and name.startswith("lm_head.")):
+            yield name, merge.apply(name, span.tensor())
+    yield from merge.classifier.items()
     left = sorted((merge.parts.keys() | merge.whole.keys()) - merge.used - merge.classifier.keys())
     assert not left, left
 
@@ -227,36 +208,19 @@ def _parts(weights: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor
 
 
 def _whole(
-    weights: dict[str, torch.Tensor], skeleton: PreTrainedModel, shards: list[Path]
+    weights: dict[str, torch.Tensor], skeleton: PreTrainedModel, held: Container[str]
 ) -> dict[str, torch.Tensor]:
     """Weights that take the base's place; of a tied pair the one that the base's files hold."""
     whole = {name: tensor for name, tensor in weights.items() if not is_update(name)}
     if not skeleton.config.get_text_config().tie_word_embeddings:
         return whole
-    held = _held_names(shards)
     tied = {name for name in whole if not name.startswith(f"{CLASSIFIER}.")}
     return {name: tensor for name, tensor in whole.items() if name in held or name not in tied}
 
 
-def _shards(base: Path) -> list[Path]:
-    files = sorted(base.glob("model*.safetensors"))
-    if not files:
-        remedy = "give a folder with model*.safetensors (sftcore model pull NAME --to DIR)"
-        raise UserInputError(Problem(what="no safetensors to merge into", where=str(base), remedy=remedy))
-    return files
-
-
-def _merged(shard: Path, merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(shard, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-            if not (merge.classifies and name.startswith("lm_head.")):
-                yield name, merge.apply(name, tensors.get_tensor(name))
-
-
 def _write_configuration(settings: ModelSettings, adapter: Path, folder: Path, merge: Merge) -> None:
-    """The base's configuration in the new dtype, and the index of its shards."""
-    base = Path(settings.path)
-    config = read_json(base / "config.json")
+    """The base's configuration in the new dtype."""
+    config = read_json(Path(settings.path) / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = str(merge.dtype).removeprefix("torch.")
     for name in merge.whole.keys() - merge.classifier.keys():  # the embedding, with rows for added tokens
@@ -264,24 +228,12 @@ def _write_configuration(settings: ModelSettings, adapter: Path, folder: Path, m
     if merge.classifies:
         config |= _classifier_keys(settings, adapter)
     write_json(folder / "config.json", config)
-    if (base / INDEX).is_file():
-        index = json.loads((base / INDEX).read_text(encoding="utf-8"))
-        files = sorted(folder.glob("*.safetensors"))
-        index["metadata"] = {"total_size": sum(file.stat().st_size for file in files)}
-        places = index["weight_map"] | dict.fromkeys(merge.classifier, files[-1].name)
-        if merge.classifies:
-            places = {name: place for name, place in places.items() if not name.startswith("lm_head.")}
-        write_json(folder / INDEX, index | {"weight_map": places})
 
 
 def _copy_the_rest(base: Path, adapter: Path, folder: Path) -> None:
     """The adapter's tokenizer, and what ends a text: the adapter's knows what ends a turn of its chats."""
-    for source in (base, adapter):
-        if (source / GENERATION_CONFIG).is_file():
-            shutil.copy(source / GENERATION_CONFIG, folder)
-    for pattern in COPIED_FILES:
-        for file in adapter.glob(pattern):
-            shutil.copy(file, folder)
+    copy_files(base, folder, GENERATION_CONFIG, *TERMS)
+    copy_files(adapter, folder, GENERATION_CONFIG, *TOKENIZERS, MATCHING_FILE)
 
 
 def _classifier_keys(settings: ModelSettings, adapter: Path) -> dict[str, Any]:

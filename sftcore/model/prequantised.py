@@ -9,14 +9,13 @@ older tools write quantised weights without a word in config.json.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sftcore.config import Recipe
 from sftcore.errors import Problem
+from sftcore.model.weight_files import read_header
 
 KEYS = ("quantization_config", "compression_config")
 FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and AutoAWQ
@@ -63,11 +62,9 @@ def _stored(folder: Path) -> str | None:
 def _tensors_of(file: Path) -> Iterator[tuple[str, str]]:
     """Name and dtype of each tensor, from the file's header; nothing where that can't be read."""
     try:
-        with open(file, "rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(min(length, file.stat().st_size)))
-    except (OSError, struct.error, ValueError):
+        entries, _ = read_header(file)
+    except (OSError, ValueError):
         return  # loading says what is wrong with it
-    for name, entry in header.items():
-        if isinstance(entry, dict) and isinstance(entry.get("dtype"), str):
+    for name, entry in entries.items():
+        if isinstance(entry.get("dtype"), str):
             yield name, entry["dtype"]

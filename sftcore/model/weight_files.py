@@ -57,21 +57,37 @@ def _fault(file: Path) -> str:
         return f"can't be read: {error.strerror}"
 
 
-def _safetensors_fault(file: Path) -> str:
-    """What the header says against the size (github.com/huggingface/safetensors, "Format")."""
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The tensors of a safetensors file by name (dtype, shape, data_offsets), and where their data begin.
+
+    The format (github.com/huggingface/safetensors): 8 bytes little-endian header size, JSON header, data.
+
+    Raises:
+        ValueError: the file is no whole one of these; it says what is wrong.
+    """
     size = file.stat().st_size
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            return f"it has {size:,} bytes and ends in its header"
+            raise ValueError(f"it has {size:,} bytes and ends in its header, or is not a safetensors file")
         header = handle.read(length)
     try:
         entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return "its header is damaged"
-    return "" if size == expected else f"it has {size:,} bytes instead of {expected:,}"
+        entries.pop("__metadata__", None)
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError("its header is damaged") from error
+    if size != expected:
+        raise ValueError(f"it has {size:,} bytes instead of {expected:,}")
+    return entries, 8 + length
+
+
+def _safetensors_fault(file: Path) -> str:
+    try:
+        read_header(file)
+    except ValueError as fault:
+        return str(fault)
+    return ""
 
 
 def _pickle_fault(file: Path) -> str:

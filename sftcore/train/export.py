@@ -13,9 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import re
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +26,13 @@ from sftcore.config import Recipe
 from sftcore.data.chat import turn_ends
 from sftcore.data.tokens import codec_of
 from sftcore.errors import SftError, UserInputError
-from sftcore.fsio import atomic_folder, read_json, write_json
+from sftcore.fsio import read_json, write_json
 from sftcore.model.adapter_files import ADAPTER_WEIGHTS
 from sftcore.model.adapters import write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
 from sftcore.model.code import copy_code, local_folder
-from sftcore.model.merge import GENERATION_CONFIG
-from sftcore.model.weight_files import write_checksums
+from sftcore.model.identity import GENERATION_CONFIG
+from sftcore.model.weights import SHARD_BYTES, model_folder, shards_of, write_shards
 from sftcore.precision import dtype_of
 from sftcore.settings import MATCHING_FILE
 from sftcore.tasks import TASKS
@@ -43,9 +41,6 @@ from sftcore.train.model_card import write_card
 from sftcore.train.reload import Trained, check_export, check_files, digest_of, fits_again, observe
 
 log = logging.getLogger(__name__)
-SHARD_BYTES = 2 * 10**9
-WHOLE_FILE = "model.safetensors"
-LAYER = re.compile(r"\D*\.\d+\.|.*")  # of "model.layers.3.mlp.up_proj.weight": "model.layers.3."
 CODE_FILES = ("*.py", "*.json")
 Named = tuple[str, torch.Tensor]
 
@@ -66,10 +61,9 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
     failure: SftError | None = None
     if dist.rank() == 0:
         try:
-            with atomic_folder(folder) as temporary:
+            with model_folder(folder) as temporary:
                 _write_texts(engine, tokenizer, recipe, config=config, folder=temporary)
                 _write_and_check(engine, weights, recipe, folder=temporary, trained=trained)
-                write_checksums(temporary)
         except SftError as error:
             failure = error
     for _ in weights:  # all of them on other ranks; what a failure has left on this one
@@ -199,43 +193,3 @@ def _write_weights(
 
 def _digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     return {name: digest_of(tensor) for name, tensor in tensors.items()}
-
-
-def shards_of(weights: Iterable[Named], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Runs of weights of at most `max_bytes`; a layer's stay together, for files may hold them joined."""
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for _, layer in groupby(weights, key=lambda named: LAYER.match(named[0])[0]):  # type: ignore[index]
-        held = dict(layer)
-        num_bytes = sum(tensor.nbytes for tensor in held.values())
-        if shard and size + num_bytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard |= held
-        size += num_bytes
-    if shard:
-        yield shard
-
-
-def write_shards(shards: Iterable[dict[str, torch.Tensor]], folder: Path) -> list[str]:
-    """Write model.safetensors, or numbered files and their index, named as transformers does; their names."""
-    written: list[tuple[Path, list[str], int]] = []
-    for number, shard in enumerate(shards, 1):
-        file = folder / f"part-{number}.safetensors"
-        contiguous = {name: tensor.contiguous() for name, tensor in shard.items()}
-        save_file(contiguous, file, metadata={"format": "pt"})
-        written.append((file, list(shard), sum(tensor.nbytes for tensor in shard.values())))
-    if len(written) == 1:
-        written[0][0].rename(folder / WHOLE_FILE)
-        return [WHOLE_FILE]
-    weight_map: dict[str, str] = {}
-    for number, (file, names, _) in enumerate(written, 1):
-        target = folder / f"model-{number:05d}-of-{len(written):05d}.safetensors"
-        file.rename(target)
-        weight_map |= dict.fromkeys(names, target.name)
-    total = sum(size for _, _, size in written)
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-    )
-    return sorted(set(weight_map.values()))

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sftcore.errors import MissingEnvironmentError, UserInputError
-from sftcore.knowledge import restore as module
 from sftcore.knowledge.restore import change_bits, restore
+from sftcore.model import weights as streamer
 from sftcore.model.weight_files import check_unchanged, write_checksums
 from sftcore.settings import CHECKSUMS
 
@@ -70,7 +70,7 @@ def by_brute_force(base, tuned, count: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("chunk", [7, 2**22])  # stretches that end inside tensors, and one for all
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_restored_weights_are_those_of_a_full_sort(tmp_path, monkeypatch, chunk, dtype):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(streamer, "CHUNK", chunk)
     base = weights(1, dtype)
     base["model.layers.0.mlp.up_proj.weight"][:2] = 0
     tuned = tune(base)
@@ -97,10 +97,10 @@ def test_restored_weights_are_those_of_a_full_sort(tmp_path, monkeypatch, chunk,
     assert reports[1]["threshold"] == "inf" and reports[100]["threshold"] == 0
 
 
-def test_a_folder_that_can_not_be_finished_does_not_appear_and_others_carry_checksums(tmp_path):
+def test_a_folder_that_can_not_be_finished_does_not_appear_and_others_carry_checksums(tmp_path, monkeypatch):
     a, b = write_folder(tmp_path / "base", weights(1)), write_folder(tmp_path / "tuned", tune(weights(1)))
     write_checksums(b)
-    restore(a, b, {5: tmp_path / "q5"}, finish=write_checksums)
+    restore(a, b, {5: tmp_path / "q5"})
     check_unchanged(tmp_path / "q5")
     assert (tmp_path / "q5" / CHECKSUMS).read_text() != (b / CHECKSUMS).read_text()
 
@@ -108,8 +108,9 @@ def test_a_folder_that_can_not_be_finished_does_not_appear_and_others_carry_chec
         assert (folder / "restore.json").is_file(), "it is the last step"
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(streamer, "write_checksums", fail)
     with pytest.raises(MissingEnvironmentError, match="No space left"):
-        restore(a, b, {5: tmp_path / "full"}, finish=fail)
+        restore(a, b, {5: tmp_path / "full"})
     assert not (tmp_path / "full").exists()
 
 

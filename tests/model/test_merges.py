@@ -11,6 +11,7 @@ from miniature_runs import exported, recipe_for, save_base, take_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftcore.errors import UserInputError
+from sftcore.model import merge
 from sftcore.model.load import load_for_decoding, load_for_training
 from sftcore.model.merge import merge_adapter
 from sftcore.model.weight_files import check_unchanged
@@ -94,6 +95,27 @@ def test_added_tokens_are_merged_with_all_that_the_head_has(base, tmp_path):
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
 def test_adapters_on_and_beside_experts(base, tmp_path, targets, kind):
     check_merge(base, tmp_path, {"kind": kind, "targets": targets}, [])
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_merges_come_in_shards_with_all_that_belongs_to_the_model(base, tmp_path, monkeypatch):
+    recipe = recipe_for(base, adapter={"kind": "lora", "r": 4})
+    exported(recipe, tmp_path / "adapter", take_steps)
+    for name in ("LICENSE.txt", "NOTICE"):
+        (base / name).write_text("terms\n")
+    for name in ("spiece.model", "added_tokens.json"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    merge_adapter(tmp_path / "adapter", whole, recipe.model, quantised=False)
+    monkeypatch.setattr(merge, "SHARD_BYTES", 170_000)
+    merge_adapter(tmp_path / "adapter", parts, recipe.model, quantised=False)
+    files = sorted(parts.glob("*.safetensors"))
+    assert len(files) > 2 and all(file.stat().st_size < 171_000 for file in files)
+    one, several = own(whole).state_dict(), own(parts).state_dict()
+    assert one.keys() == several.keys() and all(torch.equal(one[name], several[name]) for name in one)
+    for folder in (whole, parts):
+        copied = {"LICENSE.txt", "NOTICE", "spiece.model", "added_tokens.json", "tokenizer.json"}
+        assert copied <= {file.name for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize("change", [{"dropout": 0.1}, {"dora": True}])

@@ -11,7 +11,7 @@ from launching import start_ranks, wait_for_all, write_recipe
 from miniature_runs import exported, recipe_for, save_base, take_steps
 
 from sftcore.errors import TrainingFailed
-from sftcore.model import sameness
+from sftcore.model import sameness, weights
 from sftcore.train import export
 
 LORA = {"adapter": {"kind": "lora", "r": 4}}
@@ -41,8 +41,8 @@ def test_lost_weights_are_found(base, tmp_path, monkeypatch, has_room):
         assert "e_score_correction_bias" in refused(base, tmp_path / "out")
         return
     no_room(monkeypatch, tmp_path)
-    save = export.save_file
-    monkeypatch.setattr(export, "save_file", lambda tensors, *a, **o: save(altered(tensors), *a, **o))
+    save = weights.save_file
+    monkeypatch.setattr(weights, "save_file", lambda tensors, *a, **o: save(altered(tensors), *a, **o))
     assert "model.safetensors: " in refused(base, tmp_path / "out")
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tiny import tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from sftcore.train.export import shards_of, write_shards
+from sftcore.model.weights import shards_of, write_shards
 
 SCRIPT = """
 import json, sys, threading
