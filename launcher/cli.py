@@ -43,6 +43,7 @@ from launcher.job_commands import (
 from launcher.show_commands import generate, inspect, schema
 from launcher.starting import init, recipes
 from launcher.terminal import run_command
+from sftcore.amounts import counted
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, StoppedOnRequest, UserInputError
 from sftcore.log import setup_logging
 from sftcore.train.stopping import WITH_INTERRUPT, end_on_stop
@@ -122,14 +123,15 @@ def prepare(
     loaded = load(recipe, set_, run)
     begin_stage(loaded.run_folder, "prepare")
     from launcher.shares import share_of
-    from launcher.stages import describe_store, prepare_share, write_check
     from launcher.stages import prepare as prepare_stage
+    from launcher.stages import prepare_share, write_check
+    from sftcore.data.check import describe_store
 
     if shard is not None:
         share = share_of(shard, is_alone=not (merge or check))
         print(prepare_share(loaded, share, num_workers=workers))
         return
-    _, store = prepare_stage(loaded, num_workers=workers, merge_only=merge)
+    _, store = prepare_stage(loaded, num_workers=workers, merge_only=merge, logs=False)
     if as_json:
         print(json.dumps({"store": str(store.folder), **store.manifest}, indent=1, ensure_ascii=False))
     else:
@@ -283,7 +285,8 @@ def match(
     require_folder(model, "match")
     from launcher.matching import match_pairs
 
-    print(f"{match_pairs(model, pairs, to, columns=(a, b), overwrite=overwrite)} pairs scored: {to}")
+    num_pairs = match_pairs(model, pairs, to, columns=(a, b), overwrite=overwrite)
+    print(f"{counted(num_pairs, 'pair')} scored: {to}")
 
 
 @app.command()

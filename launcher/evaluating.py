@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from launcher.held_out import fitting, scorable_records
 from launcher.run_folder import open_run, record_seconds
 from launcher.stages import recipe_tokenizer
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.contents import Chat
 from sftcore.data.ledger import Ledger
@@ -338,7 +339,7 @@ def _not_all_shards(target: Path) -> Problem:
 def _predict(task: _Task, share: Share) -> list[dict[str, Any]]:
     """Rows of predictions.jsonl of a job's share of the items."""
     items, recipe, records = task.items, task.items.recipe, task.items.records
-    log.info("evaluating %s (%s) on %d items", task.name, task.folder, len(records))
+    log.info("evaluating %s (%s) on %s", task.name, task.folder, counted(len(records), "item"))
     if recipe.task == "matching":
         quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(task.folder))
         verdicts = judge_pairs(recipe, task.folder, records, task.prompter, quantised=quantised, share=share)
@@ -387,4 +388,4 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
         logits[name] = first_logits(_load_evaluated(items.recipe, folders[name]), prompts)
     report = summarise_drift(known, drift(logits["tuned"], logits["base"]), level=level)
     write_json(items.run / "eval" / "drift.json", report)
-    log.info("drift on %d facts of level %d: %.3f nats", len(known), level, report["mean_kl_nats"])
+    log.info("drift on %s of level %d: %.3f nats", counted(len(known), "fact"), level, report["mean_kl_nats"])

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.contents import Pair
 from sftcore.data.ledger import REMEDIES, Change, Ledger, Reason
@@ -99,7 +100,7 @@ def _write_ledger(ledger: Ledger, path: Path) -> None:
     if ledger.num_rejected or ledger.altered_by_reason:
         ledger.write(path)
     if ledger.num_rejected:
-        log.warning("%d rows can't be used; they are listed in %s", ledger.num_rejected, path)
+        log.warning("%s can't be used, as listed in %s", counted(ledger.num_rejected, "row"), path)
     if notes := ", ".join(f"{change} {count}" for change, count in ledger.altered_by_reason.items()):
         log.info("notes: %s (%s)", notes, path)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.run_folder import open_run
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.bounded import bounded
 from sftcore.data.contents import Pair
@@ -165,7 +166,7 @@ def _ask_here(
     """Greedy replies of a model in this process, batch by batch into the cache."""
     known = {key: cache.get(prompt) for key, prompt in prompts.items()}
     todo = [key for key, reply in known.items() if reply is None]
-    log.info("%d prompts to ask; the other replies are in %s", len(todo), cache.path)
+    log.info("%s to ask; the other replies are in %s", counted(len(todo), "prompt"), cache.path)
     settings = recipe.model.model_copy(update={"path": teacher.model or recipe.model.path})
     tokenizer = load_tokenizer(settings.path, settings.trust_remote_code)
     model = load_for_decoding(settings) if todo else None

@@ -27,7 +27,7 @@ from launcher.precision import settle_runs
 from launcher.run_folder import FINISHED
 from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
 from launcher.whole_run import is_finished
-from sftcore.amounts import duration
+from sftcore.amounts import counted, duration
 from sftcore.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -121,7 +121,9 @@ def run_here(study: Study) -> None:
     pending = [run for run in study.runs if not is_finished(run.recipe)]
     estimates = _estimates(study, pending)
     how_long = f", roughly {duration(sum(estimates))} on this machine" if estimates else ""
-    log.info("%s: %d runs, %d to do%s", study.settings.name, len(study.runs), len(pending), how_long)
+    log.info(
+        "%s: %s, %d to do%s", study.settings.name, counted(len(study.runs), "run"), len(pending), how_long
+    )
     times: list[tuple[float, float]] = []
     weights = estimates or [1.0] * len(pending)
     for number, run in enumerate(pending, start=1):
@@ -250,7 +252,7 @@ def conclude(study: Study) -> None:
     failed = [run.name for run in study.runs if state_of(run) == FAILED_STATE]
     if failed:
         raise TrainingFailed(
-            f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}; "
+            f"{len(failed)} of {counted(len(study.runs), 'run')} failed: {', '.join(failed)}; "
             f"see {study.folder / 'logs'}, then start the study again"
         )
 

@@ -27,6 +27,7 @@ from launcher.ranks import listed_pid
 from launcher.run_folder import open_run, record_seconds
 from launcher.stages import prepare, prepare_valid
 from sftcore import dist
+from sftcore.amounts import counted
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
 from sftcore.errors import (
@@ -239,7 +240,7 @@ def _eight_bit_is_cut(checkpoint: Path | None) -> Problem:
     return Problem(
         what="8-bit optimizer state is quantised in blocks of each rank's share and can't be cut anew",
         where=str(checkpoint),
-        got=f"{dist.world_size()} rank(s)",
+        got=counted(dist.world_size(), "rank"),
         remedy="resume at the number of ranks that it was saved with",
     )
 

@@ -1,16 +1,52 @@
-"""Durations, sizes and work as people say them; the one place that writes them.
+"""Numbers, durations, sizes and work as people say them; the one place that writes them.
 
-In: seconds, bytes, floating point operations. Out: "1 h 02 min", "3.6 GB", "2.8 PFLOP".
+In: counts, seconds, bytes, floating point operations. Out: "1 step", "1 h 02 min", "3.6 GB", "2.8 PFLOP".
 Invariant: no exponents, whatever the number; what is shown is rounded once, so 59.6 s are "1 min 00 s".
 Trade-off: two or three digits: who wants more reads the JSON files, which hold seconds and bytes.
 """
 
 from __future__ import annotations
 
+import math
+
 MINUTE, HOUR, DAY = 60, 3600, 86400
 _BYTES = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP")
 STEP = 1000  # from one unit to the next
+
+
+def counted(number: int, noun: str) -> str:
+    """So many things of a kind.
+
+    Args:
+        noun: in the singular.
+
+    >>> counted(1, "step"), counted(0, "step"), counted(12345, "batch"), counted(2, "reply")
+    ('1 step', '0 steps', '12,345 batches', '2 replies')
+    """
+    return f"{number:,} {noun if number == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """More than one of them.
+
+    >>> plural("process"), plural("training fact"), plural("day")
+    ('processes', 'training facts', 'days')
+    """
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "tch", "sh")) else f"{noun}s"  # but: epochs
+
+
+def rate(value: float) -> str:
+    """A learning rate or another small number, to three digits, without an exponent.
+
+    >>> rate(1e-5), rate(2.5e-4), rate(0), rate(0.1), rate(1.23456e-7)
+    ('0.00001', '0.00025', '0', '0.1', '0.000000123')
+    """
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    text = f"{value:.{max(0, digits)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from sftcore.amounts import counted
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import disk_errors_explained, write_jsonl
 
@@ -268,7 +269,7 @@ class Ledger:
         remedies = [REMEDIES[reason] for reason in counts if reason in REMEDIES]
         remedies.append(f"mend the rows, or allow more: data.max_reject_fraction (now {max_fraction:g})")
         return Problem(
-            what=f"{sum(counts.values())} of {num_rows} rows can't be used",
+            what=f"{sum(counts.values())} of {counted(num_rows, 'row')} can't be used",
             where=printable_path(first[0].file) if first else "",
             got=", ".join(f"{reason}: {n}" for reason, n in counts.items())
             + "".join(f"\n      {rejection}" for rejection in first[:3]),

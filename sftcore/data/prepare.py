@@ -146,9 +146,7 @@ def prepare_store(
         store = TokenStore.open(order.folder, order.fingerprint)
         files = store.described_files()
         known.learn({file: about["sha256"] for file, about in files.items()}, since=began)
-    store = _allowed(recipe, store)
-    _report(store)
-    return store
+    return _allowed(recipe, store)
 
 
 def prepare_shard(
@@ -375,20 +373,3 @@ def _with_ledger(error: UserInputError, ledger: Ledger, path: Path) -> UserInput
 
 def _listed(ledger: Ledger, path: Path) -> Problem:
     return Problem(what=f"all {ledger.num_rejected} dropped rows are listed there", where=str(path))
-
-
-def _report(store: TokenStore) -> None:
-    counts = store.manifest
-    log.info(
-        "store %s: %d rows read, %d samples, %d rejected; %d tokens, %d of them trained (%.1f %%)",
-        store.fingerprint,
-        counts["num_rows_read"],
-        counts["num_samples"],
-        counts["num_rejected"],
-        counts["num_tokens"],
-        counts["num_trained_tokens"],
-        100 * counts["num_trained_tokens"] / counts["num_tokens"],
-    )
-    for kind in ("rejected_by_reason", "altered_by_reason"):
-        if counts[kind]:
-            log.info("  %s: %s", kind, ", ".join(f"{reason} {n}" for reason, n in counts[kind].items()))

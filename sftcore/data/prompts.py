@@ -17,6 +17,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from sftcore.amounts import counted
 from sftcore.data.chat import SYSTEM_ROLES, ChatRefused, ChatRenderer, last_answer_only, without_system
 from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
 from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
@@ -328,7 +329,7 @@ class Prompter:
         elif len(encoded.ids) <= self.options.max_length:
             return encoded
         else:
-            detail = f"{len(encoded.ids)} tokens, {self.options.max_length} fit"
+            detail = f"{counted(len(encoded.ids), 'token')}, {self.options.max_length} fit"
         if self.options.overlength == "trim_prompt":
             trimmed = self._trimmed(content)
             if trimmed is not None:

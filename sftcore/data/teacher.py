@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sftcore.amounts import counted
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import append_jsonl, fingerprint_of, write_jsonl
 from sftcore.log import progress
@@ -230,7 +231,11 @@ def ask_all(
     }
     todo = {key: prompt for key, prompt in prompts.items() if key not in results}
     log.info(
-        "%d prompts to ask; %d of %d replies are in %s", len(todo), len(results), len(prompts), cache.path
+        "%s to ask; %d of %d replies are in %s",
+        counted(len(todo), "prompt"),
+        len(results),
+        len(prompts),
+        cache.path,
     )
     with progress("asking the teacher", len(todo)) as advance:
         asyncio.run(_ask_missing(todo, server, results, cache, concurrency, advance))

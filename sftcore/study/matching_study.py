@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sftcore.amounts import counted
 from sftcore.data.rationales import MIN_REASONED_PAIRS
 from sftcore.data.selection_file import SELECTION, read_selection
 from sftcore.errors import Problem, UserInputError
@@ -326,7 +327,7 @@ def _verdict(
     majority = references[0]["accuracy"]
     draws = len(best["runs"])
     sentences = [
-        f"Best: {best['arm']}, {best['n']:,} pairs: {format_share(best['accuracy']['mean'])} "
+        f"Best: {best['arm']}, {counted(best['n'], 'pair')}: {format_share(best['accuracy']['mean'])} "
         f"({draws} draw{'s' if draws > 1 else ''}); always saying the larger class gives "
         f"{format_share(majority)}."
     ]
@@ -341,7 +342,7 @@ def _verdict(
     for part in clear:
         ahead, behind = ("first", "second") if part["low"] > 0 else ("second", "first")
         sentences.append(
-            f"With {part['n']:,} pairs, {part[ahead]} is ahead of {part[behind]} by "
+            f"With {counted(part['n'], 'pair')}, {part[ahead]} is ahead of {part[behind]} by "
             f"{100 * abs(part['difference']):.1f} points."
         )
     if len(beyond) > len(clear):
@@ -355,6 +356,6 @@ def _verdict(
         widest = max(sensitivity, key=lambda part: part["range"])
         sentences.append(
             f"Paraphrasing the prompt moves the result by up to {100 * widest['range']:.1f} points "
-            f"({widest['arm']}, {widest['n']:,} pairs)."
+            f"({widest['arm']}, {counted(widest['n'], 'pair')})."
         )
     return sentences

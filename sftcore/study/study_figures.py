@@ -24,6 +24,7 @@ from sftcore.study.figures import (
     INK,
     LEVEL_COLOURS,
     WIDTH_INCHES,
+    legend_label,
     page_style,
     svg_of,
 )
@@ -175,7 +176,7 @@ def arm_curves(
             style = (ARM_COLOURS[number % len(ARM_COLOURS)], ARM_STYLES[number % len(ARM_STYLES)])
             _draw_curve(axes, arm, style, points, place=_place_beside(arm, "arm", cells))
         for number, (label, share) in enumerate(references):
-            axes.axhline(share, color=INK, lw=0.9, ls=(0, (1, 2 + 2 * number)), label=label)
+            axes.axhline(share, color=INK, lw=0.9, ls=(0, (1, 2 + 2 * number)), label=legend_label(label))
         _finish_curves(axes, cells, "training pairs")
         longest = max(len(str(label)) for label in axes.get_legend_handles_labels()[1])
         columns = 2 if longest <= HALF_WIDTH_LETTERS else 1
@@ -223,7 +224,7 @@ def _draw_curve(
     sizes, parts = [shift * size for size, _ in points], [part for _, part in points]
     lows, highs = [part["low"] for part in parts], [part["high"] for part in parts]
     means = [part["mean"] for part in parts]
-    axes.plot(sizes, means, marker="o", ms=4, lw=1.8, color=colour, ls=line, label=label)
+    axes.plot(sizes, means, marker="o", ms=4, lw=1.8, color=colour, ls=line, label=legend_label(label))
     if len(points) == 1:
         axes.vlines(sizes, lows, highs, color=colour, alpha=0.5, lw=3)
     axes.fill_between(sizes, lows, highs, color=colour, alpha=0.22, lw=0)

@@ -13,6 +13,7 @@ import glob
 import logging
 import os
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -50,6 +51,20 @@ def put_own_programs_first() -> None:
     is_virtual = sys.prefix != sys.base_prefix  # /usr/bin first could hide a cluster's modules
     if is_virtual and (own / "ninja").exists() and path.split(os.pathsep)[0] != str(own):
         os.environ["PATH"] = f"{own}{os.pathsep}{path}"
+
+
+def finds_library(name: str) -> bool:
+    """Whether a folder that linkers look into holds a library to build with; none is run.
+
+    Folders: of LIBRARY_PATH, of -L in CFLAGS and LDFLAGS, of this environment, of the system.
+    """
+    flags = f"{os.environ.get('CFLAGS', '')} {os.environ.get('LDFLAGS', '')}".split()
+    given = [flag.removeprefix("-L") for flag in flags if flag.startswith("-L")]
+    given += os.environ.get("LIBRARY_PATH", "").split(os.pathsep)
+    system = [f"{root}/{lib}" for root in (sys.prefix, "/usr", "/usr/local", "") for lib in ("lib", "lib64")]
+    kind = sysconfig.get_config_var("MULTIARCH") or "."
+    folders = [*filter(None, given), *system, *(f"{folder}/{kind}" for folder in system)]
+    return any((Path(folder) / f"lib{name}{end}").exists() for folder in folders for end in (".so", ".a"))
 
 
 def await_other_builds() -> None:

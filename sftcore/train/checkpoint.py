@@ -28,6 +28,7 @@ import torch
 import xxhash
 
 from sftcore import dist
+from sftcore.amounts import counted
 from sftcore.errors import MissingEnvironmentError, Problem, SftError, UserInputError
 from sftcore.fsio import (
     DAMAGED,
@@ -325,7 +326,7 @@ def for_this_world(folder: Path, state: TrainState, *, stage: int) -> Iterator[P
     if state.world_size == dist.world_size() or stage == 0:
         yield folder
         return
-    log.info("converting the checkpoint of %d ranks for %d", state.world_size, dist.world_size())
+    log.info("converting the checkpoint of %s for %d", counted(state.world_size, "rank"), dist.world_size())
     converted = folder.with_name(f".{folder.name}.universal.tmp")
     with disk_errors_explained(folder):
         if dist.rank() == 0:

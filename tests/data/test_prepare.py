@@ -12,7 +12,7 @@ from tiny_tokenizers import CHATML, build_bpe
 
 import sftcore.data.prepare as prepare_module
 from sftcore.config import Recipe
-from sftcore.data.check import check_store, check_text
+from sftcore.data.check import check_store, check_text, describe_store
 from sftcore.data.contents import Fact
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_items, load_records, prepare_store, store_fingerprint
@@ -378,11 +378,15 @@ def test_a_full_disk_leaves_no_store(recipe, bpe, cache, monkeypatch):
     assert not parts.exists()
 
 
-def test_numbers_of_the_account_are_logged(recipe, bpe, cache, caplog):
-    caplog.set_level("INFO", logger="sftcore")
+def test_the_account_is_one_sentence_for_people(recipe, bpe, cache):
     store = prepare_store(recipe(FACTS, test=FACTS[:1]), bpe, cache_root=cache)
-    assert f"store {store.fingerprint}: 20 rows read, 19 samples, 1 rejected" in caplog.text
-    assert "rejected_by_reason: leak 1" in caplog.text
+    said = describe_store(store)
+    assert said.startswith("19 samples of ") and "from 20 rows, 1 rejected (leak 1): " in said
+    assert said.endswith(f"{store.folder} (ledger.jsonl lists such rows)") and "_by_reason" not in said
+    one = describe_store(prepare_store(recipe(FACTS[:1]), bpe, cache_root=cache))
+    assert one.startswith("1 sample of ") and " from 1 row: " in one and "ledger" not in one
+    noted = describe_store(prepare_store(recipe([*FACTS, FACTS[0]]), bpe, cache_root=cache))
+    assert ", noted: duplicate kept 1: " in noted and noted.endswith("(ledger.jsonl lists such rows)")
 
 
 def test_equal_prompts_with_different_answers_are_kept_and_counted(recipe, bpe, cache):
