@@ -248,7 +248,9 @@ class TrainSettings(Settings):
     z_loss: NonNegative = Field(0.0, description="weight of log(Z)^2 per trained token")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of uniform target")
     init_adapter: PathText | None = Field(
-        None, description="adapter folder to go on from; its rank, alpha and targets have to be the recipe's"
+        None,
+        description="adapter folder to go on from; its rank and alpha have to be the recipe's, and its"
+        " targets where adapter.targets lists some (all-linear: its own go on)",
     )
     hang_seconds: Seconds | None = Field(
         None, description="a step that takes longer ends the job; null: max(300, 10 median steps)"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings, Recipe
+from sftcore.model.adapter_files import vocabulary_trained
 from sftcore.model.adapters import add_adapter
 from sftcore.model.attention.needs import head_sizes
 from sftcore.model.code import is_trusted
@@ -251,7 +253,9 @@ def measure_recipe(recipe: Recipe) -> ModelCost:
     """Sizes of the recipe's model."""
     num_classes = NUM_CLASSES if recipe.classifies else None
     cost = measure_model(load_config(recipe.model), recipe.adapter, num_classes=num_classes)
-    if cost.trains_all or not recipe.model.add_tokens:
+    saved = recipe.train.init_adapter
+    has_vocabulary = bool(recipe.model.add_tokens) or (saved and vocabulary_trained(Path(saved)))
+    if cost.trains_all or not has_vocabulary:
         return cost
     beside = (
         cost.num_parameters - cost.num_unreached_parameters - cost.num_body_parameters

@@ -109,7 +109,7 @@ def load_trainable(
     else:
         saved = Path(recipe.train.init_adapter) if recipe.train.init_adapter else None
         add_adapter(model, recipe.adapter, seed=recipe.training_seed, saved=saved)
-        train_whole_layers(model, vocabulary=bool(settings.add_tokens))
+        train_whole_layers(model, vocabulary=bool(settings.add_tokens), saved=saved)
         if saved is not None:
             fill_adapter(model, saved, is_trained=True)
     return LossModel(model)
