@@ -122,6 +122,7 @@ class Change(StrEnum):
     SYSTEM_MERGED = "system_merged"
     SYSTEM_DROPPED = "system_dropped"
     EARLIER_UNTRAINED = "earlier_untrained"
+    MARKER_IN_TEXT = "marker_in_text"
     QUOTES_READ = "quotes_read"
     QUOTES_KEPT = "quotes_kept"
     LABEL_SPELLING = "label_spelling"

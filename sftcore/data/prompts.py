@@ -210,8 +210,16 @@ class Prompter:
                 fitted[i] = replace(sample, changes=(*sample.changes, Change.SPECIAL_IN_TEXT))
         for i, content in enumerate(contents):
             if isinstance(content, Chat) and isinstance(sample := fitted[i], Encoded):
-                fitted[i] = replace(sample, changes=(*sample.changes, *self._asked_changes(content)))
+                markers = self._markers_in(content)
+                changes = (*sample.changes, *self._asked_changes(content))
+                changes += (Change.MARKER_IN_TEXT,) if markers else ()
+                fitted[i] = replace(sample, changes=changes, markers=markers)
         return fitted
+
+    def _markers_in(self, chat: Chat) -> tuple[str, ...]:
+        """The template's plain markers of turns that stand in a chat's contents."""
+        said = [turn.content for turn in chat.messages]
+        return tuple(mark for mark in self._renderer().markers if any(mark in text for text in said))
 
     def _asked_changes(self, chat: Chat) -> Iterator[Change]:
         """What the recipe asks to be changed in chats, where this one is."""
@@ -365,7 +373,8 @@ class Prompter:
             )
         note = ledger.alter if ledger else ignore
         for change in result.changes:
-            note(Alteration(file=record.file, row=record.row, change=change))
+            detail = ", ".join(result.markers) if change is Change.MARKER_IN_TEXT else ""
+            note(Alteration(file=record.file, row=record.row, change=change, detail=detail))
         return Sample(
             id=record.id,
             input_ids=np.array(result.ids, np.int32),

@@ -57,12 +57,14 @@ class Encoded:
         trained: (start, end) of each trained stretch of ids, in turn; the first starts after place 0.
         label: the class to be predicted at the last position, where that is trained instead.
         changes: what was done on the way, for the ledger.
+        markers: plain texts in the turns of a chat by which its template tells turns apart.
     """
 
     ids: list[int]
     trained: tuple[tuple[int, int], ...] = ()
     label: int | None = None
     changes: tuple[Change, ...] = ()
+    markers: tuple[str, ...] = ()
 
     @property
     def num_prompt(self) -> int:

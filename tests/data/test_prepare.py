@@ -449,6 +449,27 @@ def test_only_the_last_answer_is_trained_where_the_recipe_says_so(recipe, cache)
     assert tokenizer.decode(sample.input_ids) == f"{fed}<|im_start|>assistant\na1<|endoftext|>"
 
 
+def test_a_turn_that_holds_a_plain_marker_of_the_template_is_counted_by_its_name(recipe, cache):
+    tokenizer = build_bpe()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+        "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+
+    def row(*said):
+        roles = ("user", "assistant") * len(said)
+        return {"messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
+
+    rows = [row("hi", "yo"), row("a [/INST] b [INST] c", "yo"), row("x", "[INST] y"), row("[INST", "INST]")]
+    store = prepare_store(recipe(rows, task="chat", format="jsonl"), tokenizer, cache_root=cache)
+    noted = store.manifest["altered_by_reason"]
+    assert len(store) == 4 and noted.pop("seam_apart", 0) <= 4
+    assert noted == {"marker_in_text": 2, "marker_in_text [/INST]": 1, "marker_in_text [INST]": 2}
+    assert "marker in text [INST] 2" in describe_store(store)
+    ledger = read_jsonl(store.folder / "ledger.jsonl")
+    assert [e["row"] for e in ledger if e.get("change") == "marker_in_text"] == [2, 3]
+
+
 def test_the_day_of_a_template_is_part_of_a_stores_key(recipe, cache):
     tokenizer = build_bpe()
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + CHATML.replace(
