@@ -123,6 +123,7 @@ class Change(StrEnum):
     SYSTEM_DROPPED = "system_dropped"
     EARLIER_UNTRAINED = "earlier_untrained"
     MARKER_IN_TEXT = "marker_in_text"
+    ANSWER_NORMALISED = "answer_normalised"
     QUOTES_READ = "quotes_read"
     QUOTES_KEPT = "quotes_kept"
     LABEL_SPELLING = "label_spelling"

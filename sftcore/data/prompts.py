@@ -24,7 +24,7 @@ from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, p
 from sftcore.data.rationales import Order, compose_answer
 from sftcore.data.records import Record
 from sftcore.data.rows import ignore
-from sftcore.data.seam import Draft, Encoded, encode_classified, encode_drafts, encode_joined
+from sftcore.data.seam import Draft, Encoded, alters_answer, encode_classified, encode_drafts, encode_joined
 from sftcore.data.special import SpecialTokens
 from sftcore.data.tokens import Codec, Tokenizer, codec_of
 from sftcore.data.trimming import cut_left, prompt_texts, with_prompt_texts
@@ -234,7 +234,13 @@ class Prompter:
         usable = [d for d in drafts if isinstance(d, Draft)]
         encoded = iter(self._encoder()(self.codec, usable))
         nothing = Refusal(reason=Reason.NO_TOKENS, detail="prompt or answer has no tokens")
-        return [(next(encoded) or nothing) if isinstance(d, Draft) else d for d in drafts]
+        return [self._seen(d, next(encoded)) or nothing if isinstance(d, Draft) else d for d in drafts]
+
+    def _seen(self, draft: Draft, encoded: Encoded | None) -> Encoded | None:
+        """`encoded`, noted where the tokenizer makes another text of an answer."""
+        if encoded is None or encoded.label is not None or not alters_answer(self.codec, draft, encoded):
+            return encoded
+        return replace(encoded, changes=(*encoded.changes, Change.ANSWER_NORMALISED))
 
     def _encoder(self) -> Callable[[Codec, Sequence[Draft]], list[Encoded | None]]:
         if self.options.joins_texts:

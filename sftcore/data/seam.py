@@ -128,6 +128,19 @@ def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]
     ]
 
 
+def alters_answer(codec: Codec, draft: Draft, encoded: Encoded) -> bool:
+    """Whether the ids of an answer stand for another text than the row's: the tokenizer normalises."""
+    decode = codec.tokenizer.decode
+    for answer, (start, end) in zip(draft.pieces[1::2], encoded.trained, strict=False):
+        if not codec.may_alter(answer):
+            continue
+        found = str(decode(encoded.ids[start:end], clean_up_tokenization_spaces=False))
+        ended = found.removesuffix(codec.stop_text) if draft.is_bare else found
+        if not {found, ended} & {answer, answer.removeprefix(" ")}:  # some decoders take off the first space
+            return True
+    return False
+
+
 def _gets_spaces(codec: Codec, draft: Draft) -> bool:
     """Whether an answer would get a space that its text does not have, behind an added token."""
     return draft.is_bare and codec.starts_again("".join(draft.pieces))

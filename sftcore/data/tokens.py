@@ -28,6 +28,7 @@ from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerFast; its import takes 2 s, so it is named nowhere here
 LETTERS = frozenset(string.ascii_letters)
+SPACE = "\u2581"  # how SentencePiece spells a space
 CUT_CHARACTERS = 200  # how far before a border a cut is looked for
 PROBES = ("a", "1", ".", "的")  # a text that yields at least one id in any vocabulary we have met
 
@@ -96,6 +97,24 @@ class Codec:
         backend.no_truncation()
         backend.no_padding()
         return [found.ids for found in backend.encode_batch_fast(list(pairs), add_special_tokens=True)]
+
+    def may_alter(self, text: str) -> bool:
+        """Whether ids of `text` may stand for another text: NFKC, doubled spaces, U+2581 as a space, ...
+
+        A tokenizer without a normalizer and without such spaces alters none, at no cost.
+        """
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        if self._writes_spaces and SPACE in text:
+            return True
+        if normalizer is None:
+            return False
+        found = str(normalizer.normalize_str(text)).replace(SPACE, " ")
+        return found.removeprefix(" ") != text.removeprefix(" ")  # some put a space in front
+
+    @cached_property
+    def _writes_spaces(self) -> bool:
+        """Whether its vocabulary has U+2581 for a space."""
+        return SPACE in json.dumps(state_of(self.tokenizer.backend_tokenizer.decoder), ensure_ascii=False)
 
     def starts_again(self, text: str) -> bool:
         """Whether the tokenizer puts a space into `text`, behind an added token."""
