@@ -196,14 +196,17 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the line or script, and stop")] = False,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="checkpoint to go on from")] = "auto",
     restart_schedule: Annotated[
-        bool, typer.Option("--restart-schedule", help="with --resume PATH: begin this recipe's plan anew")
+        bool,
+        typer.Option(
+            "--restart-schedule", help="with --resume PATH: begin this recipe's plan again, at its first step"
+        ),
     ] = False,
     debug_anomaly: Annotated[
         bool,
         typer.Option("--debug-anomaly", help="name the first tensor that is not finite; norms per layer"),
     ] = False,
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="stop behind a checkpoint after N steps")
+        int | None, typer.Option(min=1, help="stop after N steps, with a checkpoint")
     ] = None,
     overfit_one_step: Annotated[
         bool, typer.Option("--overfit-one-step", help="repeat step 1 until its loss is below 0.01; no run")

@@ -43,7 +43,7 @@ class DebugOptions:
 
     Args:
         anomaly: name the first tensor that is not finite; write norms per layer.
-        max_steps: stop behind a checkpoint after this many steps; None: at the end.
+        max_steps: stop after a checkpoint after this many steps; None: at the end.
         profile: trace three steps.
     """
 

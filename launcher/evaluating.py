@@ -183,7 +183,7 @@ class _Task:
 
 
 def _tasks(items: _Items, model: Path | None) -> list[_Task]:
-    """Base and tuned, and the base model behind examples if asked for; or `model` alone."""
+    """Base and tuned, and the base model after examples if asked for; or `model` alone."""
     folders = _models_to_evaluate(items.recipe, model)
     for folder in folders.values():
         check_unchanged(Path(folder))
@@ -233,7 +233,7 @@ def _known_levels(recipe: Recipe, run: Path, records: Sequence[Record]) -> dict[
 
 
 def _few_shot_tasks(items: _Items) -> list[_Task]:
-    """The base model behind solved training examples, if the recipe asks for it and the model can do it."""
+    """The base model after solved training examples, if the recipe asks for it and the model can do it."""
     recipe = items.recipe
     if not recipe.evaluate.few_shot:
         return []
@@ -251,7 +251,7 @@ def _few_shot_tasks(items: _Items) -> list[_Task]:
 
 
 def _behind_examples(items: _Items, examples: Sequence[Record]) -> _Items:
-    """The same pairs behind examples; what gets too long is listed in RUN/ledger.fewshot.jsonl."""
+    """The same pairs after examples; what gets too long is listed in RUN/ledger.fewshot.jsonl."""
     recipe, ledger = with_examples(items.recipe, examples), Ledger()
     records = fitting(recipe, recipe.model.path, items.tokenizer)(items.records, ledger)
     if ledger.num_rejected:
@@ -366,7 +366,7 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
     """RUN/eval/drift.json: how far first tokens moved on the facts known best, in their best wording.
 
     Raises:
-        UserInputError: no probe has told which wording is the best.
+        UserInputError: no probe has shown which wording is the best.
     """
     path = items.run / TEMPLATES
     if not path.is_file():

@@ -60,7 +60,7 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
     """The sample's text with every trained target in `mark`.
 
     Position i predicts token i + 1, so token i + 1 is marked where labels[i] is trained. Tokens that hold
-    parts of one character are shown together. A class stands behind the text.
+    parts of one character are shown together. A class stands after the text.
     """
     trained = _trained_tokens(sample)
     text, pending, before = "", [], list[int]()
@@ -79,7 +79,7 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
 
 
 def _decoded_behind(before: list[int], ids: list[int], tokenizer: Any) -> str:
-    """The text of some tokens behind others: SentencePiece's decoders drop the space in front of a text."""
+    """The text of some tokens after others: SentencePiece's decoders drop the space in front of a text."""
     text, context = tokenizer.decode([*before, *ids]), tokenizer.decode(before) if before else ""
     return str(text[len(context) :]) if text.startswith(context) else str(tokenizer.decode(ids))
 

@@ -58,7 +58,7 @@ Shard = Annotated[
 ]
 Merge = Annotated[bool, typer.Option("--merge", help="only put the shards together; all have to be done")]
 Partition = Annotated[str | None, typer.Option(help="slurm: partition")]
-Time = Annotated[str | None, typer.Option(help="slurm: time limit; the run goes on behind it")]
+Time = Annotated[str | None, typer.Option(help="slurm: time limit; the run goes on after it")]
 Account = Annotated[str | None, typer.Option(help="slurm: account")]
 
 
@@ -161,7 +161,7 @@ def submit(
     set_: Overrides = None,
     run: RunFolder = None,
 ) -> None:
-    """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each behind the one before."""
+    """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each after the one before."""
     from launcher.ways_in import machines_of, submit_whole
 
     machines = machines_of(

@@ -1,6 +1,6 @@
 """What a plan comes to on a device: will it train, end its answers, fit, and how many hours.
 
-In: a recipe, its store and plan, a `Device`. Out: a dictionary beside the plan's; its lines for a terminal.
+In: a recipe, its store and plan, a `Device`. Out: a dictionary next to the plan's; its lines for a terminal.
 Invariant: judged by training's own checks, so a recipe that "trains" here is not refused there by them.
 Trade-off: packages (flash-attn, bitsandbytes, libaio) are looked for in this environment, which a cluster's
 GPU nodes are taken to share; only whether there are GPUs, and how large, comes from the `Device`.

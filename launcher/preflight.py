@@ -153,8 +153,8 @@ def plan_table(plan: dict[str, Any]) -> str:
         ("model", f"{p['num_parameters']:,} parameters in {p['dtype']}"),
         (
             "memory per rank",
-            " + ".join(f"{name} {size(part, beside=total)}" for name, part in memory.items())
-            + f" = {size(total, beside=total)}",
+            " + ".join(f"{name} {size(part, against=total)}" for name, part in memory.items())
+            + f" = {size(total, against=total)}",
         ),
     ]
     for source in plan["sources"] if len(plan["sources"]) > 1 else []:

@@ -1,10 +1,10 @@
 """`sftcore rationales`: ask a teacher why pairs match or not, and keep what agrees with the gold labels.
 
 In: a recipe's training pairs (those that `select` draws) and `matching.teacher`. Out: a `pairs` file with a
-rationale in each row, and beside it FILE.summary.json; RUN/teacher.jsonl holds every reply.
+rationale in each row, and next to it FILE.summary.json; RUN/teacher.jsonl holds every reply.
 Invariant: pairs = kept + disagreeing + unparsable + failed; the file appears whole, in the order of the data.
 Trade-off: the teacher sees no gold label, so its reply is a judgement and some are lost to disagreement (the
-summary reports the yield); told the answer, it would find reasons for wrong labels too.
+summary reports the yield); given the answer, it would find reasons for wrong labels too.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def _tell_trivial(ledger: Ledger, listed: Path | None, split: str, *, num_left: 
     counts = {reason: ledger.rejected_by_reason[reason] for reason in sorted(TRIVIAL)}
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items() if count)
     if split == "train" and not num_left:
-        what, remedy = "every training fact is trivial", "mend the facts, or set data.trivial_facts: keep"
+        what, remedy = "every training fact is trivial", "fix the facts, or set data.trivial_facts: keep"
         where = "data.train" if listed is None else str(listed)
         raise UserInputError(Problem(what=what, where=where, got=reasons, remedy=remedy))
     log.info("%s left out: %s (%s)", counted(sum(counts.values()), "fact"), reasons, listed or split)

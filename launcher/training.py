@@ -238,7 +238,7 @@ def _evaluations_before(checkpoint: Path | None, run: Path) -> int:
 
 def _eight_bit_is_cut(checkpoint: Path | None) -> Problem:
     return Problem(
-        what="8-bit optimizer state is quantised in blocks of each rank's share and can't be cut anew",
+        what="8-bit optimizer state is quantised in blocks of each rank's share and can't be cut otherwise",
         where=str(checkpoint),
         got=counted(dist.world_size(), "rank"),
         remedy="resume at the number of ranks that it was saved with",
@@ -292,7 +292,7 @@ def _load_model(recipe: Recipe, *, sharded_by: dict[str, Any] | None) -> LossMod
 
 
 def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:
-    """The checkpoint folder to go on from, or None to start anew.
+    """The checkpoint folder to go on from, or None to start from the beginning.
 
     Raises:
         UserInputError: `never` on a run that has steps, or a folder that is no whole checkpoint.

@@ -74,16 +74,16 @@ def duration(seconds: float) -> str:
     return f"{days} d {hours % 24} h" if days < 100 else f"{days:,} d"
 
 
-def size(num_bytes: float, *, beside: float | None = None) -> str:
+def size(num_bytes: float, *, against: float | None = None) -> str:
     """Bytes, in powers of 1,000.
 
     Args:
-        beside: another size that this one is added to or compared with: in its unit, with one more digit.
+        against: another size that this one is added to or compared with: in its unit, with one more digit.
 
-    >>> size(0), size(512), size(3.6e9), size(139.2e9), size(999_960), size(2.7e8, beside=2.1e9)
+    >>> size(0), size(512), size(3.6e9), size(139.2e9), size(999_960), size(2.7e8, against=2.1e9)
     ('0 B', '512 B', '3.6 GB', '139 GB', '1.0 MB', '0.27 GB')
     """
-    return _scaled(num_bytes, _BYTES, beside)
+    return _scaled(num_bytes, _BYTES, against)
 
 
 def work(flop: float) -> str:
@@ -95,15 +95,15 @@ def work(flop: float) -> str:
     return _scaled(flop, _FLOP, None)
 
 
-def _scaled(value: float, units: tuple[str, ...], beside: float | None) -> str:
-    unit, scaled = 0, abs(value if beside is None else beside)
+def _scaled(value: float, units: tuple[str, ...], against: float | None) -> str:
+    unit, scaled = 0, abs(value if against is None else against)
     while round(scaled, 1 if scaled < 100 else 0) >= STEP and unit < len(units) - 1:
         unit, scaled = unit + 1, scaled / STEP
     shown = value / STEP**unit
     if unit == 0:
         return f"{shown:,.0f} {units[0]}"
-    digits = (0 if abs(shown) >= 100 else 1) + (beside is not None)
+    digits = (0 if abs(shown) >= 100 else 1) + (against is not None)
     text = f"{shown:,.{digits}f}"
-    if beside is None and abs(shown) >= 10:
+    if against is None and abs(shown) >= 10:
         text = text.removesuffix(".0")
     return f"{text} {units[unit]}"

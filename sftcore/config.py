@@ -51,7 +51,7 @@ class ModelSettings(Settings):
     )
     head: Literal["auto", "liger", "chunked"] = Field(
         "auto",
-        description="loss over the vocabulary; auto: ours in blocks (liger's is not yet measured beside it)",
+        description="loss over the vocabulary; auto: ours in blocks (liger's is not yet measured next to it)",
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "flex", "sdpa_docs"] = Field(
         "auto", description="attention backend for training; auto: the first that can"
@@ -69,10 +69,10 @@ DROPOUT = "on the adapters' inputs; with batch.samples_per_step its masks depend
 
 
 class AdapterSettings(Settings):
-    """What is trained: all weights, or low-rank updates beside frozen ones."""
+    """What is trained: all weights, or low-rank updates next to frozen ones."""
 
     kind: Literal["none", "lora", "qlora"] = Field(
-        "none", description="none: full fine-tuning; qlora: LoRA beside 4-bit weights"
+        "none", description="none: full fine-tuning; qlora: LoRA next to 4-bit weights"
     )
     r: Positive = Field(16, description="rank of the updates")
     alpha: Positive = Field(32, description="updates are scaled by alpha / r")
@@ -212,7 +212,7 @@ class EvaluateSettings(Settings):
     max_new_tokens: Completion = Field(16, description="tokens per answer")
     batch_size: Positive = Field(32, description="sequences decoded together")
     few_shot: Annotated[int, Field(ge=0, le=1000)] = Field(
-        0, description="also the base model behind this many solved training examples (RUN/eval/fewshot)"
+        0, description="also the base model after this many solved training examples (RUN/eval/fewshot)"
     )
     drift: bool = Field(
         False,

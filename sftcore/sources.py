@@ -30,10 +30,10 @@ class Columns(Settings):
     prompt: str = Field("prompt", description="jsonl: what is not trained")
     input: str | None = Field(
         None,
-        description="jsonl: text that goes with some prompts, put behind them after a blank line; the"
+        description="jsonl: text that goes with some prompts, put after them, a blank line between; the"
         " completion then follows after a blank line, too",
     )
-    completion: str = Field("completion", description="jsonl: what is trained behind the prompt")
+    completion: str = Field("completion", description="jsonl: what is trained after the prompt")
     messages: str | None = Field(
         None, description="jsonl: the turns of a chat; null: `messages`, else `conversations` (ShareGPT)"
     )

@@ -56,8 +56,8 @@ def test_sizes_by_hand(num_bytes, text):
 
 def test_parts_of_a_sum_have_its_unit():
     parts = [2.7e8, 1.9e9, 4e6]
-    assert [size(part, beside=sum(parts)) for part in parts] == ["0.27 GB", "1.90 GB", "0.00 GB"]
-    assert size(sum(parts), beside=sum(parts)) == "2.17 GB"
+    assert [size(part, against=sum(parts)) for part in parts] == ["0.27 GB", "1.90 GB", "0.00 GB"]
+    assert size(sum(parts), against=sum(parts)) == "2.17 GB"
     assert work(2.79e15) == "2.8 PFLOP"
 
 
