@@ -61,7 +61,7 @@ class ChatRenderer:
                 Problem(
                     what=f"this chat template can't be trained on: {error}",
                     where=str(codec.tokenizer.name_or_path),
-                    remedy="mend the template ({% generation %} marks assistant turns), give another"
+                    remedy="fix the template ({% generation %} marks assistant turns), give another"
                     " (model.chat_template: NAME or FILE), or use another model",
                 )
             ) from error
@@ -184,7 +184,7 @@ class ChatRenderer:
 def turn_ends(codec: Codec) -> tuple[int, int]:
     """The token that closes an answer, and the last that is trained, on whatever day.
 
-    They differ where the template marks white space behind the end of a turn as trained.
+    They differ where the template marks white space after the end of a turn as trained.
 
     Raises:
         UserInputError: no template that can be trained on.

@@ -64,7 +64,7 @@ def item_texts(content: Content) -> tuple[str, str]:
 
 
 def _said(turns: Sequence[Message]) -> list[str]:
-    """What was said, the system's words aside: the same question behind another system text is the same."""
+    """What was said, the system's words aside: the same question after another system text is the same."""
     return [normalised(turn.content) for turn in turns if turn.role not in SYSTEM_ROLES]
 
 

@@ -91,7 +91,7 @@ REMEDIES = {
     Reason.OVERLENGTH: "raise data.max_length, or set data.overlength: trim_prompt",
     Reason.WRONG_FIELD_COUNT: "is a tab or comma inside a text? use JSONL, or CSV with quotes",
     Reason.UNKNOWN_RELATION: "give each fact its own question",
-    Reason.LABEL_AS_TEXT: "a text column holds labels: mend `columns` of the source",
+    Reason.LABEL_AS_TEXT: "a text column holds labels: fix `columns` of the source",
     Reason.NO_RATIONALE: "train on pairs that have one (sftcore rationales RECIPE writes them)",
     Reason.SPECIAL_TOKEN: "take the tokenizer's special tokens out of the messages"
     " (pre-rendered chats go into `prompt` and `completion`)",
@@ -269,7 +269,7 @@ class Ledger:
         counts = {reason: n for reason, n in counts.items() if n}
         first = [rejection for reason in counts for rejection in self._first[reason]]
         remedies = [REMEDIES[reason] for reason in counts if reason in REMEDIES]
-        remedies.append(f"mend the rows, or allow more: data.max_reject_fraction (now {max_fraction:g})")
+        remedies.append(f"fix the rows, or allow more: data.max_reject_fraction (now {max_fraction:g})")
         return Problem(
             what=f"{sum(counts.values())} of {counted(num_rows, 'row')} can't be used",
             where=printable_path(first[0].file) if first else "",

@@ -242,7 +242,7 @@ def write_merge(
     fingerprint: str,
     sources: Sequence[str],
 ) -> dict[str, Any]:
-    """Write outcome.bin, ledger.jsonl and, last, manifest.json beside the parts; returns the manifest.
+    """Write outcome.bin, ledger.jsonl and, last, manifest.json next to the parts; returns the manifest.
 
     Args:
         sources: name of each training source.

@@ -127,7 +127,7 @@ def prepare_store(
         merge_only: refuse to make parts; other jobs have made them (`prepare_shard`).
 
     Raises:
-        UserInputError: data, template or tokenizer can't be used; the ledger is then beside the stores.
+        UserInputError: data, template or tokenizer can't be used; the ledger is then next to the stores.
         MissingEnvironmentError: disk full, read-only or not permitted.
     """
     with _remembered(cache_root) as known:
@@ -194,7 +194,7 @@ def prepare_shard(
 
 @contextmanager
 def _remembered(cache_root: Path) -> Iterator[KnownDigests]:
-    """Checksums beside the stores; what was learned is kept."""
+    """Checksums next to the stores; what was learned is kept."""
     known = KnownDigests(cache_root / ".digests.json")
     yield known
     known.save()
@@ -259,7 +259,7 @@ def _build(order: _Order, num_workers: int, *, is_alone: bool, merge_only: bool)
         shutil.rmtree(order.parts, ignore_errors=True)
         raise
     except UserInputError:
-        log.info("finished parts are kept in %s (mended data will not need them)", order.parts)
+        log.info("finished parts are kept in %s (fixed data will not need them)", order.parts)
         raise
     except FileNotFoundError:  # without locks, another process may have renamed it under our hands
         if not order.folder.is_dir():

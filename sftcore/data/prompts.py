@@ -141,7 +141,7 @@ class Prompter:
         ]
 
     def _closed(self, ids: list[int]) -> list[int]:
-        """An answer's ids without the white space that a template may mark as trained behind its end."""
+        """An answer's ids without the white space that a template may mark as trained after its end."""
         last = max(
             (i for i, token in enumerate(ids) if token in self.codec.special_ids), default=len(ids) - 1
         )

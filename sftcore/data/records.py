@@ -157,7 +157,7 @@ def read_unlabelled(
     Args:
         layouts: where the texts may stand; the first that the file's header names, else the first of all. A
             file of two columns, or of three whose third holds labels, may lack a header.
-        labels: words that look like labels, beside 0 and 1.
+        labels: words that look like labels, besides 0 and 1.
 
     Raises:
         UserInputError: no such file, one of another kind, or without these columns.

@@ -142,7 +142,7 @@ def alters_answer(codec: Codec, draft: Draft, encoded: Encoded) -> bool:
 
 
 def _gets_spaces(codec: Codec, draft: Draft) -> bool:
-    """Whether an answer would get a space that its text does not have, behind an added token."""
+    """Whether an answer would get a space that its text does not have, after an added token."""
     return draft.is_bare and codec.starts_again("".join(draft.pieces))
 
 

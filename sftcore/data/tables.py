@@ -44,7 +44,7 @@ class Layout:
         positions: 0-based cell of each field that the table has.
         num_cells: cells in each row.
         has_header: whether the first row is one.
-        assumption: what was decided without being told, if anything.
+        assumption: what was decided without being said, if anything.
         others: 0-based cell of each column that is not read, by its name in the first line; none where
             columns are chosen by number.
     """
@@ -219,7 +219,7 @@ def _looks_named(header: list[str], positions: dict[str, int], is_label: Callabl
 
 
 def _no_column(path: Path, missing: str | int, cells: Sequence[str], columns: Columns) -> UserInputError:
-    """`columns.label` is None where somebody asks on the command line and has no source to mend."""
+    """`columns.label` is None where somebody asks on the command line and has no source to fix."""
     first_row = f"first row: {printable(' | '.join(cells))}"
     if has_surrogates("".join(cells)):
         remedy = REMEDIES[Reason.UNDECODABLE_BYTES]

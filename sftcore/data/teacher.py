@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible server: prompts -> replies, kept as they come.
+"""A teacher at an OpenAI-compatible server: prompts -> replies, kept as they come.
 
 In: prompts by key, where the server is. Out: replies by key; a cache file that a killed run goes on from.
 Invariant: each prompt ends as one reply or one failure, and the counts say so; a reply with a text is on disk
@@ -62,7 +62,7 @@ class ReplyCache:
         self._known = {row["key"]: _reply_in(row) for row in self._read()}
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines that hold a reply; a file with others (torn by a kill) is written anew without them."""
+        """The lines that hold a reply; a file with others (torn by a kill) is written again without them."""
         content = self.path.read_bytes() if self.path.is_file() else b""
         *lines, last = content.split(b"\n")
         rows = [row for line in (*lines, last) if (row := _row_of(line))]
@@ -122,7 +122,7 @@ def _key(variable: str) -> str:
     if key.isascii() and key.isprintable():
         return key
     what = "the key is not of printable ASCII characters, so no request can carry it"
-    raise MissingEnvironmentError(Problem(what=what, where=f"${variable}", remedy="export the key anew"))
+    raise MissingEnvironmentError(Problem(what=what, where=f"${variable}", remedy="export the key again"))
 
 
 @asynccontextmanager
