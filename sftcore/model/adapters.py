@@ -1,6 +1,6 @@
-"""Adapters: low-rank updates beside frozen weights (LoRA, arXiv 2106.09685), through peft.
+"""Adapters: low-rank updates next to frozen weights (LoRA, arXiv 2106.09685), through peft.
 
-In: a causal LM and the recipe's adapter section. Out: the same model with trainable A and B beside its
+In: a causal LM and the recipe's adapter section. Out: the same model with trainable A and B next to its
 layers; a peft folder that plain transformers and peft load.
 Invariant: adapter weights are drawn from the recipe's seed alone, on every rank alike, and B starts at 0:
 the model's first outputs are the base model's.
@@ -46,7 +46,7 @@ CLASSIFIES = "SEQ_CLS"  # peft's word for it
 def add_adapter(
     model: PreTrainedModel, settings: AdapterSettings, *, seed: int, saved: Path | None = None
 ) -> None:
-    """Freeze the model and put a trainable adapter beside its target layers, in place.
+    """Freeze the model and put a trainable adapter next to its target layers, in place.
 
     Args:
         saved: a peft folder to go on from: its configuration holds, with ranks and scales of single layers.
@@ -171,7 +171,7 @@ def is_classifier(model: PreTrainedModel) -> bool:
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Put a saved adapter beside the layers of its base model, in place.
+    """Put a saved adapter next to the layers of its base model, in place.
 
     Through peft: transformers 5.23's own `load_adapter` drops DoRA's magnitudes with a warning.
 

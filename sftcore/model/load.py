@@ -126,7 +126,7 @@ def load_for_decoding(
     """The model as transformers decodes with it, on the GPU if there is one.
 
     Args:
-        settings: its path may be an adapter folder: its base is loaded, with the adapter beside the layers.
+        settings: its path may be an adapter folder: its base is loaded, with the adapter next to the layers.
         quantised: hold the base in 4 bits, as QLoRA trained it.
         attention: name of a registered attention; None: what decodes fastest.
         kind: the Auto class to load with.

@@ -195,7 +195,7 @@ def _draw_rates(axes: Axes, steps: Sequence[float], rates: Sequence[float]) -> N
 
 
 def legend_label(name: str) -> str:
-    """A name as a legend shows it: matplotlib hides a label that begins with _, but not behind a space.
+    """A name as a legend shows it: matplotlib hides a label that begins with _, but not after a space.
 
     >>> legend_label("_draft"), legend_label("lr-1e-05")
     (' _draft', 'lr-1e-05')

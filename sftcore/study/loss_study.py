@@ -3,7 +3,7 @@
 In: a folder of run folders with metrics.jsonl and, with data.valid, valid.jsonl. Out: the page's numbers, its
 HTML, lines for the terminal.
 Invariant: each loss is a row of a run's own file; the last row of a step counts, as after a resume.
-Trade-off: runs stand beside each other by the keys in which their recipes differ, and only the lowest loss on
+Trade-off: runs are listed by the keys in which their recipes differ, and only the lowest loss on
 data.valid is marked: without held-out samples nothing here says which run is better.
 """
 

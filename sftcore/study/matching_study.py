@@ -122,7 +122,7 @@ def _read_run(path: Path) -> MatchingRun:
 
 
 def _evaluation(path: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of a model's predictions; their scores, counted anew, with what was noted of the pairs."""
+    """Rows of a model's predictions; their scores, counted again, with what was noted of the pairs."""
     file = path / PREDICTIONS.format(name)
     rows = read_jsonl(file)
     noted = read_object(path / SCORES.format(name)).get("pairs", {}).get(MAIN_SPLIT)
@@ -294,7 +294,7 @@ def prompt_sensitivity(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def _references(runs: Sequence[MatchingRun], majority: float) -> list[dict[str, Any]]:
-    """What needs no training: the larger class, the base model, the base model behind solved examples.
+    """What needs no training: the larger class, the base model, the base model after solved examples.
 
     Prompts that most runs have come first.
     """
@@ -340,9 +340,9 @@ def _verdict(
     beyond = [part for part in comparisons if part["low"] > 0 or part["high"] < 0]
     clear = [part for part in beyond if not part["draws_overlap"]]
     for part in clear:
-        ahead, behind = ("first", "second") if part["low"] > 0 else ("second", "first")
+        ahead, other = ("first", "second") if part["low"] > 0 else ("second", "first")
         sentences.append(
-            f"With {counted(part['n'], 'pair')}, {part[ahead]} is ahead of {part[behind]} by "
+            f"With {counted(part['n'], 'pair')}, {part[ahead]} is ahead of {part[other]} by "
             f"{100 * abs(part['difference']):.1f} points."
         )
     if len(beyond) > len(clear):
@@ -351,7 +351,7 @@ def _verdict(
             "test pairs alone, but their draws overlap: more draws would have to show whether they hold."
         )
     if comparisons and not beyond:
-        sentences.append("No two arms of one size are told apart by these test pairs.")
+        sentences.append("No two arms of one size are distinguished by these test pairs.")
     if sensitivity:
         widest = max(sensitivity, key=lambda part: part["range"])
         sentences.append(

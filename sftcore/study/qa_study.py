@@ -357,7 +357,7 @@ def verdict(
     few = others.get("fewshot")
     if few:
         share = mean_over_large_levels(few["splits"]["test"])
-        sentences.append(f"Behind solved examples, without training, it has {format_share(share)}.")
+        sentences.append(f"After solved examples, without training, it has {format_share(share)}.")
     if diagonal:
         up = sum(effect["low"] > 0 for effect in diagonal)
         down = sum(effect["high"] < 0 for effect in diagonal)

@@ -3,7 +3,7 @@
 In: the run folders in it. Out: report.html (self-contained, no script), report.json (the same numbers).
 Invariant: each number follows from predictions.jsonl, selection.jsonl, metrics.jsonl, valid.jsonl,
 levels.jsonl and drift.json of the runs; the same folder gives the same bytes.
-Trade-off: every predictions.jsonl is read and counted anew instead of trusting scores.json; of 252 runs of
+Trade-off: every predictions.jsonl is read and counted again instead of trusting scores.json; of 252 runs of
 1,200 items that is 60 MB of JSON at about 200 bytes a row.
 """
 
@@ -47,7 +47,7 @@ TITLES = {"test": "in domain", "ood": "out of domain"}
 
 
 def write_study_report(folder: Path) -> ReportResult:
-    """Read a study's runs; write report.html and report.json beside them.
+    """Read a study's runs; write report.html and report.json next to them.
 
     Raises:
         UserInputError: no finished run, or runs that can't be compared.

@@ -3,7 +3,7 @@
 In: this process's environment. Out: PATH with the environment's ninja first; no lock left that nobody holds.
 Invariant: no lock is taken from a process that this one can see, and one process at a time takes one.
 Trade-off: a builder in another container or on another machine can't be seen, so a lock without a holder is
-waited for until nothing was written beside it for 2 minutes, or 5 on a file system that machines share.
+waited for until nothing was written next to it for 2 minutes, or 5 on a file system that machines share.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _await(lock: Path) -> None:
         with folder_lock(lock.parent, purpose="a look at builds", wait=True):
             is_held, rest = _has_holder(lock), _seconds_at_rest(lock.parent)
             if not is_held and rest > patience:
-                log.warning("%s: a build was killed here; building anew", lock.parent)
+                log.warning("%s: a build was killed here; building again", lock.parent)
                 return lock.unlink()
         if not is_told:
             until = "" if is_held else f" up to {patience - rest:.0f} s more"

@@ -122,7 +122,7 @@ def whole_size(parameter: torch.nn.Parameter) -> int:
 
 
 class Engine:
-    """DeepSpeed behind three verbs: step, save, load."""
+    """DeepSpeed in three verbs: step, save, load."""
 
     def __init__(
         self, model: LossModel, recipe: Recipe, ds_config: dict[str, Any], *, loads_universal: bool = False

@@ -147,7 +147,7 @@ def explain_out_of_memory(
 def rank_remedies(
     recipe: Recipe, *, world: int, num_tokens: int, longest: int, device: Device
 ) -> list[tuple[str, int]]:
-    """(setting, predicted bytes saved) of the settings that save most, dearest first.
+    """(setting, predicted bytes saved) of the settings that save most, most expensive first.
 
     Args:
         longest: tokens of the longest sample, below which the capacity can't go.
