@@ -37,6 +37,7 @@ from launcher.options import (
 from launcher.show_commands import generate, inspect, schema
 from launcher.starting import init, recipes
 from launcher.terminal import run_command
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, StoppedOnRequest, UserInputError
 from sftcore.log import setup_logging
@@ -112,7 +113,8 @@ def prepare(
     prepared = run_shared(STAGES["prepare"], loaded, shares, num_workers=workers)
     if prepared is None:
         return
-    from launcher.stages import describe_store, write_check
+    from launcher.stages import write_check
+    from sftcore.data.check import describe_store
 
     _, store = prepared
     if as_json:
@@ -229,7 +231,8 @@ def match(
     require_folder(model, "match")
     from launcher.matching import match_pairs
 
-    print(f"{match_pairs(model, pairs, to, columns=(a, b), overwrite=overwrite)} pairs scored: {to}")
+    num_pairs = match_pairs(model, pairs, to, columns=(a, b), overwrite=overwrite)
+    print(f"{counted(num_pairs, 'pair')} scored: {to}")
 
 
 @app.command()

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from sftcore.amounts import counted
 from sftcore.batching.collate import Batch
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
@@ -42,7 +43,7 @@ class DebugOptions:
 
     Args:
         anomaly: name the first tensor that is not finite; write norms per layer.
-        max_steps: stop behind a checkpoint after this many steps; None: at the end.
+        max_steps: stop after a checkpoint after this many steps; None: at the end.
         profile: trace three steps.
     """
 
@@ -105,7 +106,7 @@ class DebuggedEngine:
         if self._profile is not None:
             self._finish_profile()
         elif self.options.profile and self.num_steps <= PROFILE_AFTER:
-            log.warning("nothing was profiled: the run has %d step(s)", self.num_steps)
+            log.warning("nothing was profiled: the run has %s", counted(self.num_steps, "step"))
         if self._norms is not None:
             self._norms.close()
 

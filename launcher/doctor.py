@@ -155,7 +155,7 @@ def check_core() -> Iterable[Finding]:
     failure, _ = probe(f"import {', '.join(CORE)}")
     if failure:
         yield Finding(
-            name="imports", state=BROKEN, found=failure, remedy="make the environment anew", needed=True
+            name="imports", state=BROKEN, found=failure, remedy="make a new environment", needed=True
         )
 
 
@@ -163,9 +163,7 @@ def check_gpus() -> Iterable[Finding]:
     """CUDA, each GPU by a small computation, and an all-reduce over ranks (NCCL, or gloo without GPUs)."""
     failure, said = probe(GPUS)
     if failure:
-        yield Finding(
-            name="cuda", state=BROKEN, found=failure, remedy="mend torch or the driver (nvidia-smi)"
-        )
+        yield Finding(name="cuda", state=BROKEN, found=failure, remedy="fix torch or the driver (nvidia-smi)")
         return
     found = json.loads(said)
     if found["cuda"] is None:

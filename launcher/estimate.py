@@ -48,7 +48,7 @@ class Sizes:
     Args:
         records: of each split.
         sample_tokens: prompt and answer, on average.
-        body, head: weights behind each token, and behind each predicted one.
+        body, head: weights after each token, and after each predicted one.
     """
 
     records: dict[str, int]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from launcher.held_out import fitting, scorable_records
 from launcher.run_folder import open_run, record_seconds
 from launcher.stages import recipe_tokenizer
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records
@@ -176,7 +177,7 @@ class _Task:
 
 
 def _tasks(items: _Items, model: Path | None) -> list[_Task]:
-    """Base and tuned, and the base model behind examples if asked for; or `model` alone."""
+    """Base and tuned, and the base model after examples if asked for; or `model` alone."""
     folders = _models_to_evaluate(items.recipe, model)
     for folder in folders.values():
         check_unchanged(Path(folder))
@@ -226,7 +227,7 @@ def _known_levels(recipe: Recipe, run: Path, records: Sequence[Record]) -> dict[
 
 
 def _few_shot_tasks(items: _Items) -> list[_Task]:
-    """The base model behind solved training examples, if the recipe asks for it and the model can do it."""
+    """The base model after solved training examples, if the recipe asks for it and the model can do it."""
     recipe, task = items.recipe, TASKS[items.recipe.task]
     if not recipe.evaluate.few_shot:
         return []
@@ -238,14 +239,14 @@ def _few_shot_tasks(items: _Items) -> list[_Task]:
     examples = choose_examples(found, recipe.evaluate.few_shot, seed=recipe.seed, explained=is_explained)
     settings = task.with_examples(recipe.matching, [example.content for example in examples])
     if settings is not None:  # prompts know of examples themselves
-        items, examples = _behind_examples(items, settings), []
+        items, examples = _after_examples(items, settings), []
         if not items.records:
             return []
     return [_Task(name="fewshot", items=items, folder=recipe.model.path, examples=examples)]
 
 
-def _behind_examples(items: _Items, settings: MatchingSettings) -> _Items:
-    """The same pairs behind examples; what gets too long is listed in RUN/ledger.fewshot.jsonl."""
+def _after_examples(items: _Items, settings: MatchingSettings) -> _Items:
+    """The same pairs after examples; what gets too long is listed in RUN/ledger.fewshot.jsonl."""
     recipe, ledger = items.recipe.model_copy(update={"matching": settings}), Ledger()
     records = fitting(recipe, recipe.model.path, items.tokenizer)(items.records, ledger)
     if ledger.num_rejected:
@@ -300,7 +301,7 @@ def _not_all_shards(target: Path) -> Problem:
 def _predict(task: _Task, share: Share) -> list[dict[str, Any]]:
     """Rows of predictions.jsonl of a job's share of the items."""
     items, recipe, records = task.items, task.items.recipe, task.items.records
-    log.info("evaluating %s (%s) on %d items", task.name, task.folder, len(records))
+    log.info("evaluating %s (%s) on %s", task.name, task.folder, counted(len(records), "item"))
     if TASKS[recipe.task].answers == "labels":
         quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(task.folder))
         verdicts = judge_pairs(recipe, task.folder, records, task.prompter, quantised=quantised, share=share)
@@ -327,7 +328,7 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
     """RUN/eval/drift.json: how far first tokens moved on the facts known best, in their best wording.
 
     Raises:
-        UserInputError: no probe has told which wording is the best.
+        UserInputError: no probe has shown which wording is the best.
     """
     path = items.run / TEMPLATES
     if not path.is_file():
@@ -349,4 +350,4 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
         logits[name] = first_logits(_load_evaluated(items.recipe, folders[name]), prompts)
     report = summarise_drift(known, drift(logits["tuned"], logits["base"]), level=level)
     write_json(items.run / "eval" / "drift.json", report)
-    log.info("drift on %d facts of level %d: %.3f nats", len(known), level, report["mean_kl_nats"])
+    log.info("drift on %s of level %d: %.3f nats", counted(len(known), "fact"), level, report["mean_kl_nats"])

@@ -75,7 +75,7 @@ def generate_text(folder: Path, prompt: str, settings: Settings) -> str:
 
 
 def generate_rows(folder: Path, file: Path, settings: Settings) -> list[dict[str, Any]]:
-    """The rows of a JSONL file with `generated` beside what they hold.
+    """The rows of a JSONL file with `generated` next to what they hold.
 
     Each has a `prompt` or `question`, or `messages`, of which a last assistant turn is left out.
 

@@ -44,7 +44,7 @@ def scorable_records(recipe: Recipe, folder: str, tokenizer: Tokenizer, run: Pat
         run: where the others are listed; None: nowhere.
 
     Raises:
-        UserInputError: there are none, and why; or chats behind solved examples.
+        UserInputError: there are none, and why; or chats after solved examples.
     """
     if not (recipe.data.test or recipe.data.ood):
         what = "is empty: there is nothing to score"

@@ -91,7 +91,7 @@ def signal_workers(host: str, pids: Sequence[int], number: signal.Signals) -> bo
     line = f"for p in {each}; do grep -q worker.py /proc/$p/cmdline && kill -{number.value} $p; done; true"
     done = _on_host(host, line)
     if done.returncode:
-        log.warning("%s can't be told to stop, trying again: %s", host, done.stderr.strip())
+        log.warning("%s can't be asked to stop, trying again: %s", host, done.stderr.strip())
     return done.returncode == 0
 
 

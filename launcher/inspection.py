@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from launcher.stages import prepare
+from sftcore.amounts import counted
 from sftcore.batching.collate import UNTRAINED
 from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
@@ -41,11 +42,11 @@ def inspect_recipe(
     schedule = make_schedule(recipe, store, world=1, cost=measure_recipe(recipe).coefficients)
     first = schedule.step(0)
     mark = (GREEN, RESET) if colour else ("[", "]")
-    yield f"{len(store)} samples; {mark[0]}trained{mark[1]} targets are marked"
+    yield f"{counted(len(store), 'sample')}; {mark[0]}trained{mark[1]} targets are marked"
     for number in first.samples[:num_samples].tolist():
         yield ""
         length, trained = store.lengths[number], store.num_trained[number]
-        yield f"sample {store.ids[number]}: {length} tokens, {trained} trained"
+        yield f"sample {store.ids[number]}: {counted(length, 'token')}, {trained} trained"
         yield "  " + marked_text(store[number], tokenizer, mark)
         if with_ids:
             yield from _token_lines(store[number], tokenizer, mark)
@@ -59,7 +60,7 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
     """The sample's text with every trained target in `mark`.
 
     Position i predicts token i + 1, so token i + 1 is marked where labels[i] is trained. Tokens that hold
-    parts of one character are shown together. A class stands behind the text.
+    parts of one character are shown together. A class stands after the text.
     """
     trained = _trained_tokens(sample)
     text, pending, before = "", [], list[int]()
@@ -78,7 +79,7 @@ def marked_text(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> str:
 
 
 def _decoded_behind(before: list[int], ids: list[int], tokenizer: Any) -> str:
-    """The text of some tokens behind others: SentencePiece's decoders drop the space in front of a text."""
+    """The text of some tokens after others: SentencePiece's decoders drop the space in front of a text."""
     text, context = tokenizer.decode([*before, *ids]), tokenizer.decode(before) if before else ""
     return str(text[len(context) :]) if text.startswith(context) else str(tokenizer.decode(ids))
 
@@ -100,10 +101,10 @@ def _token_lines(sample: Any, tokenizer: Any, mark: tuple[str, str]) -> Iterator
 
 def _draw_step(store: TokenStore, schedule: Schedule, step: Step) -> Iterator[str]:
     """One line per pack: documents end to end, # where a target is trained."""
-    yield f"first step: {len(step.packs)} pack(s), capacity {schedule.capacity} tokens"
+    yield f"first step: {counted(len(step.packs), 'pack')}, capacity {schedule.capacity} tokens"
     longest = max(int(schedule.lengths[pack].sum()) for pack in step.packs)
     per_column = max(1, -(-longest // DRAWN_COLUMNS))
-    yield f"one column is {per_column} token(s); . prompt  # trained  | next document"
+    yield f"one column is {counted(per_column, 'token')}; . prompt  # trained  | next document"
     for pack in step.packs:
         drawn = []
         for number in pack.tolist():
@@ -116,9 +117,11 @@ def _draw_step(store: TokenStore, schedule: Schedule, step: Step) -> Iterator[st
 def _explain_step(recipe: Recipe, schedule: Schedule, step: Step) -> Iterator[str]:
     """The numbers that step 1 will use, with their arithmetic."""
     rate = learning_rate(0, schedule.num_steps, recipe.train)
-    yield f"step 1 of {schedule.num_steps}: {step.num_samples} samples, {step.num_tokens} tokens"
+    samples = counted(step.num_samples, "sample")
+    yield f"step 1 of {schedule.num_steps}: {samples}, {counted(step.num_tokens, 'token')}"
     if recipe.train.normalise == "token":
-        yield f"  loss = sum of cross-entropies / {step.num_trained_tokens} trained tokens of the step"
+        trained = counted(step.num_trained_tokens, "trained token")
+        yield f"  loss = sum of cross-entropies / {trained} of the step"
     else:
-        yield f"  loss = mean over {step.num_samples} samples of each one's mean cross-entropy"
+        yield f"  loss = mean over {samples} of each one's mean cross-entropy"
     yield f"  learning rate {rate:.3g} ({recipe.train.scheduler}, peak {recipe.train.peak_lr:.3g})"

@@ -114,7 +114,7 @@ def submit(
     *,
     changes: Changes,
 ) -> None:
-    """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each behind the one before."""
+    """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each after the one before."""
     from launcher.ways_in import submit_whole
 
     machines = Place(on="slurm", nodes=where.nodes, ranks=where.ranks, slurm=where.slurm).machines()

@@ -157,7 +157,7 @@ class Watch:
                 self._check_lease()
             if orphaned_at is None and not all(map(_lives, self._launchers)):
                 orphaned_at = now
-                log.warning("the launcher is gone: stopping behind a checkpoint")
+                log.warning("the launcher is gone: stopping after a checkpoint")
                 os.kill(os.getpid(), signal.SIGTERM)
             if orphaned_at is not None and now - orphaned_at > ORPHAN_SECONDS:
                 log.error("no checkpoint within %.0f s of the launcher's end", ORPHAN_SECONDS)

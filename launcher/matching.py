@@ -3,7 +3,7 @@
 In: a model folder that `sftcore train` wrote for text matching, a TSV, CSV or JSONL file of pairs. Out: a
 JSONL file: row, both texts, label, score.
 Invariant: prompts, label words and mode are those of training (matching.json in the folder); each row of the
-file is in the output or in the ledger beside it.
+file is in the output or in the ledger next to it.
 Trade-off: all pairs are held in memory (about 1 kB each), so that they can be packed by length, and written
 at the end, whole; cut a file of 10 million into parts.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.ledger import REMEDIES, Change, Ledger, Reason
 from sftcore.data.prompts import Prompter, PromptOptions
@@ -99,7 +100,7 @@ def _write_ledger(ledger: Ledger, path: Path) -> None:
     if ledger.num_rejected or ledger.altered_by_reason:
         ledger.write(path)
     if ledger.num_rejected:
-        log.warning("%d rows can't be used; they are listed in %s", ledger.num_rejected, path)
+        log.warning("%s can't be used, as listed in %s", counted(ledger.num_rejected, "row"), path)
     if notes := ", ".join(f"{change} {count}" for change, count in ledger.altered_by_reason.items()):
         log.info("notes: %s (%s)", notes, path)
 
@@ -185,7 +186,7 @@ def _no_pair(pairs: Path, ledger: Ledger) -> Problem:
         return Problem(what="no pair in this file", where=str(pairs), remedy=remedy)
     got = "; ".join(f"row {entry['row']}: {entry['reason']}" for entry in rejected[:3])
     remedies = [_REMEDIES[reason] for reason in _REMEDIES if ledger.rejected_by_reason[reason]]
-    remedy = "; ".join(dict.fromkeys(remedies)) or "mend these rows"
+    remedy = "; ".join(dict.fromkeys(remedies)) or "fix these rows"
     return Problem(what="no usable pair", where=str(pairs), got=got, remedy=remedy)
 
 

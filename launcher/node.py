@@ -55,8 +55,8 @@ def node_command(
     Raises:
         MissingEnvironmentError: DeepSpeed's launcher is not installed.
     """
-    beside = Path(sys.executable).parent / "deepspeed"
-    deepspeed = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    own = Path(sys.executable).parent / "deepspeed"
+    deepspeed = str(own) if own.is_file() else shutil.which("deepspeed")
     if deepspeed is None:
         raise MissingEnvironmentError(
             Problem(what="no deepspeed command here", remedy="install it: pip install deepspeed")
@@ -123,7 +123,7 @@ def train_on_node(
 
 
 def _tell(run: Path, received: Sequence[int], told: set[Told], first_host: str | None) -> set[Told]:
-    """Hand the stop on to ranks of rank 0's machine that were not told yet; returns (pid, signal) of each.
+    """Hand the stop on to ranks of rank 0's machine that were not sent it yet; returns (pid, signal) of each.
 
     A second Ctrl-C ends those at once; ranks of other machines notice that they are gone.
     """

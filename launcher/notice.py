@@ -1,4 +1,4 @@
-"""How long ahead of its end a job is told to stop: from what a stop of this recipe may take.
+"""How long ahead of its end a job is asked to stop: from what a stop of this recipe may take.
 
 In: a recipe, sbatch's options. Out: seconds; `--signal`, checked against the time limit.
 Invariant: a limit that is no longer than the notice is refused, and a notice of your own that is shorter than

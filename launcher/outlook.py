@@ -1,6 +1,6 @@
 """What a plan comes to on a device: will it train, end its answers, fit, and how many hours.
 
-In: a recipe, its store and plan, a `Device`. Out: a dictionary beside the plan's; its lines for a terminal.
+In: a recipe, its store and plan, a `Device`. Out: a dictionary next to the plan's; its lines for a terminal.
 Invariant: judged by training's own checks, so a recipe that "trains" here is not refused there by them.
 Trade-off: packages (flash-attn, bitsandbytes, libaio) are looked for in this environment, which a cluster's
 GPU nodes are taken to share; only whether there are GPUs, and how large, comes from the `Device`.
@@ -19,7 +19,7 @@ from launcher.held_out import check_scorable
 from launcher.preflight import describe_plan
 from launcher.stages import prepare
 from launcher.unprobed import awaits_probe, describe_probe, prepare_any_facts, probe_note
-from sftcore.amounts import duration, size, work
+from sftcore.amounts import counted, duration, size, work
 from sftcore.config import ADAPTER_LR, FULL_LR, Recipe
 from sftcore.data.chat import turn_ends
 from sftcore.data.store import TokenStore
@@ -37,7 +37,7 @@ from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.train.devices import Device
 from sftcore.train.ds_config import read_ds_config
-from sftcore.train.engine import check_engine, has_async_io
+from sftcore.train.engine import check_engine, may_have_async_io
 from sftcore.train.fit import Place, best_choice, configuration_name, list_choices, what_would_fit
 from sftcore.train.foreseen import check_layers
 from sftcore.train.loop import make_schedule
@@ -113,7 +113,7 @@ def describe_outlook(
         world=plan["world"],
         num_tokens=totals["largest_pack_tokens"],
         longest=totals["longest_sample_tokens"],
-        has_async_io=has_async_io(),
+        has_async_io=may_have_async_io(),
     )
     choices = list_choices(recipe, place)
     best = best_choice(choices)
@@ -211,7 +211,7 @@ def outlook_table(outlook: Row, plan: Row) -> str:
     device, stop, world = outlook["device"], outlook["stop_token"], plan["world"]
     of = "" if stop["share"] is None else f": the last trained target of {stop['share']:.1%} of the samples"
     rate = f", {device['peak_flops'] / 1e12:.0f} bfloat16 TFLOP/s" if device["peak_flops"] else ""
-    part = "90 % of a GPU" if device["is_gpu"] else f"90 % of this machine / {world} rank(s)"
+    part = "90 % of a GPU" if device["is_gpu"] else f"90 % of this machine / {counted(world, 'rank')}"
     lines = [
         ("device", f"{device['name']}, {size(device['memory_bytes'])}{rate}"),
         ("time", _time_line(outlook, plan)),
@@ -232,7 +232,7 @@ def _time_line(outlook: Row, plan: Row) -> str:
     hours, device, totals = outlook["hours"], outlook["device"], plan["totals"]
     if hours is None:
         return "not known without a GPU's rate: --gpu h100, or --gpu-memory 80 --gpu-tflops 312"
-    all_ranks = f"{plan['world']} rank(s) x {device['peak_flops'] / 1e12:.0f} TFLOP/s"
+    all_ranks = f"{counted(plan['world'], 'rank')} x {device['peak_flops'] / 1e12:.0f} TFLOP/s"
     return (
         f"{duration(hours * 3600)} of training = {work(totals['flops'])} x "
         f"{1 + totals['imbalance']:.3f} / ({all_ranks} x {outlook['mfu']:.0%} MFU)"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sftcore.amounts import size, work
+from sftcore.amounts import counted, size, work
 from sftcore.batching.dealing import IDLE
 from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
@@ -138,9 +138,10 @@ def plan_table(plan: dict[str, Any]) -> str:
     share = t["num_trained_tokens"] / t["num_tokens"]
     dealt = t["num_steps_dealt"]
     about = "" if dealt == t["num_steps"] else f"; packs and imbalance as in {dealt:,} of the steps"
+    samples, largest = counted(t["num_samples"], "sample"), counted(t["largest_pack_tokens"], "token")
     lines = [
-        ("steps", f"{t['num_steps']} over {t['epochs']} epoch(s) of {t['num_samples']} samples{about}"),
-        ("packs", f"{t['num_packs']} on {plan['world']} rank(s), largest {t['largest_pack_tokens']} tokens"),
+        ("steps", f"{t['num_steps']:,} over {counted(t['epochs'], 'epoch')} of {samples}{about}"),
+        ("packs", f"{t['num_packs']:,} on {counted(plan['world'], 'rank')}, largest {largest}"),
         ("tokens", f"{t['num_tokens']:,}, no pads"),
         (
             "trained tokens",
@@ -152,11 +153,13 @@ def plan_table(plan: dict[str, Any]) -> str:
         ("model", f"{p['num_parameters']:,} parameters in {p['dtype']}"),
         (
             "memory per rank",
-            " + ".join(f"{name} {size(part, beside=total)}" for name, part in memory.items())
-            + f" = {size(total, beside=total)}",
+            " + ".join(f"{name} {size(part, against=total)}" for name, part in memory.items())
+            + f" = {size(total, against=total)}",
         ),
     ]
     for source in plan["sources"] if len(plan["sources"]) > 1 else []:
-        text = f"{source['num_samples']:,} samples of {source['num_samples_in_store']:,} in the store"
-        lines.append((f"  {source['name']}", f"{text}, {source['num_tokens']:,} tokens"))
+        text = (
+            f"{counted(source['num_samples'], 'sample')} of {source['num_samples_in_store']:,} in the store"
+        )
+        lines.append((f"  {source['name']}", f"{text}, {counted(source['num_tokens'], 'token')}"))
     return "\n".join(f"{name:<16}{text}" for name, text in lines)

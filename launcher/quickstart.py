@@ -17,6 +17,7 @@ from launcher.preflight import describe_plan, plan_table
 from launcher.run_folder import with_run
 from launcher.stages import describe_levels, prepare, probe
 from launcher.training import train_recipe
+from sftcore.amounts import counted
 from sftcore.model.cost import measure_recipe
 from sftcore.model.pull import pull_model
 from sftcore.recipe import load_recipe
@@ -39,7 +40,7 @@ def run_quickstart(out: Path, model: str) -> None:
         3, f"draw {recipe.select.n} facts of levels {recipe.select.levels}, balanced over relations; tokenise"
     )
     _, store = prepare(recipe)
-    print(f"{len(store)} samples in {store.folder}")
+    print(f"{counted(len(store), 'sample')} in {store.folder}")
     _say(4, "plan")
     schedule = make_schedule(recipe, store, world=1, cost=measure_recipe(recipe).coefficients)
     print(plan_table(describe_plan(recipe, store, schedule, device_here())))

@@ -1,4 +1,4 @@
-"""Ranks as a launcher starts them: their arguments, who they are, what they leave behind.
+"""Ranks as a launcher starts them: their arguments, who they are, what they leave.
 
 In: worker.py's command line; SLURM_* variables. Out: RANK and its kin; RUN/run.pids, RUN/logs/rank-N.log and
 rank-N.exit.

@@ -1,10 +1,10 @@
 """`sftcore rationales`: ask a teacher why pairs match or not, and keep what agrees with the gold labels.
 
 In: a recipe's training pairs (those that `select` draws) and `matching.teacher`. Out: a `pairs` file with a
-rationale in each row, and beside it FILE.summary.json; RUN/teacher.jsonl holds every reply.
+rationale in each row, and next to it FILE.summary.json; RUN/teacher.jsonl holds every reply.
 Invariant: pairs = kept + disagreeing + unparsable + failed; the file appears whole, in the order of the data.
 Trade-off: the teacher sees no gold label, so its reply is a judgement and some are lost to disagreement (the
-summary reports the yield); told the answer, it would find reasons for wrong labels too.
+summary reports the yield); given the answer, it would find reasons for wrong labels too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.run_folder import open_run
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.bounded import bounded
 from sftcore.data.draws import draw_selected
@@ -162,7 +163,7 @@ def _ask_here(
     """Greedy replies of a model in this process, batch by batch into the cache."""
     known = {key: cache.get(prompt) for key, prompt in prompts.items()}
     todo = [key for key, reply in known.items() if reply is None]
-    log.info("%d prompts to ask; the other replies are in %s", len(todo), cache.path)
+    log.info("%s to ask; the other replies are in %s", counted(len(todo), "prompt"), cache.path)
     settings = recipe.model.model_copy(update={"path": teacher.model or recipe.model.path})
     tokenizer = load_tokenizer(settings.path, settings.trust_remote_code)
     model = load_for_decoding(settings) if todo else None

@@ -1,7 +1,7 @@
 """`sftcore restore`: options -> the folders that `sftcore.knowledge.restore` writes.
 
 In: two model folders, a percentage or several. Out: one folder, or a folder of folders; a line for each.
-Invariant: every mistake in the options is told before a weight is read.
+Invariant: every mistake in the options is reported before a weight is read.
 Trade-off: a sweep writes a whole model for each percentage (0.3 GB each for 135M weights in bfloat16).
 """
 

@@ -2,8 +2,8 @@
 
 In: a resolved recipe. Out: RUN/recipe.yaml, RUN/environment.json, a lock while a stage writes.
 Invariant: recipe.yaml explains what the folder holds: a key that its weights or memory levels depend on is
-refused with another value, by name; every other one is written anew.
-Trade-off: what a result depends on is told by recipe key, not by tracing values, so `data.template` counts
+refused with another value, by name; every other one is written again.
+Trade-off: what a result depends on is known by recipe key, not by tracing values, so `data.template` counts
 for weights even where no sample would change; a new run name costs a word.
 """
 
@@ -43,7 +43,7 @@ def open_run(recipe: Recipe, *, purpose: str, shared: bool = False) -> Iterator[
     """Lock the run folder, claim it for this recipe, and log into RUN/run.log while the block runs.
 
     Args:
-        shared: beside others that share it (shards), each with a folder of its own to write to.
+        shared: next to others that share it (shards), each with a folder of its own to write to.
 
     Raises:
         UserInputError: in use by another process; it belongs to another recipe, or to no run.
@@ -103,7 +103,7 @@ def sweep(run: Path) -> None:
 def claim(run: Path, recipe: Recipe) -> None:
     """Write RUN/recipe.yaml; refuse a recipe that weights or levels in the folder do not come from.
 
-    An attempt that ended before its first step, or a selection (drawn anew by each prepare), claims nothing.
+    An attempt that ended before its first step, or a selection (drawn again by each prepare), claims nothing.
 
     Raises:
         UserInputError: naming every key that differs and counts, with both values.
@@ -129,7 +129,7 @@ def _counts(key: str, run: Path, recipe: Recipe) -> bool:
     """Whether something in the folder depends on a key.
 
     Held-out data count until the weights are there: training leaves out what they ask, so that another test
-    set is another plan, which a checkpoint doesn't resume. A study that drops weights can't score them anew.
+    set is another plan, which a checkpoint doesn't resume. A study that drops weights can't score them again.
     """
     is_trained = recipe.result_folder.is_dir()
     if (run / FINISHED).is_file() and not is_trained and is_within(key, rescored_keys()):

@@ -21,6 +21,7 @@ from types import FrameType
 from launcher.run_folder import open_run, with_run
 from launcher.slurm import shared_stage, submit_recipe
 from launcher.ways_in import Machines, scripts_of
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.errors import (
     EXIT_ENVIRONMENT,
@@ -81,7 +82,7 @@ def _run_processes(command: str, lines: Sequence[Sequence[str]], logs: Path, *, 
                 start = [sys.executable, "-m", "launcher.cli", *line]
                 with open(files[number], "ab") as output:
                     processes.append(subprocess.Popen(start, stdout=output, stderr=output, env=environment))
-            log.info("%s in %d processes; their output: %s", command, len(lines), logs)
+            log.info("%s in %s; their output: %s", command, counted(len(lines), "process"), logs)
             while any(process.poll() is None for process in processes):
                 if any(ended := [process.poll() for process in processes]):
                     break

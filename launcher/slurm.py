@@ -85,14 +85,14 @@ class Job:
         template: file of slurm/.
         options: of sbatch.
         arguments: of the script.
-        behind: when it may start: after the success of the job before it, or "afterany": its end.
+        after: when it may start: after the success of the job before it, or "afterany": its end.
     """
 
     name: str
     template: str
     options: Mapping[str, str]
     arguments: Sequence[str]
-    behind: str = "afterok"
+    after: str = "afterok"
 
     def script(self) -> str:
         """The template, filled in."""
@@ -186,7 +186,7 @@ def recipe_jobs(recipe: Recipe, resources: Resources, *, num_shards: int) -> lis
     """The jobs of every stage that the recipe asks for: probe -> prepare -> train -> evaluate -> report.
 
     Args:
-        num_shards: jobs of each array that shares a stage; a job behind it merges.
+        num_shards: jobs of each array that shares a stage; a job after it merges.
     """
     run = recipe.run_folder
     of_recipe = [str(run / "recipe.yaml"), "--run", str(run)]
@@ -205,13 +205,13 @@ def recipe_jobs(recipe: Recipe, resources: Resources, *, num_shards: int) -> lis
 def shared_stage(
     folder: Path, name: str, resources: Resources, arguments: Sequence[str], *, num_shards: int
 ) -> list[Job]:
-    """An array of jobs that share a command's work, and one job behind it that merges."""
+    """An array of jobs that share a command's work, and one job after it that merges."""
     shares = stage_job(folder, name, resources, arguments, array=f"0-{num_shards - 1}")
     return [shares, stage_job(folder, f"{name}-merge", resources, [*arguments, "--merge"])]
 
 
 def submit_chain(folder: Path, jobs: Sequence[Job]) -> list[str]:
-    """Save scripts below `folder` and submit them, each behind the one before.
+    """Save scripts below `folder` and submit them, each after the one before.
 
     Returns:
         job numbers.
@@ -229,8 +229,12 @@ def submit_chain(folder: Path, jobs: Sequence[Job]) -> list[str]:
         path = folder / "slurm" / f"{job.name}.sbatch"
         with atomic_file(path) as handle:
             handle.write(job.script())
-        behind = [f"--dependency={job.behind}:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
-        done = subprocess.run(["sbatch", "--parsable", *behind, str(path)], capture_output=True, text=True)
+        dependency = (
+            [f"--dependency={job.after}:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+        )
+        done = subprocess.run(
+            ["sbatch", "--parsable", *dependency, str(path)], capture_output=True, text=True
+        )
         if done.returncode:
             subprocess.run(["scancel", *numbers], check=False) if numbers else None
             remedy = f"see sinfo; the script is {path}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.run_folder import open_run, record_seconds
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.check import check_store, check_text, draw_check
 from sftcore.data.draws import draw_selected
@@ -64,16 +65,6 @@ def prepare(
         recipe, tokenizer, only_ids=_chosen(recipe), num_workers=num_workers, merge_only=merge_only
     )
     return tokenizer, store
-
-
-def describe_store(store: TokenStore) -> str:
-    """What a store holds, in a sentence; what was left out is in its ledger."""
-    found, reasons = store.manifest, store.manifest["rejected_by_reason"]
-    counts = f"{found['num_samples']:,} samples of {found['num_tokens']:,} tokens"
-    trained = f"{found['num_trained_tokens']:,} of them trained"
-    why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-    rejected = f", {found['num_rejected']:,} rejected ({why}; listed there)" if reasons else ""
-    return f"{counts} ({trained}) from {found['num_rows_read']:,} rows{rejected}: {store.folder}"
 
 
 def prepare_valid(recipe: Recipe, tokenizer: Tokenizer) -> TokenStore:
@@ -154,7 +145,7 @@ def _tell_levels(wanted: list[int], chosen: list[FactLevel]) -> None:
     """How many facts of each wanted level were drawn."""
     counts = level_counts(chosen)
     drawn = ", ".join(f"level {level}: {counts[level]}" for level in sorted(set(wanted)))
-    log.info("select: %d facts (%s)", len(chosen), drawn)
+    log.info("select: %s (%s)", counted(len(chosen), "fact"), drawn)
     if missing := [str(level) for level in sorted(set(wanted)) if not counts[level]]:
         log.warning("select.levels names level %s, of which no fact was drawn", ", ".join(missing))
 
@@ -266,7 +257,7 @@ def _tell_trivial(ledger: Ledger, listed: Path | None, split: str, *, num_left: 
     counts = {reason: ledger.rejected_by_reason[reason] for reason in sorted(TRIVIAL)}
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items() if count)
     if split == "train" and not num_left:
-        what, remedy = "every training fact is trivial", "mend the facts, or set data.trivial_facts: keep"
+        what, remedy = "every training fact is trivial", "fix the facts, or set data.trivial_facts: keep"
         where = "data.train" if listed is None else str(listed)
         raise UserInputError(Problem(what=what, where=where, got=reasons, remedy=remedy))
-    log.info("%d facts left out: %s (%s)", sum(counts.values()), reasons, listed or split)
+    log.info("%s left out: %s (%s)", counted(sum(counts.values()), "fact"), reasons, listed or split)

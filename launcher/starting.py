@@ -55,7 +55,7 @@ def _first_comment(file: Path) -> str:
 def init(
     data: Annotated[Path, typer.Option(metavar="FILE", help="training rows: JSON lines, a table, Parquet")],
     model: Annotated[str, typer.Option(metavar="M", help="a model folder, or a hub name")],
-    kind: Annotated[Kind | None, typer.Argument(help="what it holds, if that can't be told")] = None,
+    kind: Annotated[Kind | None, typer.Argument(help="what it holds, if that can't be known")] = None,
     test: Annotated[Path | None, typer.Option(metavar="FILE", help="held-out rows of the same form")] = None,
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="the recipe; NAME-OF-DATA.yaml")] = None,
 ) -> None:

@@ -27,7 +27,7 @@ from launcher.precision import settle_runs
 from launcher.run_folder import FINISHED
 from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
 from launcher.whole_run import is_finished
-from sftcore.amounts import duration
+from sftcore.amounts import counted, duration
 from sftcore.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -114,14 +114,16 @@ def run_here(study: Study) -> None:
     """Run what is not finished, one after another, in processes of their own.
 
     Raises:
-        StoppedOnRequest: this process, or a run, was asked to stop; the run is behind a checkpoint.
+        StoppedOnRequest: this process, or a run, was asked to stop; the run is after a checkpoint.
         TrainingFailed: some runs failed; all others are done.
     """
     write_recipes(study)
     pending = [run for run in study.runs if not is_finished(run.recipe)]
     estimates = _estimates(study, pending)
     how_long = f", roughly {duration(sum(estimates))} on this machine" if estimates else ""
-    log.info("%s: %d runs, %d to do%s", study.settings.name, len(study.runs), len(pending), how_long)
+    log.info(
+        "%s: %s, %d to do%s", study.settings.name, counted(len(study.runs), "run"), len(pending), how_long
+    )
     times: list[tuple[float, float]] = []
     weights = estimates or [1.0] * len(pending)
     for number, run in enumerate(pending, start=1):
@@ -139,7 +141,7 @@ def run_here(study: Study) -> None:
 
 
 def _estimates(study: Study, pending: Sequence[StudyRun]) -> list[float]:
-    """Seconds that each will take; none if that can't be told."""
+    """Seconds that each will take; none if that can't be known."""
     if not pending:
         return []
     from launcher.estimate import estimate_seconds
@@ -168,7 +170,7 @@ def _time_left(times: Sequence[tuple[float, float]], to_do: float) -> str:
 
 
 def run_number(study: Study, number: int) -> int:
-    """Make one run, as a job of an array does; returns its exit code. A job behind all concludes the study.
+    """Make one run, as a job of an array does; returns its exit code. A job after them concludes the study.
 
     Raises:
         UserInputError: there is no such run.
@@ -188,7 +190,7 @@ def run_number(study: Study, number: int) -> int:
 
 
 def submit_study(study: Study, path: Path, resources: Resources, *, throttle: int) -> str:
-    """Submit what is not finished as one array of jobs, and one behind them that concludes the study.
+    """Submit what is not finished as one array of jobs, and one after them that concludes the study.
 
     Args:
         throttle: how many runs at a time.
@@ -209,7 +211,7 @@ def submit_study(study: Study, path: Path, resources: Resources, *, throttle: in
     needed = longest_notice(pending.values(), has_gpus=resources.gpus_per_node > 0)
     runs = replace(runs, options=with_notice({**runs.options, **resources.run_options()}, needed))
     last = stage_job(folder, "study-report", resources, [*arguments, "--conclude"])
-    jobs = [runs, replace(last, behind="afterany")]  # whatever becomes of the runs
+    jobs = [runs, replace(last, after="afterany")]  # whatever becomes of the runs
     return describe_jobs(folder, jobs, submit_chain(folder, jobs))
 
 
@@ -250,7 +252,7 @@ def conclude(study: Study) -> None:
     failed = [run.name for run in study.runs if state_of(run) == FAILED_STATE]
     if failed:
         raise TrainingFailed(
-            f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}; "
+            f"{len(failed)} of {counted(len(study.runs), 'run')} failed: {', '.join(failed)}; "
             f"see {study.folder / 'logs'}, then start the study again"
         )
 
@@ -319,7 +321,7 @@ def _status(run: StudyRun, row: dict[str, Any]) -> str:
 
 @contextmanager
 def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Hand stop signals on to the run, which ends behind a checkpoint; yields those that were handed on."""
+    """Hand stop signals on to the run, which ends after a checkpoint; yields those that were handed on."""
     forwarded: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:

@@ -4,7 +4,7 @@ In: a function that runs a command. Out: its exit code; what it could not forese
 Invariant: no text that is printed can end a command (an ASCII terminal, half characters in a file's name),
 and none from data moves a terminal's cursor; a full disk, a limit on files, threads or memory, a folder that
 is gone end with exit code 2 or 3 and no traceback.
-Trade-off: errors of the operating system that nobody caught are told by their number, not by where they came
+Trade-off: errors of the operating system that nobody caught are known by their number, not by where they came
 from; `SFTCORE_TRACEBACK=1` shows that, too.
 """
 
@@ -46,8 +46,8 @@ THE_MACHINES = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "your quota there is used up: free space",
     errno.EROFS: "the file system is read-only: choose another folder",
-    errno.EACCES: "you may not do that there: choose another place or mend its permissions",
-    errno.EPERM: "you may not do that there: choose another place or mend its permissions",
+    errno.EACCES: "you may not do that there: choose another place or fix its permissions",
+    errno.EPERM: "you may not do that there: choose another place or fix its permissions",
     errno.EIO: "the disk or network storage fails: see the system's log",
     errno.ESTALE: "the network storage lost the file: start again",
     errno.ENODEV: "",

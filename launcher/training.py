@@ -27,8 +27,10 @@ from launcher.ranks import listed_pid
 from launcher.run_folder import open_run, record_seconds
 from launcher.stages import prepare, prepare_valid
 from sftcore import dist
+from sftcore.amounts import counted
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
+from sftcore.data.check import describe_store
 from sftcore.errors import (
     EXIT_DONE,
     EXIT_RANK_LOST,
@@ -186,6 +188,7 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
         if start is not None:
             check_dtype(recipe, start)
         tokenizer, store = prepare(recipe)
+        log.info("%s", describe_store(store))
         valid_store = prepare_valid(recipe, tokenizer) if recipe.data.valid else None
         cost = measure_recipe(recipe).coefficients
         schedule = make_schedule(recipe, store, world=dist.world_size(), cost=cost)
@@ -237,9 +240,9 @@ def _evaluations_before(checkpoint: Path | None, run: Path) -> int:
 
 def _eight_bit_is_cut(checkpoint: Path | None) -> Problem:
     return Problem(
-        what="8-bit optimizer state is quantised in blocks of each rank's share and can't be cut anew",
+        what="8-bit optimizer state is quantised in blocks of each rank's share and can't be cut otherwise",
         where=str(checkpoint),
-        got=f"{dist.world_size()} rank(s)",
+        got=counted(dist.world_size(), "rank"),
         remedy="resume at the number of ranks that it was saved with",
     )
 
@@ -291,7 +294,7 @@ def _load_model(recipe: Recipe, *, sharded_by: dict[str, Any] | None) -> LossMod
 
 
 def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:
-    """The checkpoint folder to go on from, or None to start anew.
+    """The checkpoint folder to go on from, or None to start from the beginning.
 
     Raises:
         UserInputError: `never` on a run that has steps, or a folder that is no whole checkpoint.

@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.estimate import probe_seconds
 from launcher.stages import SPLITS, recipe_tokenizer, usable_records
-from sftcore.amounts import duration
+from sftcore.amounts import counted, duration
 from sftcore.config import Recipe
 from sftcore.data.prepare import prepare_store
 from sftcore.data.store import TokenStore
@@ -83,9 +83,12 @@ def describe_probe(recipe: Recipe, device: Device) -> Row:
 def probe_note(recipe: Recipe, probe: Row) -> str:
     """What a plan says of the probe to come."""
     assert recipe.select is not None
-    facts = "all facts" if recipe.select.n == "all" else f"any {recipe.select.n:,} facts"
-    drawn = f" = {probe['num_completions']:,} completions of up to {recipe.probe.max_new_tokens} tokens"
-    of = f"{probe['num_facts']:,} facts x {recipe.probe.templates} wordings"
-    of += f" x {recipe.probe.samples} samples{drawn}" if probe["num_completions"] else ", by likelihood"
+    facts = "all facts" if recipe.select.n == "all" else f"any {counted(recipe.select.n, 'fact')}"
+    settings = recipe.probe
+    tokens = counted(settings.max_new_tokens, "token")
+    drawn = f" = {counted(probe['num_completions'], 'completion')} of up to {tokens}"
+    of = f"{counted(probe['num_facts'], 'fact')} x {counted(settings.templates, 'wording')}"
+    samples = f" x {counted(settings.samples, 'sample')}{drawn}"
+    of += samples if probe["num_completions"] else ", by likelihood"
     time = "" if probe["seconds"] is None else f", about {duration(probe['seconds'])}"
     return f"no memory levels yet: planned as if {facts} were drawn. The probe (sftcore probe): {of}{time}"

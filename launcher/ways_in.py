@@ -102,7 +102,7 @@ def machines_of(on: str, *, ways: Sequence[str] = RANKS_WAYS, **said: Any) -> Ma
     }
     problems = [Problem(what=f"not with --on {on}", where=name) for name, bad in refused.items() if bad]
     if machines.gpus_per_node and machines.ranks_per_node:
-        problems.append(Problem(what="not beside --gpus-per-node", where="--ranks-per-node"))
+        problems.append(Problem(what="not together with --gpus-per-node", where="--ranks-per-node"))
     if on == "slurm" and machines.gpus_per_node is None and machines.ranks_per_node is None:
         remedy = "--gpus-per-node N, or --ranks-per-node N for ranks on CPUs"
         problems.append(Problem(what="how many ranks per machine?", where="--on slurm", remedy=remedy))
@@ -162,7 +162,7 @@ def _train_on_slurm(recipe: Recipe, machines: Machines, more: Sequence[str], *, 
 
 
 def submit_whole(recipe: Recipe, machines: Machines, *, num_shards: int, dry_run: bool) -> str:
-    """Submit every stage of a recipe, each behind the one before; says what was submitted."""
+    """Submit every stage of a recipe, each after the one before; says what was submitted."""
     recipe = with_run(recipe, str(recipe.run_folder))
     jobs = recipe_jobs(recipe, machines.resources(), num_shards=num_shards)
     return scripts_of(jobs) if dry_run else submit_recipe(recipe, jobs)

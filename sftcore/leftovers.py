@@ -1,4 +1,4 @@
-"""What a killed process leaves: temporaries, told from those of living ones by the lock that these hold.
+"""What a killed process leaves: temporaries, unlike those of living ones without a lock on them.
 
 In: a folder. Out: the folder without temporary files and folders that nobody writes any more.
 Invariant: what a living process writes stays: it holds a lock on its temporary, which the kernel drops with

@@ -2,7 +2,7 @@
 
 In: a path that somebody gave. Out: why it can't be read as a file, or be a folder; empty if it can.
 Invariant: no path makes these functions raise, whatever its letters and its length.
-Trade-off: a look is one system call more, and the file may change behind it: it saves from reading a device
+Trade-off: a look is one system call more, and the file may change after it: it saves from reading a device
 without end and from waiting for a pipe's other end, not from races.
 """
 
@@ -22,7 +22,7 @@ SPECIAL_FILES = {
 
 
 def file_fault(path: Path | str) -> str:
-    """Why a path can't be read as a file; empty for a file (also behind links)."""
+    """Why a path can't be read as a file; empty for a file (also through links)."""
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
     except FileNotFoundError:

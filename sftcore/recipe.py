@@ -5,7 +5,7 @@ found.
 Invariant: what comes out names only files that exist now; written into a run folder it means the same from
 anywhere.
 Trade-off: a path is tried relative to the recipe, then to the current folder (two look-ups per path), so
-that a recipe works both beside its data and from a project's root.
+that a recipe works both next to its data and from a project's root.
 """
 
 from __future__ import annotations

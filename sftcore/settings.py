@@ -62,7 +62,7 @@ Seconds = Annotated[float, Field(gt=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, per step
 NUM_CLASSES = 2  # of a pair: different, same
-MATCHING_FILE = "matching.json"  # beside the weights: which prompts and label words they were trained with
+MATCHING_FILE = "matching.json"  # next to the weights: which prompts and label words they were trained with
 CHECKSUMS = "weights.sha256"  # in the folder of a result: of the files that decide its numbers
 BARE_LABELS = ("0", "1")  # what files write for them, whatever the label words are
 
@@ -81,7 +81,7 @@ class LabelWords(Settings):
 
     @model_validator(mode="after")
     def _readable(self) -> LabelWords:
-        """Each word is one number's, in files of either language and beside the bare 0 and 1."""
+        """Each word is one number's, in files of either language and next to the bare 0 and 1."""
         owners = {bare: (number, "a file's own") for number, bare in enumerate(BARE_LABELS)}
         faults = []
         for language, words in (("zh", self.zh), ("en", self.en)):
@@ -92,7 +92,7 @@ class LabelWords(Settings):
                 elif owner != number:
                     faults.append(f"{language} {word!r} can't mean {number}: {whose} {word!r} means {owner}")
         if faults:
-            raise ValueError(f"label words can't be told apart or read: {'; '.join(faults)}")
+            raise ValueError(f"label words look alike or read: {'; '.join(faults)}")
         return self
 
 
@@ -174,7 +174,7 @@ class MatchingSettings(Settings):
         "sum", description="a label text's score: its tokens' log-likelihoods added up, or their mean"
     )
     rationale: Literal["none", "before", "after"] = Field(
-        "none", description="train on the pairs' rationales: before the label, behind it, or not at all"
+        "none", description="train on the pairs' rationales: before the label, after it, or not at all"
     )
     teacher: TeacherSettings | None = Field(None, description="who writes rationales")
 
@@ -228,7 +228,7 @@ class TrackingSettings(Settings):
     """Where metrics go besides metrics.jsonl."""
 
     tensorboard: bool = Field(True, description="write TensorBoard event files")
-    to: Literal["trackio", "wandb"] | None = Field(None, description="a tracker of runs, beside TensorBoard")
+    to: Literal["trackio", "wandb"] | None = Field(None, description="a tracker of runs, besides TensorBoard")
     project: str = Field("sftcore", description="the project's name in that tracker")
 
 
@@ -256,7 +256,7 @@ class TrainSettings(Settings):
     )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of AdamW's two moments")
     eps: Annotated[float, Field(gt=0, le=MAX_COUNT)] = Field(
-        1e-8, description="AdamW's, beside the root of the second"
+        1e-8, description="AdamW's, next to the root of the second"
     )
     normalise: Literal["token", "sample"] = Field(
         "token", description="mean over trained tokens, or over samples"
@@ -267,7 +267,9 @@ class TrainSettings(Settings):
     z_loss: NonNegative = Field(0.0, description="weight of log(Z)^2 per trained token")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of uniform target")
     init_adapter: PathText | None = Field(
-        None, description="adapter folder to go on from; its rank, alpha and targets have to be the recipe's"
+        None,
+        description="adapter folder to go on from; its rank and alpha have to be the recipe's, and its"
+        " targets where adapter.targets lists some (all-linear: its own go on)",
     )
     hang_seconds: Seconds | None = Field(
         None, description="a step that takes longer ends the job; null: max(300, 10 median steps)"

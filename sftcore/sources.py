@@ -30,10 +30,10 @@ class Columns(Settings):
     prompt: str = Field("prompt", description="jsonl: what is not trained")
     input: str | None = Field(
         None,
-        description="jsonl: text that goes with some prompts, put behind them after a blank line; the"
+        description="jsonl: text that goes with some prompts, put after them, a blank line between; the"
         " completion then follows after a blank line, too",
     )
-    completion: str = Field("completion", description="jsonl: what is trained behind the prompt")
+    completion: str = Field("completion", description="jsonl: what is trained after the prompt")
     messages: str | None = Field(
         None, description="jsonl: the turns of a chat; null: `messages`, else `conversations` (ShareGPT)"
     )
@@ -42,7 +42,7 @@ class Columns(Settings):
         "id", description="the rows' own ids, which may not repeat within a split; null: rows are numbered"
     )
     ignore: list[str] = Field(
-        [], description='jsonl: fields of rows (by name of turns, too) left out on purpose; ["*"]: all others'
+        [], description='fields of rows (by name of turns, too) left out on purpose; ["*"]: all others'
     )
 
     def of_pair(self) -> dict[str, str | int]:
@@ -51,9 +51,15 @@ class Columns(Settings):
         return {field: name for field, name in named.items() if name is not None}
 
 
-OF_PAIRS = ("a", "b", "label", "rationale", "id")
+OF_PAIRS = ("a", "b", "label", "rationale", "id", "ignore")
 OF_EXAMPLES = ("prompt", "input", "completion", "messages", "id", "ignore")
-FIELDS_READ = {"pairs": OF_PAIRS, "jsonl": OF_EXAMPLES, "facts": ("id",), "entityquestions": ("id",)}
+OF_FACTS = ("id", "ignore")
+FIELDS_READ = {
+    "pairs": OF_PAIRS,
+    "jsonl": OF_EXAMPLES,
+    "facts": OF_FACTS,
+    "entityquestions": OF_FACTS,
+}
 PRESETS: dict[str, dict[str, str | int]] = {  # layouts of pairs, as the corpora's authors spread them
     "lcqmc": {"a": "text_a", "b": "text_b", "label": "label"},
     "bq": {"a": "sentence1", "b": "sentence2", "label": "label"},
@@ -86,7 +92,7 @@ class Source(Settings):
         " .csv, and for .tsv and .txt where the whole file is written so",
     )
     limit: Positive | None = Field(None, description="take N rows, evenly from the tops of the files")
-    columns: Columns = Field(default_factory=lambda: Columns(), description="pairs and jsonl only")
+    columns: Columns = Field(default_factory=lambda: Columns(), description="names of fields or columns")
     weight: Annotated[float, Field(ge=1e-9, le=MAX_COUNT)] | None = Field(
         None, description="training only: this source's share of an epoch's samples, relative to the others"
     )

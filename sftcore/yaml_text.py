@@ -51,7 +51,7 @@ WORDS = {  # how a message of PyYAML's begins, or what it holds -> what is meant
 
 
 class _Refused(yaml.constructor.ConstructorError):
-    """A value that we refuse, told in our words."""
+    """A value that we refuse, said in our words."""
 
     def __init__(self, what: str, mark: yaml.Mark) -> None:
         super().__init__(None, None, what, mark)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftcore.amounts import duration, size, work
+from sftcore.amounts import counted, duration, plural, rate, size, work
 
 ROOT = Path(__file__).parent.parent
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -56,8 +56,8 @@ def test_sizes_by_hand(num_bytes, text):
 
 def test_parts_of_a_sum_have_its_unit():
     parts = [2.7e8, 1.9e9, 4e6]
-    assert [size(part, beside=sum(parts)) for part in parts] == ["0.27 GB", "1.90 GB", "0.00 GB"]
-    assert size(sum(parts), beside=sum(parts)) == "2.17 GB"
+    assert [size(part, against=sum(parts)) for part in parts] == ["0.27 GB", "1.90 GB", "0.00 GB"]
+    assert size(sum(parts), against=sum(parts)) == "2.17 GB"
     assert work(2.79e15) == "2.8 PFLOP"
 
 
@@ -86,3 +86,30 @@ def test_nobody_else_writes_sizes_and_durations():
     assert len(files) > 100
     others = [line for line in lines if line[0] != "amounts.py"]
     assert [line for line in others if not any(rate in line[1] for rate in rates)] == []
+
+
+def test_one_thing_is_never_many_and_rates_have_no_exponent():
+    assert [counted(n, "step") for n in (0, 1, 2, 1000)] == ["0 steps", "1 step", "2 steps", "1,000 steps"]
+    assert [plural(noun) for noun in ("batch", "epoch", "process", "reply", "box")] == [
+        "batches",
+        "epochs",
+        "processes",
+        "replies",
+        "boxes",
+    ]
+    assert [rate(value) for value in (2e-5, 1e-5, 3.3333e-7, 0.0, 1.0)] == [
+        "0.00002",
+        "0.00001",
+        "0.000000333",
+        "0",
+        "1",
+    ]
+
+
+def test_no_message_leaves_the_number_open():
+    """ "1 step(s)": `counted` says which it is."""
+    files = [file for top in ("sftcore", "launcher") for file in (ROOT / top).rglob("*") if file.is_file()]
+    texts = {file: file.read_text() for file in files if file.suffix in (".py", ".html", ".md")}
+    assert len(texts) > 150
+    nouns = "step|pack|token|rank|epoch|sample|run|row|fact|pair|file|item|batch"
+    assert not [file for file, text in texts.items() if re.search(rf"({nouns})\(s\)[ ,;\"]", text)]

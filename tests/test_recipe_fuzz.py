@@ -163,7 +163,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launcher.outlook.has_async_io", lambda: False)  # a compiler's run, each time
+    monkeypatch.setattr("launcher.outlook.may_have_async_io", lambda: False)  # a compiler's run, each time
     torch.manual_seed(0)
     config = tiny_config("llama")
     config.vocab_size = 400

@@ -57,6 +57,29 @@ def build_spaces_in_front():
     )
 
 
+def build_nfkc():
+    """As T5's relatives: bytes where a letter is unknown, NFKC, doubled spaces are one, "▁" a space."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(33, 127)]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *bytes_, *letters, "▁"]
+    model = models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    one_space = normalizers.Replace(Regex(" {2,}"), " ")
+    steps = [normalizers.NFKC(), one_space, normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    made.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    made.chat_template = CHATML
+    return made
+
+
 def build_words():
     """One id a word, in the order of WORDS; adds <s> by itself."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -18,7 +18,7 @@ from sftcore.batching.packing import IntArray
 
 IDLE = -1  # in a dealing: this rank has no pack in this micro-batch
 SWAPS_PER_RANK = 2  # at most, when evening out a dealing
-SWAP_GAIN = 1e-6  # of the dearest rank's cost; smaller gains are rounding
+SWAP_GAIN = 1e-6  # of the most expensive rank's cost; smaller gains are rounding
 WAITING_ALLOWED = 0.01  # of the mean rank's cost, before a step is cut into more packs
 TIE_BREAK = 1e-6  # weight of a pack's own cost among packs of one rank
 Costs = npt.NDArray[np.float64]
@@ -28,15 +28,16 @@ def deal(costs: npt.ArrayLike, *, world: int) -> IntArray:
     """Deal packs to ranks and micro-batches so that both the ranks' sums and the micro-batches are even.
 
     Packs are sorted by cost; each run of `world` packs is one micro-batch (so ranks that wait for each other
-    in every micro-batch wait little), and in it the rank with the least cost so far takes the dearest pack.
-    Then the dearest rank swaps packs with others as long as that lowers its sum below the highest so far.
+    in every micro-batch wait little), and in it the rank with the least cost so far takes the most expensive
+    pack. Then the rank with the highest cost swaps packs with others as long as that lowers its sum below the
+    highest so far.
 
     >>> deal([5.0, 1.0, 4.0, 2.0], world=2)
     array([[0, 1],
            [2, 3]])
 
     Returns:
-        (world, num_micro_batches) int64: number of a pack, or IDLE; each rank's dearest pack comes first.
+        (world, num_micro_batches) int64: number of a pack, or IDLE; each rank's largest pack (by cost) first.
     """
     costs = np.asarray(costs, np.float64)
     num_micro_batches = -(-len(costs) // world)
@@ -52,19 +53,19 @@ def deal(costs: npt.ArrayLike, *, world: int) -> IntArray:
 
 
 def _swapped(dealt: IntArray, costs: Costs) -> IntArray:
-    """Lower the dearest rank's sum by swaps; costs[IDLE] is 0."""
+    """Lower the most expensive rank's sum by swaps; costs[IDLE] is 0."""
     table = costs[dealt]  # (world, num_micro_batches)
     for _ in range(SWAPS_PER_RANK * len(dealt)):
         sums = table.sum(1)
-        dearest = int(np.argmax(sums))
-        moved = table[dearest][:, None, None] - table[None]  # (own slot, other rank, its slot)
-        higher = np.maximum(sums[dearest] - moved, sums[None, :, None] + moved)
-        higher[:, dearest] = np.inf
+        costliest = int(np.argmax(sums))
+        moved = table[costliest][:, None, None] - table[None]  # (own slot, other rank, its slot)
+        higher = np.maximum(sums[costliest] - moved, sums[None, :, None] + moved)
+        higher[:, costliest] = np.inf
         own, rank, slot = np.unravel_index(int(np.argmin(higher)), higher.shape)
-        if higher[own, rank, slot] >= sums[dearest] * (1 - SWAP_GAIN):
+        if higher[own, rank, slot] >= sums[costliest] * (1 - SWAP_GAIN):
             break
         for grid in (dealt, table):
-            grid[dearest, own], grid[rank, slot] = grid[rank, slot], grid[dearest, own]
+            grid[costliest, own], grid[rank, slot] = grid[rank, slot], grid[costliest, own]
     by_cost = np.argsort(-table, axis=1, kind="stable")
     return np.take_along_axis(dealt, by_cost, axis=1)
 
@@ -102,8 +103,8 @@ def cut_evenly(
 def _spread(lengths: IntArray, costs: Costs, num_packs: int, *, capacity: int, world: int) -> list[IntArray]:
     """Cut a step into packs that can be dealt evenly.
 
-    The dearest sample goes to the rank with least so far, there to the cheapest pack; or to the next that
-    has room.
+    The most expensive sample goes to the rank with least so far, there to the cheapest pack; or to the next
+    that has room.
 
     Args:
         lengths: (num_samples,) tokens.
@@ -128,16 +129,16 @@ def _spread(lengths: IntArray, costs: Costs, num_packs: int, *, capacity: int, w
 
 
 def _cut(packs: list[IntArray], wanted: int, costs: Costs) -> list[IntArray]:
-    """Cut packs in two until there are `wanted`, always the dearest that holds several samples."""
+    """Cut packs in two until there are `wanted`, always the most expensive that holds several samples."""
     parts = list(packs)
     while len(parts) < wanted:
-        dearest = max(range(len(parts)), key=lambda p: costs[parts[p]].sum() if len(parts[p]) > 1 else -1.0)
-        whole = parts.pop(dearest)
+        costliest = max(range(len(parts)), key=lambda p: costs[parts[p]].sum() if len(parts[p]) > 1 else -1.0)
+        whole = parts.pop(costliest)
         parts += [whole[::2], whole[1::2]]
     return parts
 
 
 def _waiting(costs: list[float], world: int) -> float:
-    """By how much the dearest rank exceeds the mean, once packs of these costs are dealt."""
+    """By how much the most expensive rank exceeds the mean, once packs of these costs are dealt."""
     loads = np.append(costs, 0.0)[deal(costs, world=world)].sum(1)
     return float(loads.max() / loads.mean() - 1)

@@ -5,8 +5,8 @@ several times.
 Invariant: a pure function, so resume and every rank agree; over any number of epochs two samples of a source
 are used equally often, give or take one.
 Trade-off: each source is a stream of shuffles end to end, of which every epoch takes the next stretch, so the
-same sample may come twice in an epoch before another of its source comes thrice; drawing with replacement
-would need no stream, and leave 37 % of a source unseen in its first pass.
+same sample may come twice in an epoch before another of its source comes three times; drawing with
+replacement would need no stream, and leave 37 % of a source unseen in its first pass.
 
     source of 3, 2 an epoch      |b a c|c b a|a c b| ...   shuffles, one a lap
     epochs                        0 0 1 1 2 2 3 3

@@ -1,7 +1,7 @@
 """Rows of tables: cells between commas or tabs, with quotes or without.
 
 In: a .csv, .tsv or .txt file. Out: `RawRow`s of cells, and `Rejection`s for rows that don't parse.
-Invariant: one rule of quotes for all tables (RFC 4180), told by the recipe, or found in the whole file and
+Invariant: one rule of quotes for all tables (RFC 4180), known by the recipe, or found in the whole file and
 noted; line ends within a cell stay as they are; a stray quote costs the row that it stands in.
 A file of tabs that is not quoted throughout is text; each row of it with a cell that looks quoted is noted.
 Trade-off: a tab-separated file with any quote in it is read once more to see whether all are RFC 4180's

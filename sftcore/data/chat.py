@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from functools import cached_property
 
 from sftcore.data.chat_template import Block, ChatRefused, ChatTemplate
 from sftcore.data.contents import Chat, Message
@@ -60,7 +61,7 @@ class ChatRenderer:
                 Problem(
                     what=f"this chat template can't be trained on: {error}",
                     where=str(codec.tokenizer.name_or_path),
-                    remedy="mend the template ({% generation %} marks assistant turns), give another"
+                    remedy="fix the template ({% generation %} marks assistant turns), give another"
                     " (model.chat_template: NAME or FILE), or use another model",
                 )
             ) from error
@@ -88,6 +89,22 @@ class ChatRenderer:
     def last_piece(self) -> str:
         """An answer of the trial with all that is trained with it."""
         return self._trial[-1]
+
+    @cached_property
+    def markers(self) -> tuple[str, ...]:
+        """Plain texts by which the template tells turns apart ("[INST]", "USER:"); in a turn, they forge one.
+
+        They are lines of the template's own text between turns, special tokens aside; a bare word such as
+        `user` is none, since the token before it makes it a header.
+        """
+        try:
+            between = self._layouts.by_roles(TRIAL.messages).segments[1:3]
+        except ChatRefused:
+            return ()
+        added = [token.content for token in self.codec.tokenizer.added_tokens_decoder.values()]
+        tokens = re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True) if t.strip()))
+        texts = [text.strip() for segment in between for text in re.split(r"\n", tokens.sub("\n", segment))]
+        return tuple(dict.fromkeys(text for text in texts if re.search(r"\w", text) and not text.isalnum()))
 
     @property
     def own_tokens(self) -> frozenset[str]:
@@ -167,7 +184,7 @@ class ChatRenderer:
 def turn_ends(codec: Codec) -> tuple[int, int]:
     """The token that closes an answer, and the last that is trained, on whatever day.
 
-    They differ where the template marks white space behind the end of a turn as trained.
+    They differ where the template marks white space after the end of a turn as trained.
 
     Raises:
         UserInputError: no template that can be trained on.

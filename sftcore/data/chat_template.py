@@ -82,7 +82,7 @@ class ChatTemplate:
         }
 
     def render(self, turns: Sequence[Message], *, prompts: bool = False) -> str:
-        """The text of some turns; `prompts`: with what stands before an answer, behind them."""
+        """The text of some turns; `prompts`: with what stands before an answer, after them."""
         return self._rendered(turns, prompts=prompts, marks=False)[0]
 
     def render_blocks(self, turns: Sequence[Message]) -> tuple[str, list[Block]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
 from sftcore.display import shown
@@ -52,11 +53,28 @@ def check_store(recipe: Recipe, store: TokenStore) -> dict[str, Any]:
     }
 
 
+def describe_store(store: TokenStore) -> str:
+    """What a store holds, in a sentence; which rows were left out or noted is in its ledger."""
+    found = store.manifest
+    counts = f"{counted(found['num_samples'], 'sample')} of {counted(found['num_tokens'], 'token')}"
+    trained = f"{found['num_trained_tokens']:,} of them trained"
+    rejected, noted = (_reasons(found[f"{kind}_by_reason"]) for kind in ("rejected", "altered"))
+    others = f", {found['num_rejected']:,} rejected ({rejected})" if rejected else ""
+    others += f", noted: {noted}" if noted else ""
+    where = f"{store.folder}{' (ledger.jsonl lists such rows)' if others else ''}"
+    return f"{counts} ({trained}) from {counted(found['num_rows_read'], 'row')}{others}: {where}"
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    """Reasons of the ledger as people say them."""
+    return ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in counts.items())
+
+
 def check_text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
     quantiles = "  ".join(f"p{q} {n}" for q, n in report["length_quantiles"].items())
     lines = [
-        f"samples          {report['num_samples']:,} of {report['num_rows_read']:,} rows",
+        f"samples          {report['num_samples']:,} of {counted(report['num_rows_read'], 'row')}",
         f"tokens           {report['num_tokens']:,}, {report['trained_share']:.1%} of them trained",
         f"lengths          {quantiles}  (at most {report['max_length']} fit)",
         *_histogram_lines(report["length_histogram"]),
@@ -77,7 +95,8 @@ def check_text(report: dict[str, Any]) -> str:
         lines.append(f"{kind:<17}" + (", ".join(f"{reason} {n:,}" for reason, n in counts.items()) or "none"))
     for source in report["sources"]:
         share = source["num_tokens"] / report["num_tokens"]
-        counts = f"{source['num_samples']:,} samples, {source['num_tokens']:,} tokens ({share:.1%})"
+        counts = f"{counted(source['num_samples'], 'sample')}, "
+        counts += f"{counted(source['num_tokens'], 'token')} ({share:.1%})"
         lines.append(f"source           {source['name']}: {counts}")
     return "\n".join(lines)
 

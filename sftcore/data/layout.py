@@ -1,4 +1,4 @@
-"""Where the turns of a chat stand in a template's rendering, told by the template's own text between them.
+"""Where the turns of a chat stand in a template's rendering, known by the template's own text between them.
 
 In: a template, turns. Out: a `Layout`: the template's own texts, one more than there are turns, and what of
 them belongs to each answer.
@@ -40,8 +40,8 @@ class Answer:
 
     Args:
         lead: characters before it.
-        close: characters behind it, up to the last token that closes it.
-        most: characters behind it that are its own wherever it stands, white space included.
+        close: characters after it, up to the last token that closes it.
+        most: characters after it that are its own wherever it stands, white space included.
     """
 
     lead: int
@@ -54,7 +54,7 @@ class Layout:
     """The template's own text of a chat.
 
     Args:
-        segments: before, between and behind the contents.
+        segments: before, between and after the contents.
         answers: of each turn; None where it is none, or is not marked; a text: why it can't be trained.
     """
 
@@ -86,7 +86,7 @@ class _Rendering:
     places: Sequence[Block]
 
     def around(self, i: int) -> tuple[str, str]:
-        """The template's own text before content `i` and behind it."""
+        """The template's own text before content `i` and after it."""
         start = self.places[i - 1][1] if i else 0
         end = self.places[i + 1][0] if i + 1 < len(self.places) else len(self.text)
         return self.text[start : self.places[i][0]], self.text[self.places[i][1] : end]
@@ -115,10 +115,10 @@ class LayoutMaker:
         return self._kept[roles]
 
     def around_last(self, roles: Sequence[str]) -> tuple[str, str, int]:
-        """What stands around a last answer: behind its generation prompt, behind itself, and what closes it.
+        """What stands around a last answer: after its generation prompt, after itself, and what closes it.
 
         Returns:
-            text before the answer that the generation prompt has not ("" where it has more), text behind the
+            text before the answer that the generation prompt has not ("" where it has more), text after the
             answer, and how many characters of that belong to it.
         """
         i = len(roles) - 1
@@ -131,7 +131,7 @@ class LayoutMaker:
         return before.removeprefix(prompt) if before.startswith(prompt) else "", tail, close
 
     def of_prompt(self, roles: Sequence[str]) -> Layout:
-        """The template's own text of turns with these roles and the generation prompt behind them.
+        """The template's own text of turns with these roles and the generation prompt after them.
 
         Raises:
             ChatRefused: a turn is not in it, or not once, or not in its order.
@@ -232,7 +232,7 @@ class LayoutMaker:
         return self._closing(as_history[0], as_last[1], as_history[1], is_history=not is_last)
 
     def _elsewhere(self, slots: Sequence[Slot], i: int) -> tuple[str, str] | None:
-        """The template's text before turn `i` (from its header on) and behind it elsewhere, or None."""
+        """The template's text before turn `i` (from its header on) and after it elsewhere, or None."""
         try:
             text = self._template.render([slot.turn for slot in slots])
             header = self._header(slots, i, text)
@@ -244,7 +244,7 @@ class LayoutMaker:
     def _closing(
         self, lead: str, as_last: str, as_history: str | None, *, is_history: bool = False
     ) -> Answer:
-        """The special tokens behind an answer that close it: those that follow wherever it stands."""
+        """The special tokens after an answer that close it: those that follow wherever it stands."""
         last = self._tokens(as_last)
         other = last if as_history is None else self._tokens(as_history)
         common = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(last, other, strict=False))]
@@ -280,7 +280,7 @@ class LayoutMaker:
 
 
 def _between(text: str, places: Sequence[Block]) -> tuple[str, ...]:
-    """What stands before, between and behind some places."""
+    """What stands before, between and after some places."""
     borders = [0, *(border for place in places for border in place), len(text)]
     return tuple(text[a:b] for a, b in zip(borders[::2], borders[1::2], strict=True))
 
@@ -291,7 +291,7 @@ def mark(i: int, role: str) -> Slot:
 
 
 def _pinned_place(text: str, slot: Slot, header: int, i: int) -> Block:
-    """Where an answer stands: right behind its header, or behind what the template writes there."""
+    """Where an answer stands: right after its header, or after what the template writes there."""
     for n in (len(slot.lead), *range(len(slot.lead))):
         lead = slot.lead[n:]
         if not text.startswith(lead, header):
@@ -325,20 +325,20 @@ def found_places(text: str, layout: Layout, contents: Sequence[str]) -> list[Blo
     if not text.startswith(layout.segments[0]):
         return places
     start = len(layout.segments[0])
-    for content, behind in zip(contents, layout.segments[1:], strict=True):
-        tried = (content,) if text.startswith(behind, start + len(content)) else forms(content)
+    for content, later in zip(contents, layout.segments[1:], strict=True):
+        tried = (content,) if text.startswith(later, start + len(content)) else forms(content)
         end = next(
             (
                 start + len(form)
                 for form in tried
-                if text.startswith(form, start) and text.startswith(behind, start + len(form))
+                if text.startswith(form, start) and text.startswith(later, start + len(form))
             ),
             None,
         )
         if end is None:
             return places
         places.append((start, end))
-        start = end + len(behind)
+        start = end + len(later)
     return places if start == len(text) else places[:-1]
 
 

@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from sftcore.amounts import counted
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import disk_errors_explained, write_jsonl
 
@@ -90,7 +91,7 @@ REMEDIES = {
     Reason.OVERLENGTH: "raise data.max_length, or set data.overlength: trim_prompt",
     Reason.WRONG_FIELD_COUNT: "is a tab or comma inside a text? use JSONL, or CSV with quotes",
     Reason.UNKNOWN_RELATION: "give each fact its own question",
-    Reason.LABEL_AS_TEXT: "a text column holds labels: mend `columns` of the source",
+    Reason.LABEL_AS_TEXT: "a text column holds labels: fix `columns` of the source",
     Reason.NO_RATIONALE: "train on pairs that have one (sftcore rationales RECIPE writes them)",
     Reason.SPECIAL_TOKEN: "take the tokenizer's special tokens out of the messages"
     " (pre-rendered chats go into `prompt` and `completion`)",
@@ -121,6 +122,8 @@ class Change(StrEnum):
     SYSTEM_MERGED = "system_merged"
     SYSTEM_DROPPED = "system_dropped"
     EARLIER_UNTRAINED = "earlier_untrained"
+    MARKER_IN_TEXT = "marker_in_text"
+    ANSWER_NORMALISED = "answer_normalised"
     QUOTES_READ = "quotes_read"
     QUOTES_KEPT = "quotes_kept"
     LABEL_SPELLING = "label_spelling"
@@ -266,9 +269,9 @@ class Ledger:
         counts = {reason: n for reason, n in counts.items() if n}
         first = [rejection for reason in counts for rejection in self._first[reason]]
         remedies = [REMEDIES[reason] for reason in counts if reason in REMEDIES]
-        remedies.append(f"mend the rows, or allow more: data.max_reject_fraction (now {max_fraction:g})")
+        remedies.append(f"fix the rows, or allow more: data.max_reject_fraction (now {max_fraction:g})")
         return Problem(
-            what=f"{sum(counts.values())} of {num_rows} rows can't be used",
+            what=f"{sum(counts.values())} of {counted(num_rows, 'row')} can't be used",
             where=printable_path(first[0].file) if first else "",
             got=", ".join(f"{reason}: {n}" for reason, n in counts.items())
             + "".join(f"\n      {rejection}" for rejection in first[:3]),

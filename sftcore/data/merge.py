@@ -173,6 +173,7 @@ def account(parts: Sequence[Part], outcomes: Outcomes, copies: NDArray[np.bool_]
         changes = numbers(rows, "changes")
         for bit, change in enumerate(CHANGES):
             _note(ledger, rows, about["file"], (changes >> bit & 1).astype(bool) & (here == KEPT), change)
+        _count_markers(ledger, rows, (changes >> CHANGES.index(Change.MARKER_IN_TEXT) & 1) & (here == KEPT))
         start += len(rows)
     ledger.num_not_selected = int(np.count_nonzero(outcomes == NOT_SELECTED))
     return ledger
@@ -218,6 +219,13 @@ def _rejections(rows: pa.Table, file: str, outcomes: Outcomes) -> Iterator[Rejec
         )
 
 
+def _count_markers(ledger: Ledger, rows: pa.Table, mask: NDArray[np.int_]) -> None:
+    """Count each of the template's markers by its name."""
+    for i in np.flatnonzero(mask).tolist():
+        for marker in rows["detail"][i].as_py().split("\n"):
+            ledger.altered_by_reason[f"{Change.MARKER_IN_TEXT} {marker}"] += 1
+
+
 def _note(ledger: Ledger, rows: pa.Table, file: str, mask: NDArray[np.bool_], change: Change) -> None:
     """Count a change of all records in `mask`; the ledger lists the first ones."""
     if not (places := np.flatnonzero(mask).tolist()):
@@ -236,7 +244,7 @@ def write_merge(
     fingerprint: str,
     sources: Sequence[str],
 ) -> dict[str, Any]:
-    """Write outcome.bin, ledger.jsonl and, last, manifest.json beside the parts; returns the manifest.
+    """Write outcome.bin, ledger.jsonl and, last, manifest.json next to the parts; returns the manifest.
 
     Args:
         sources: name of each training source.

@@ -15,10 +15,10 @@ from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
-from sftcore.data.contents import OddRow
-from sftcore.data.ledger import Reason, printable
+from sftcore.data.contents import Fields, OddRow
+from sftcore.data.ledger import Change, Reason, printable
 
-Place = Literal["turn", "prompt", "turns"]  # in a turn; next to a prompt; next to turns
+Place = Literal["turn", "prompt", "turns", "fact", "pair"]  # in a turn; next to a prompt, to turns, ...
 TRAINED_IF_TRUE = frozenset(
     "loss loss_mask loss_weight weight train trained training trainable is_trained is_trainable compute_loss"
     " train_on_turn learn".split()
@@ -57,6 +57,16 @@ MORE = {  # names that are meta data in one place, and may be a text that is ask
         " topics tag tags task type level title file file_name path page conv turn custom_instruction"
         " text chosen rejected".split()
     ),
+    "fact": frozenset(  # with what `sftcore probe` and Wikidata say of one
+        "category categories domain difficulty quality source sources data_source lang language locale topic"
+        " topics tag tags type level recall hits trials popularity s_pop o_pop prop relation_label"
+        " relation_name subject_label object_label subj obj object answer".split()
+    ),
+    "pair": frozenset(
+        "category categories domain difficulty quality genre source sources data_source lang language locale"
+        " topic topics tag tags qid qid1 qid2 pairID promptID captionID annotator_labels".split()
+    )
+    | {"#1 ID", "#2 ID"},
 }
 BY_VALUE = re.compile(  # names of identifiers, and of numbers
     r"(?P<word>key|[a-z0-9_]+_(id|ids|uuid|guid|hash|md5|sha1|sha256|url|idx|timestamp|date))"
@@ -142,6 +152,21 @@ def left_out(
     if odd:
         raise _not_read(what, odd, [names.get(name, name) for name in odd])
     return left
+
+
+def leave_out(
+    fields: Fields,
+    others: Mapping[Any, Any],
+    known: Collection[str],
+    *,
+    place: Place,
+    ignored: Collection[str],
+) -> None:
+    """Note the meta data of a row; arguments and what is raised are those of `left_out`."""
+    if others.keys() <= set(known):
+        return
+    if left := left_out(others, known, what="a row", place=place, ignored=ignored):
+        fields.changed(Change.COLUMN_LEFT_OUT, ", ".join(left))
 
 
 def _not_read(what: str, odd: Mapping[str, Any], names: list[str]) -> OddRow:

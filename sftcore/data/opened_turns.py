@@ -39,7 +39,7 @@ class OpenedTurns:
 
     @cached_property
     def opened(self) -> str:
-        """What a generation prompt writes behind the header that an answer of history has: `<think>`, say."""
+        """What a generation prompt writes after the header that an answer of history has: `<think>`, say."""
         user, answer = mark(0, "user").turn, mark(1, "assistant").turn
         try:
             history = self._template.render([user, answer, mark(2, "user").turn])

@@ -138,7 +138,7 @@ def _row_batch(
         [len(sample.ids) if sample else 0 for sample in samples],
         [sample.num_trained if sample else 0 for sample in samples],
         [REASONS.index(refusal.reason) if refusal else NO_REFUSAL for refusal in refusals],
-        _details(refusals),
+        _details(results),
         [_change_bits(sample.changes) if sample else 0 for sample in samples],
         _lists([hash_earlier(record.content) for record in records]),
         *_id_hashes(samples, flat),
@@ -182,10 +182,16 @@ def _lists(lists: Sequence[list[int]]) -> pa.Array:
     return pa.ListArray.from_arrays(_numbers(offsets, pa.int32()), values)
 
 
-def _details(refusals: Sequence[Refusal | None]) -> pa.Array:
-    if not any(refusals):
-        return pa.nulls(len(refusals), pa.string())
-    return pa.array([refusal and _storable(refusal.detail) for refusal in refusals], pa.string())
+def _details(results: Sequence[Encoded | Refusal | None]) -> pa.Array:
+    """Why a row was refused, or the markers that it holds, a line each."""
+    details = [_detail(result) for result in results]
+    return pa.array(details, pa.string()) if any(details) else pa.nulls(len(details), pa.string())
+
+
+def _detail(result: Encoded | Refusal | None) -> str | None:
+    if isinstance(result, Refusal):
+        return _storable(result.detail)
+    return "\n".join(result.markers) or None if result else None
 
 
 def _storable(text: str) -> str:

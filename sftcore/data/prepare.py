@@ -127,7 +127,7 @@ def prepare_store(
         merge_only: refuse to make parts; other jobs have made them (`prepare_shard`).
 
     Raises:
-        UserInputError: data, template or tokenizer can't be used; the ledger is then beside the stores.
+        UserInputError: data, template or tokenizer can't be used; the ledger is then next to the stores.
         MissingEnvironmentError: disk full, read-only or not permitted.
     """
     with _remembered(cache_root) as known:
@@ -146,9 +146,7 @@ def prepare_store(
         store = TokenStore.open(order.folder, order.fingerprint)
         files = store.described_files()
         known.learn({file: about["sha256"] for file, about in files.items()}, since=began)
-    store = _allowed(recipe, store)
-    _report(store)
-    return store
+    return _allowed(recipe, store)
 
 
 def prepare_shard(
@@ -195,7 +193,7 @@ def prepare_shard(
 
 @contextmanager
 def _remembered(cache_root: Path) -> Iterator[KnownDigests]:
-    """Checksums beside the stores; what was learned is kept."""
+    """Checksums next to the stores; what was learned is kept."""
     known = KnownDigests(cache_root / ".digests.json")
     yield known
     known.save()
@@ -260,7 +258,7 @@ def _build(order: _Order, num_workers: int, *, is_alone: bool, merge_only: bool)
         shutil.rmtree(order.parts, ignore_errors=True)
         raise
     except UserInputError:
-        log.info("finished parts are kept in %s (mended data will not need them)", order.parts)
+        log.info("finished parts are kept in %s (fixed data will not need them)", order.parts)
         raise
     except FileNotFoundError:  # without locks, another process may have renamed it under our hands
         if not order.folder.is_dir():
@@ -374,20 +372,3 @@ def _with_ledger(error: UserInputError, ledger: Ledger, path: Path) -> UserInput
 
 def _listed(ledger: Ledger, path: Path) -> Problem:
     return Problem(what=f"all {ledger.num_rejected} dropped rows are listed there", where=str(path))
-
-
-def _report(store: TokenStore) -> None:
-    counts = store.manifest
-    log.info(
-        "store %s: %d rows read, %d samples, %d rejected; %d tokens, %d of them trained (%.1f %%)",
-        store.fingerprint,
-        counts["num_rows_read"],
-        counts["num_samples"],
-        counts["num_rejected"],
-        counts["num_tokens"],
-        counts["num_trained_tokens"],
-        100 * counts["num_trained_tokens"] / counts["num_tokens"],
-    )
-    for kind in ("rejected_by_reason", "altered_by_reason"):
-        if counts[kind]:
-            log.info("  %s: %s", kind, ", ".join(f"{reason} {n}" for reason, n in counts[kind].items()))

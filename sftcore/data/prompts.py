@@ -18,11 +18,12 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from sftcore.amounts import counted
 from sftcore.data.chat import ChatRefused, ChatRenderer, last_answer_only, without_system
 from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.records import Record
 from sftcore.data.rows import ignore
-from sftcore.data.seam import Draft, Encoded, encode_classified, encode_drafts, encode_joined
+from sftcore.data.seam import Draft, Encoded, alters_answer, encode_classified, encode_drafts, encode_joined
 from sftcore.data.special import SpecialTokens
 from sftcore.data.tokens import Codec, Tokenizer, codec_of
 from sftcore.data.trimming import cut_left
@@ -133,7 +134,7 @@ class Prompter:
         ]
 
     def _closed(self, ids: list[int]) -> list[int]:
-        """An answer's ids without the white space that a template may mark as trained behind its end."""
+        """An answer's ids without the white space that a template may mark as trained after its end."""
         last = max(
             (i for i, token in enumerate(ids) if token in self.codec.special_ids), default=len(ids) - 1
         )
@@ -190,10 +191,18 @@ class Prompter:
             if isinstance(sample := fitted[i], Encoded):
                 fitted[i] = replace(sample, changes=(*sample.changes, Change.SPECIAL_IN_TEXT))
         for i, content in enumerate(contents):
-            changes = (*self._asked_changes(content),)
+            markers = self._markers_in(content)
+            changes = (*self._asked_changes(content), *((Change.MARKER_IN_TEXT,) if markers else ()))
             if changes and isinstance(sample := fitted[i], Encoded):
-                fitted[i] = replace(sample, changes=(*sample.changes, *changes))
+                fitted[i] = replace(sample, changes=(*sample.changes, *changes), markers=markers)
         return fitted
+
+    def _markers_in(self, content: Content) -> tuple[str, ...]:
+        """The template's plain markers of turns that stand in a chat's contents."""
+        said = content.turns_said()
+        return (
+            tuple(mark for mark in self._renderer().markers if any(mark in t for t in said)) if said else ()
+        )
 
     def _asked_changes(self, content: Content) -> Iterator[Change]:
         """What the recipe asks to be changed in chats, where this is one."""
@@ -208,7 +217,13 @@ class Prompter:
         usable = [d for d in drafts if isinstance(d, Draft)]
         encoded = iter(self._encoder()(self.codec, usable))
         nothing = Refusal(reason=Reason.NO_TOKENS, detail="prompt or answer has no tokens")
-        return [(next(encoded) or nothing) if isinstance(d, Draft) else d for d in drafts]
+        return [self._seen(d, next(encoded)) or nothing if isinstance(d, Draft) else d for d in drafts]
+
+    def _seen(self, draft: Draft, encoded: Encoded | None) -> Encoded | None:
+        """`encoded`, noted where the tokenizer makes another text of an answer."""
+        if encoded is None or encoded.label is not None or not alters_answer(self.codec, draft, encoded):
+            return encoded
+        return replace(encoded, changes=(*encoded.changes, Change.ANSWER_NORMALISED))
 
     def _encoder(self) -> Callable[[Codec, Sequence[Draft]], list[Encoded | None]]:
         if self.options.joins_texts:
@@ -269,7 +284,7 @@ class Prompter:
         elif len(encoded.ids) <= self.options.max_length:
             return encoded
         else:
-            detail = f"{len(encoded.ids)} tokens, {self.options.max_length} fit"
+            detail = f"{counted(len(encoded.ids), 'token')}, {self.options.max_length} fit"
         if self.options.overlength == "trim_prompt":
             trimmed = self._trimmed(content)
             if trimmed is not None:
@@ -304,7 +319,8 @@ class Prompter:
             )
         note = ledger.alter if ledger else ignore
         for change in result.changes:
-            note(Alteration(file=record.file, row=record.row, change=change))
+            detail = ", ".join(result.markers) if change is Change.MARKER_IN_TEXT else ""
+            note(Alteration(file=record.file, row=record.row, change=change, detail=detail))
         return Sample(
             id=record.id,
             input_ids=np.array(result.ids, np.int32),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from sftcore.data.arrow import arrow_rows, is_arrow
 from sftcore.data.contents import (
@@ -46,15 +47,17 @@ from sftcore.data.ledger import (
     printable,
     printable_path,
 )
+from sftcore.data.metadata import leave_out
 from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore, json_list_rows, json_rows, suffix_of
 from sftcore.data.subjects import recover_subjects
-from sftcore.data.tables import choose_columns, object_rows, pair_rows
+from sftcore.data.tables import OTHERS, choose_columns, object_rows, pair_rows
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.settings import LabelWords
 from sftcore.sources import Columns, Source
 
 __all__ = ["Chat", "Completion", "Content", "Fact", "Message", "Pair", "Record", "id_prefixes", "read_source"]
+FACT_NAMES = frozenset(["relation", "subject", "answers", "question"])
 RELATION_IN_NAME = re.compile(r"(P\d+)\b")
 
 
@@ -154,7 +157,7 @@ def read_unlabelled(
     Args:
         layouts: where the texts may stand; the first that the file's header names, else the first of all. A
             file of two columns, or of three whose third holds labels, may lack a header.
-        labels: words that look like labels, beside 0 and 1.
+        labels: words that look like labels, besides 0 and 1.
 
     Raises:
         UserInputError: no such file, one of another kind, or without these columns.
@@ -283,15 +286,33 @@ def _label_test(labels: LabelWords) -> Callable[[str], bool]:
 def _contents(
     source: Source, file: Path, labels: LabelWords, note: Note, span: Span
 ) -> Iterator[Parsed | Rejection]:
-    rows, id_name = raw_rows(source, file, labels, note, span), source.columns.id
+    rows, columns = raw_rows(source, file, labels, note, span), source.columns
     if source.format == "entityquestions":
-        return _with_subjects(file, _parsed(rows, file, parse_question, note, id_name))
+        parse = _without_others(parse_question, "fact", columns)
+        return _with_subjects(file, _parsed(rows, file, parse, note, columns.id))
     if source.format == "facts":
-        return _parsed(rows, file, parse_fact, note, id_name)
+        return _parsed(rows, file, _without_others(parse_fact, "fact", columns), note, columns.id)
     if source.format == "pairs":
         numbers = label_numbers(labels)
-        return _parsed(rows, file, lambda fields: parse_pair(fields, numbers), note, id_name)
-    return _parsed(rows, file, lambda fields: parse_example(fields, source.columns), note, id_name)
+        parse = _without_others(lambda fields: parse_pair(fields, numbers), "pair", columns)
+        return _parsed(rows, file, parse, note, columns.id)
+    return _parsed(rows, file, lambda fields: parse_example(fields, columns), note, columns.id)
+
+
+def _without_others(
+    parse: Callable[[Fields], Content], place: Literal["fact", "pair"], columns: Columns
+) -> Callable[[Fields], Content]:
+    """`parse` that refuses a row of which something is not read, unless that says nothing about training."""
+    ids = frozenset(filter(None, [columns.id]))
+    known = ids | FACT_NAMES if place == "fact" else ids
+
+    def checked(fields: Fields) -> Content:
+        content = parse(fields)
+        others = fields.row.value if place == "fact" else fields.row.value.get(OTHERS, {})
+        leave_out(fields, others, known, place=place, ignored=columns.ignore)
+        return content
+
+    return checked
 
 
 def _parsed(

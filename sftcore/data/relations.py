@@ -141,4 +141,4 @@ def _entry_faults(entry: Any) -> Iterator[str]:
         elif fault := _text_fault(text):
             yield f"a {kind} {fault}; got {text!r}"
         elif text != text.strip():
-            yield f"a {kind} has no spaces around it (a model writes the one behind it); got {text!r}"
+            yield f"a {kind} has no spaces around it (a model writes the one after it); got {text!r}"

@@ -51,7 +51,8 @@ OFFICE = {  # what the archive of an office program holds
 }
 ZEROS_OF_TEXT = 0.1  # more NULs than this share of a first line: two or four bytes a character
 PEEKED_BYTES = 2**12
-RUNNING = ("GB18030", "BIG5", "SHIFT_JIS", "EUC-JP", "EUC-KR", "WINDOWS-1251")  # encodings of runs of bytes
+RUNNING = ("GB18030", "BIG5", "SHIFT_JIS", "EUC-JP", "EUC-KR")  # encodings of runs of bytes, 2 a character
+ALPHABETS = ("WINDOWS-1251", "KOI8-R", "ISO-8859-5", "ISO-8859-7")  # 1 a character, with capitals
 LONG_NUMBER = re.compile(r"\d{19}")
 Note = Callable[[Alteration], None]
 
@@ -291,27 +292,37 @@ def has_surrogates(text: str) -> bool:
 
 
 def likely_encoding(text: str) -> str:
-    """A guess at what undecodable bytes were meant as, for a message; empty where they tell nothing.
+    """Where undecodable bytes start, and what they may have been meant as, for a message.
 
     Western European letters beyond ASCII come one at a time between others; other scripts in runs, of which
     all encodings are named that can read them.
 
-    >>> likely_encoding("caf\\udce9 cr\\udce8me"), likely_encoding("\\udcb1\\udcb1\\udcbe\\udca9")
-    (' (WINDOWS-1252?)', ' (GB18030, BIG5, SHIFT_JIS, EUC-JP, EUC-KR or WINDOWS-1251?)')
+    >>> likely_encoding("caf\\udce9 cr\\udce8me")
+    ', at its byte 4 (WINDOWS-1252?)'
+    >>> likely_encoding("\\udcb1\\udcb1\\udcbe\\udca9")
+    ', at its byte 1 (GB18030, BIG5, SHIFT_JIS, EUC-JP, EUC-KR or ISO-8859-5?)'
     """
     try:
         raw = text.encode("utf-8", "surrogateescape")
+        raw.decode("utf-8")
     except UnicodeEncodeError:  # half of a \\ud800 escape pair
         return ""
+    except UnicodeDecodeError as error:
+        *names, last = _encodings(raw) or [""]
+        guess = f"{', '.join(names)} or {last}" if names else last
+        return f", at its byte {error.start + 1}" + (f" ({guess}?)" if guess else "")
+    return ""
+
+
+def _encodings(raw: bytes) -> list[str]:
+    """Encodings that bytes may be in."""
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", raw)]
-    if not runs:
-        return ""
     if 2 * sum(n for n in runs if n > 1) <= sum(runs):
-        return " (WINDOWS-1252?)"
+        return ["WINDOWS-1252"]
     if _looks_chinese(raw):
-        return " (GB18030?)"
-    *names, last = [name for name in RUNNING if _decodes(raw, name)] or [""]
-    return f" ({', '.join(names)} or {last}?)" if names else f" ({last}?)" if last else ""
+        return ["GB18030"]
+    names = [name for name in RUNNING if _decodes(raw, name)]
+    return names + [name for name in ALPHABETS if _reads_as_words(raw, name)]
 
 
 def _looks_chinese(raw: bytes) -> bool:
@@ -322,6 +333,18 @@ def _looks_chinese(raw: bytes) -> bool:
         return False
     common = [pair for pair in pairs if 0xB0 <= pair[0] <= 0xD7 and len(pair) == 2 and pair[1] > 0xA0]
     return 2 * len(common) > len(pairs) and any(pair[0] > 0xC8 for pair in common)
+
+
+def _reads_as_words(raw: bytes, encoding: str) -> bool:
+    """Whether bytes above ASCII are letters, with capitals at the start of words only or throughout.
+
+    KOI8-R has small letters where WINDOWS-1251 has capitals, so one reads as the other with its case swapped.
+    """
+    try:
+        words = re.findall(r"[^\x00-\x7f]+", raw.decode(encoding))
+    except UnicodeDecodeError:
+        return False
+    return all(word.isalpha() and (word.isupper() or word[1:] == word[1:].lower()) for word in words)
 
 
 def _decodes(raw: bytes, encoding: str) -> bool:

@@ -57,12 +57,14 @@ class Encoded:
         trained: (start, end) of each trained stretch of ids, in turn; the first starts after place 0.
         label: the class to be predicted at the last position, where that is trained instead.
         changes: what was done on the way, for the ledger.
+        markers: plain texts in the turns of a chat by which its template tells turns apart.
     """
 
     ids: list[int]
     trained: tuple[tuple[int, int], ...] = ()
     label: int | None = None
     changes: tuple[Change, ...] = ()
+    markers: tuple[str, ...] = ()
 
     @property
     def num_prompt(self) -> int:
@@ -126,8 +128,21 @@ def encode_drafts(codec: Codec, drafts: Sequence[Draft]) -> list[Encoded | None]
     ]
 
 
+def alters_answer(codec: Codec, draft: Draft, encoded: Encoded) -> bool:
+    """Whether the ids of an answer stand for another text than the row's: the tokenizer normalises."""
+    decode = codec.tokenizer.decode
+    for answer, (start, end) in zip(draft.pieces[1::2], encoded.trained, strict=False):
+        if not codec.may_alter(answer):
+            continue
+        found = str(decode(encoded.ids[start:end], clean_up_tokenization_spaces=False))
+        ended = found.removesuffix(codec.stop_text) if draft.is_bare else found
+        if not {found, ended} & {answer, answer.removeprefix(" ")}:  # some decoders take off the first space
+            return True
+    return False
+
+
 def _gets_spaces(codec: Codec, draft: Draft) -> bool:
-    """Whether an answer would get a space that its text does not have, behind an added token."""
+    """Whether an answer would get a space that its text does not have, after an added token."""
     return draft.is_bare and codec.starts_again("".join(draft.pieces))
 
 

@@ -60,13 +60,13 @@ def _cut_end(shared: str) -> str:
 
 
 def _is_border(char: str) -> bool:
-    """A space, or a wide character (Chinese, Japanese, Korean): no word is torn beside one."""
+    """A space, or a wide character (Chinese, Japanese, Korean): no word is torn next to one."""
     return char.isspace() or unicodedata.east_asian_width(char) in "WF"
 
 
 def _no_shared_wording(questions: Sequence[str]) -> Problem:
     return Problem(
-        what="the questions share no wording, so their subjects can't be told from it",
+        what="the questions share no wording, so their subjects can't be known from it",
         got=f"{len(questions)} questions, first {list(questions[:2])}",
         allowed="all questions of one relation, in one pattern",
         remedy="give each relation its own file, or use the format `facts`, which names the subject",

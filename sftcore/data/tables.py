@@ -10,9 +10,10 @@ in one text would otherwise shift the label (cost: that row).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from sftcore.data.cells import SEPARATORS, num_named, table_rows, without_tail
 from sftcore.data.ledger import REMEDIES, Alteration, Change, Reason, Rejection, printable
@@ -31,6 +32,7 @@ from sftcore.errors import UserInputError
 from sftcore.sources import PRESETS, Columns
 
 EXTENSIONS = (".tsv", ".txt", ".csv", ".jsonl", ".json")
+OTHERS = "other columns"  # of a pair's row: name -> what stands there
 KNOWN_NAMES = frozenset((names["a"], names["b"]) for names in PRESETS.values())
 
 
@@ -42,13 +44,16 @@ class Layout:
         positions: 0-based cell of each field that the table has.
         num_cells: cells in each row.
         has_header: whether the first row is one.
-        assumption: what was decided without being told, if anything.
+        assumption: what was decided without being said, if anything.
+        others: 0-based cell of each column that is not read, by its name in the first line; none where
+            columns are chosen by number.
     """
 
     positions: dict[str, int]
     num_cells: int
     has_header: bool
     assumption: Change | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
 
 
 def pair_rows(
@@ -98,15 +103,17 @@ def choose_columns(path: Path, layouts: Sequence[Columns]) -> Columns:
 def object_rows(
     path: Path, columns: Columns, rows: Iterator[RawRow | Rejection]
 ) -> Iterator[RawRow | Rejection]:
-    """The rows' objects with the names of `columns` replaced by a, b and label."""
+    """The rows' objects with the names of `columns` replaced by a, b and label, other fields under OTHERS."""
     names = columns.of_pair() | ({columns.id: columns.id} if columns.id else {})
     if not all(isinstance(name, str) for name in names.values()):
         remedy = f"name the fields in {'--a and --b' if columns.label is None else '`columns`'}"
         raise damaged(path, "columns by number need a TSV or CSV file", remedy=remedy)
     for row in rows:
         if isinstance(row, RawRow) and isinstance(row.value, dict):
-            value = {field: row.value[name] for field, name in names.items() if name in row.value}
-            yield RawRow(number=row.number, value=value)
+            value = {part: row.value[name] for part, name in names.items() if name in row.value}
+            read = set(names.values())
+            others = {name: said for name, said in row.value.items() if name not in read}
+            yield RawRow(number=row.number, value=value | ({OTHERS: others} if others else {}))
         else:
             yield row
 
@@ -152,7 +159,10 @@ def _pair_of(path: Path, row: RawRow | Rejection, layout: Layout, *, number: int
             excerpt=printable(" | ".join(row.value)),
             detail=f"{len(row.value)} fields, not {layout.num_cells}",
         )
-    return RawRow(number=number, value={field: cells[place] for field, place in layout.positions.items()})
+    value: dict[str, Any] = {part: cells[place] for part, place in layout.positions.items()}
+    if layout.others:
+        value[OTHERS] = {name: cells[place] for name, place in layout.others.items()}
+    return RawRow(number=number, value=value)
 
 
 def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callable[[str], bool]) -> Layout:
@@ -173,7 +183,7 @@ def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callab
     is_unnamed = len(missing) == len(wanted) and all(isinstance(name, str) for name in missing)
     is_labelled = len(cells) == 3 and is_label(cells[2])
     if is_unnamed and (is_labelled or (len(cells) == 2 and "label" not in wanted)):
-        positions = {field: place for place, field in enumerate(wanted)}
+        positions = {part: place for place, part in enumerate(wanted)}
         return Layout(
             positions=positions, num_cells=len(cells), has_header=False, assumption=Change.HEADER_ABSENT
         )
@@ -192,7 +202,13 @@ def find_layout(path: Path, cells: list[str], columns: Columns, is_label: Callab
         num_cells=len(cells),
         has_header=named or assumed,
         assumption=Change.HEADER_ASSUMED if assumed else None,
+        others=_others(header, positions) if named else {},
     )
+
+
+def _others(header: Sequence[str], positions: Mapping[str, int]) -> dict[str, int]:
+    """Where the columns stand that are not read."""
+    return {name: place for place, name in enumerate(header) if place not in positions.values()}
 
 
 def _looks_named(header: list[str], positions: dict[str, int], is_label: Callable[[str], bool]) -> bool:
@@ -203,7 +219,7 @@ def _looks_named(header: list[str], positions: dict[str, int], is_label: Callabl
 
 
 def _no_column(path: Path, missing: str | int, cells: Sequence[str], columns: Columns) -> UserInputError:
-    """`columns.label` is None where somebody asks on the command line and has no source to mend."""
+    """`columns.label` is None where somebody asks on the command line and has no source to fix."""
     first_row = f"first row: {printable(' | '.join(cells))}"
     if has_surrogates("".join(cells)):
         remedy = REMEDIES[Reason.UNDECODABLE_BYTES]

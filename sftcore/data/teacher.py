@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible server: prompts -> replies, kept as they come.
+"""A teacher at an OpenAI-compatible server: prompts -> replies, kept as they come.
 
 In: prompts by key, where the server is. Out: replies by key; a cache file that a killed run goes on from.
 Invariant: each prompt ends as one reply or one failure, and the counts say so; a reply with a text is on disk
@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sftcore.amounts import counted
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import append_jsonl, fingerprint_of, write_jsonl
 from sftcore.log import progress
@@ -61,7 +62,7 @@ class ReplyCache:
         self._known = {row["key"]: _reply_in(row) for row in self._read()}
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines that hold a reply; a file with others (torn by a kill) is written anew without them."""
+        """The lines that hold a reply; a file with others (torn by a kill) is written again without them."""
         content = self.path.read_bytes() if self.path.is_file() else b""
         *lines, last = content.split(b"\n")
         rows = [row for line in (*lines, last) if (row := _row_of(line))]
@@ -121,7 +122,7 @@ def _key(variable: str) -> str:
     if key.isascii() and key.isprintable():
         return key
     what = "the key is not of printable ASCII characters, so no request can carry it"
-    raise MissingEnvironmentError(Problem(what=what, where=f"${variable}", remedy="export the key anew"))
+    raise MissingEnvironmentError(Problem(what=what, where=f"${variable}", remedy="export the key again"))
 
 
 @asynccontextmanager
@@ -230,7 +231,11 @@ def ask_all(
     }
     todo = {key: prompt for key, prompt in prompts.items() if key not in results}
     log.info(
-        "%d prompts to ask; %d of %d replies are in %s", len(todo), len(results), len(prompts), cache.path
+        "%s to ask; %d of %d replies are in %s",
+        counted(len(todo), "prompt"),
+        len(results),
+        len(prompts),
+        cache.path,
     )
     with progress("asking the teacher", len(todo)) as advance:
         asyncio.run(_ask_missing(todo, server, results, cache, concurrency, advance))

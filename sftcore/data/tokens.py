@@ -28,6 +28,7 @@ from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerFast; its import takes 2 s, so it is named nowhere here
 LETTERS = frozenset(string.ascii_letters)
+SPACE = "\u2581"  # how SentencePiece spells a space
 CUT_CHARACTERS = 200  # how far before a border a cut is looked for
 PROBES = ("a", "1", ".", "的")  # a text that yields at least one id in any vocabulary we have met
 
@@ -97,17 +98,35 @@ class Codec:
         backend.no_padding()
         return [found.ids for found in backend.encode_batch_fast(list(pairs), add_special_tokens=True)]
 
+    def may_alter(self, text: str) -> bool:
+        """Whether ids of `text` may stand for another text: NFKC, doubled spaces, U+2581 as a space, ...
+
+        A tokenizer without a normalizer and without such spaces alters none, at no cost.
+        """
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        if self._writes_spaces and SPACE in text:
+            return True
+        if normalizer is None:
+            return False
+        found = str(normalizer.normalize_str(text)).replace(SPACE, " ")
+        return found.removeprefix(" ") != text.removeprefix(" ")  # some put a space in front
+
+    @cached_property
+    def _writes_spaces(self) -> bool:
+        """Whether its vocabulary has U+2581 for a space."""
+        return SPACE in json.dumps(state_of(self.tokenizer.backend_tokenizer.decoder), ensure_ascii=False)
+
     def starts_again(self, text: str) -> bool:
-        """Whether the tokenizer puts a space into `text`, behind an added token."""
+        """Whether the tokenizer puts a space into `text`, after an added token."""
         return self._continuing is not None and self._added is not None and bool(self._added.search(text))
 
     def encode_continued(self, texts: Sequence[str], exact: Sequence[bool] = ()) -> list[list[int]]:
-        """Ids of each text behind another one: without the space that some tokenizers put in front of it.
+        """Ids of each text after another one: without the space that some tokenizers put in front of it.
 
         One that the vocabulary can't spell so keeps the space.
 
         Args:
-            exact: of each text, whether it gets none behind added tokens within it either; empty: none does.
+            exact: of each text, whether it gets none after added tokens within it either; empty: none does.
         """
         plain = self.encode(texts)
         if (backend := self._continuing) is None:
@@ -267,7 +286,7 @@ def _own_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
             return tuple(full[: starts[0]])
     raise UserInputError(
         Problem(
-            what="the tokenizer encodes none of the probe texts, so what it adds can't be told",
+            what="the tokenizer encodes none of the probe texts, so what it adds can't be known",
             where="model.path",
             got=tokenizer.name_or_path,
             remedy="check its tokenizer.json: is the vocabulary complete?",
@@ -301,7 +320,7 @@ def load_tokenizer(
     """The fast tokenizer of a model folder or hub name.
 
     Args:
-        add_tokens: special tokens that it gets beside its own.
+        add_tokens: special tokens that it gets besides its own.
         chat_template: `model.chat_template`; None: its own.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The base model's own best: the same items behind a few solved examples, without any training.
+"""The base model's own best: the same items after a few solved examples, without any training.
 
 In: held-out records, training records, a prompter. Out: prompts as token ids; the text that counts.
 Invariant: an example is written exactly as training would show it (prompt, then answer); examples come from
@@ -55,7 +55,7 @@ def choose_examples(
 def few_shot_prompts(
     records: Sequence[Record], examples: Sequence[Record], prompter: Prompter
 ) -> list[list[int]]:
-    """Token ids of each record's prompt behind the examples."""
+    """Token ids of each record's prompt after the examples."""
     solved = [prompter.prompt_text(example) + prompter.answer_text(example) for example in examples]
     texts = [SEPARATOR.join([*solved, prompter.prompt_text(record)]) for record in records]
     return [prompter.codec.with_prefix(ids) for ids in prompter.codec.encode(texts)]

@@ -113,7 +113,7 @@ def reject_overlong(
 def _tokens_needed(
     recipe: Recipe, records: Sequence[Record], prompter: Prompter, *, stops: bool
 ) -> list[int]:
-    """Tokens of each prompt and of what is read behind it: the last token of an answer never is."""
+    """Tokens of each prompt and of what is read after it: the last token of an answer never is."""
     prompts = [len(ids) for ids in prompter.prompt_ids_batch(records)]
     way = TASKS[recipe.task].answered_by(recipe.matching)
     if way == "class":

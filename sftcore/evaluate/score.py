@@ -2,7 +2,7 @@
 
 In: rows of predictions.jsonl (`id`, `prompt`, `prediction`, `correct`, `split`; maybe `level`, `relation`).
 Out: the content of scores.json, the same for two models side by side, and their paired change.
-Invariant: the only owner of accuracies and intervals; each item counts once, `n` stands beside each share.
+Invariant: the only owner of accuracies and intervals; each item counts once, `n` stands next to each share.
 Trade-off: intervals are Wilson's, a formula instead of a bootstrap's 1,000 redraws of the items: good from
 n = 10 on, but silent about the luck of the training draw, which only several runs can show.
 """

@@ -4,7 +4,7 @@ In: a model's text, a fact's gold answers, the alias table. Out: yes or no.
 Invariant: one more gold answer never turns a yes into a no.
 Trade-off: names are sought with `str.find` and what is around them looked at only where they were found. A
 text of 150 characters takes 2 us where no name's longest word stands in it, else 60 us for spelling it out
-(two-core machine beside other work, December 2026).
+(two-core machine next to other work, December 2026).
 
 docs/methods.md M1 leaves containment open; decided here, in spelling.py, names.py and numbers.py:
 * Texts and names are compared after NFKC, case folding and one kind of quote, dash, space and middle dot
@@ -160,19 +160,19 @@ class _Name:
         return not any(text.joints[n : n + 1] == (".",) for n in ends)
 
     def _is_settled(self, find: Find, end: int) -> bool:
-        """Whether the words behind a find are enough to know that no more of them change it."""
+        """Whether the words after a find are enough to know that no more of them change it."""
         folded = find.text.folded
         tail = max((len(phrase) - at - len(self.text) for phrase, at in self.vetoes), default=0)
         if len(folded) - end < 2 + self.dotted + tail:
             return False
         if is_unspaced(self.text[-1]):
             return True
-        behind = find.text.cased[find.last + 1 :]
-        if not behind or (len(behind) == 1 and len(behind[0]) < 2):
+        later = find.text.cased[find.last + 1 :]
+        if not later or (len(later) == 1 and len(later[0]) < 2):
             return False
         is_wary = self.is_of_a_kind or self.is_everyday and begins_sentence(find)
         is_open = is_wary or may_go_on(find, is_proper=self.is_proper)
-        return len(behind) > READ_AHEAD + 1 or not is_open
+        return len(later) > READ_AHEAD + 1 or not is_open
 
 
 def word_finds(text: str, name: str) -> Iterator[int]:
@@ -264,7 +264,7 @@ class AnswerMatcher:
                 Problem(
                     what="a fact needs at least one answer and no blank one",
                     got=repr(list(answers)),
-                    remedy="mend or drop this row of the facts",
+                    remedy="fix or drop this row of the facts",
                 )
             )
         table = aliases or AliasTable(rows={})

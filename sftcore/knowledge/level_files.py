@@ -4,7 +4,7 @@ In: a run folder, a model's fingerprint, the records that the data files give no
 Invariant: a level is used only for the fact that was probed: same split, id, relation, subject and answers;
 and only from files that hold every fact's.
 Trade-off: facts are compared one by one, not by one checksum over all, so that a message can name one that
-has changed; 0.1 s for 100,000 facts beside the seconds that reading them takes.
+has changed; 0.1 s for 100,000 facts next to the seconds that reading them takes.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _check_agreement(fact: FactLevel, row: Mapping[str, Any]) -> None:
                 what=f"fact '{fact.id}' disagrees with itself",
                 got=f"level {row['level']}, recall {row['recall']}",
                 allowed=f"level {fact.level}, recall {fact.recall} ({fact.hits} of {fact.trials})",
-                remedy="probe again (`sftcore probe RECIPE`), or mend the row",
+                remedy="probe again (`sftcore probe RECIPE`), or fix the row",
             )
         )
 

@@ -2,7 +2,7 @@
 
 In: prompts and the names that count for each. Out: a probability for each prompt.
 Invariant: it is the probability, under the probe's temperature, that a sampled completion begins with one of
-the names, perhaps behind an article ("the United States"), in the ids that the tokenizer gives them behind
+the names, perhaps after an article ("the United States"), in the ids that the tokenizer gives them after
 this prompt. No two of the beginnings that are added up can both come true (none begins with another), so the
 sum is a probability, and never exceeds the sampled recall's expectation by more than what goes on inside a
 word ("Oman" in "Omani") or into another name.
@@ -84,7 +84,7 @@ def answer_likelihoods(
 def _spellings(
     codec: Codec, prompts: Sequence[str], names: Sequence[Sequence[str]], max_tokens: int
 ) -> list[tuple[int, tuple[int, ...]]]:
-    """(number of its prompt, token ids) of each name behind its prompt, as a trained answer would be encoded.
+    """(number of its prompt, token ids) of each name after its prompt, as a trained answer would be encoded.
 
     One that begins with another's is left out: it adds nothing.
     """

@@ -3,13 +3,13 @@
 In: a text's words, the place of a find. Out: yes or no.
 Invariant: a find is judged by the words around it alone, so that a text that goes on changes nothing but for
 its last words.
-Trade-off: rules on capitals and lists of words, no model: "Paris Hilton" is told from Paris in 10 us, but "In
+Trade-off: rules on capitals and lists of words, no model: "Paris Hilton" is not Paris, in 10 us, but "In
 London Dickens wrote" isn't London. tests/knowledge/containment.tsv measures it.
 
 docs/methods.md M1 counts a completion that contains the answer; decided here is what contains it:
 * An answer of everyday words with capitals ("Nice", "Little Rock") needs its capitals: "a nice day".
 * Not a part of a longer name in capitals: York in "New York", Paris in "Paris Hilton", Jordan in "Michael
-  Jordan", Milan in "AC Milan", Bath in "Bath & Body Works", Toy Story in "Toy Story 2". A family name behind
+  Jordan", Milan in "AC Milan", Bath in "Bath & Body Works", Toy Story in "Toy Story 2". A family name after
   given names counts (Beethoven in "Ludwig van Beethoven"), a firm or state before what it is ("Toyota Motor
   Corporation", "Sichuan Province"), and so does "Anglo-French" for French.
 * A well-known place with another one's state ("Paris, Texas") is not that place; "Houston, Texas" is.
@@ -30,7 +30,7 @@ from sftcore.knowledge.numbers import counts_things
 from sftcore.knowledge.spelling import Words, fold
 
 NAMES = Path(__file__).parent.parent / "assets" / "names"
-READ_AHEAD = 4  # words behind a find that may be looked at
+READ_AHEAD = 4  # words after a find that may be looked at
 _LINKS = frozenset("a an and at de for in of on or the to".split())
 _MARKS = ".,;:!?()[]{}\"'*_"
 _ROMAN = re.compile(r"[IVX]+")
@@ -56,7 +56,7 @@ _SHORT_STATE = re.compile(r"[A-Z]{2}")  # "Austin TX"
 
 @cache
 def word_lists() -> dict[str, frozenset[str]]:
-    """The shipped lists: given names, places, what comes before or behind names."""
+    """The shipped lists: given names, places, what comes before or after names."""
     found: dict[str, Any] = read_json(NAMES / "lists.json")
     return {key: frozenset(words) for key, words in found.items()}
 
@@ -159,7 +159,7 @@ def is_part_of_another(find: Find, *, name: Sequence[str]) -> bool:
 
 
 def begins_sentence(find: Find) -> bool:
-    """Whether a find stands behind a full stop or first in the text."""
+    """Whether a find stands after a full stop or first in the text."""
     return find.first == 0 or find.text.cased[find.first - 1][-1] in ".!?:"
 
 
@@ -178,18 +178,18 @@ def is_everyday_opening(find: Find) -> bool:
     """
     if not is_opening(find):
         return False
-    behind = [core(word) for word in find.text.cased[find.last + 1 : find.last + 3]]
-    second = behind[1] if len(behind) > 1 else ""
-    if behind[0] in _VERBS or behind[0].endswith("ly"):
+    later = [core(word) for word in find.text.cased[find.last + 1 : find.last + 3]]
+    second = later[1] if len(later) > 1 else ""
+    if later[0] in _VERBS or later[0].endswith("ly"):
         return find.word(0).endswith("ing")
-    if behind[0] in _BEINGS:
+    if later[0] in _BEINGS:
         return find.word(0).endswith("ing") and not (
             second in word_lists()["function_words"] or second.endswith("ed") or second[:1].isupper()
         )
-    if behind[0] in _PLACINGS:
+    if later[0] in _PLACINGS:
         return not (second[:1].isupper() or second[:1].isdigit())
-    is_past = behind[0] in _PASTS or len(behind[0]) > 4 and behind[0].endswith("ed")
-    return not (is_past or behind[0] in _CONNECTIVES)
+    is_past = later[0] in _PASTS or len(later[0]) > 4 and later[0].endswith("ed")
+    return not (is_past or later[0] in _CONNECTIVES)
 
 
 def is_shouted(find: Find) -> bool:
@@ -198,8 +198,8 @@ def is_shouted(find: Find) -> bool:
     if find.first:
         before = words[find.first - 1]
         return len(before) > 1 and before.isalpha() and before.isupper() and before not in ("THE", "IN")
-    behind = words[find.last + 1] if find.last + 1 < len(words) else ""
-    return behind.isupper() and behind.lower() in word_lists()["function_words"]
+    later = words[find.last + 1] if find.last + 1 < len(words) else ""
+    return later.isupper() and later.lower() in word_lists()["function_words"]
 
 
 def is_countable(find: Find) -> bool:
@@ -207,41 +207,41 @@ def is_countable(find: Find) -> bool:
     words = find.text.cased
     if not find.first or words[find.first - 1].lower() not in _DETERMINERS or find.word(0)[:1].isupper():
         return False
-    behind = words[find.last + 1] if find.last + 1 < len(words) and not find.after else "is"
-    return core(behind).lower() in word_lists()["function_words"]
+    later = words[find.last + 1] if find.last + 1 < len(words) and not find.after else "is"
+    return core(later).lower() in word_lists()["function_words"]
 
 
 def may_go_on(find: Find, *, is_proper: bool) -> bool:
-    """Whether words behind a find, perhaps unfinished, may make it another name."""
+    """Whether words after a find, perhaps unfinished, may make it another name."""
     text, number = find.text, find.last + 1
-    behind = text.cased[number]
-    if any(water.startswith(behind.lower()) for water in word_lists()["waters"]):
+    later = text.cased[number]
+    if any(water.startswith(later.lower()) for water in word_lists()["waters"]):
         return True
-    return is_proper and (behind[:1].isupper() or behind[:1].isdigit() or text.joints[number] in ("&", "-"))
+    return is_proper and (later[:1].isupper() or later[:1].isdigit() or text.joints[number] in ("&", "-"))
 
 
 def _goes_on(find: Find, name: str) -> bool:
-    """Whether words in capitals behind the find make it another name."""
+    """Whether words in capitals after the find make it another name."""
     if find.last + 1 >= len(find.text.cased) or find.after not in ("", ","):
         return False
-    behind = _words_behind(find)
+    later = _words_behind(find)
     if find.after:
         is_listed = find.first > 0 and find.text.cased[find.first - 1][-1] == ","
-        return not is_listed and _is_elsewhere(name, behind)
+        return not is_listed and _is_elsewhere(name, later)
     joint = find.text.joints[find.last + 1]
     if joint == "&":
-        return len(behind) > 1 and _is_of_a_firm(name, core(behind[1]))
+        return len(later) > 1 and _is_of_a_firm(name, core(later[1]))
     if joint == "-":
-        return _is_compound(core(find.text.cased[find.last]), core(behind[0]))
-    return _is_numbered(name, behind) or _is_lengthened(name, behind)
+        return _is_compound(core(find.text.cased[find.last]), core(later[0]))
+    return _is_numbered(name, later) or _is_lengthened(name, later)
 
 
-def _is_lengthened(name: str, behind: Sequence[str]) -> bool:
+def _is_lengthened(name: str, later: Sequence[str]) -> bool:
     """Whether the next words are capitals of a longer name, or make a river of a country."""
     lists = word_lists()
-    if core(behind[0]) in lists["waters"] and name in lists["regions"]:
+    if core(later[0]) in lists["waters"] and name in lists["regions"]:
         return True
-    for word in behind:
+    for word in later:
         bare = core(word)
         if not bare[:1].isupper() or word[0] in _MARKS or bare.lower() in lists["function_words"]:
             return False
@@ -252,24 +252,24 @@ def _is_lengthened(name: str, behind: Sequence[str]) -> bool:
     return False
 
 
-def _is_numbered(name: str, behind: Sequence[str]) -> bool:
+def _is_numbered(name: str, later: Sequence[str]) -> bool:
     """Whether a number makes a sequel: "Toy Story 2 was", not "Lima 20 years" or "Rome 2 May"."""
     lists = word_lists()
-    if not _SEQUEL.fullmatch(core(behind[0])) or name in lists["places"] or name in lists["months_and_days"]:
+    if not _SEQUEL.fullmatch(core(later[0])) or name in lists["places"] or name in lists["months_and_days"]:
         return False
-    if len(behind) == 1 or not behind[0][-1].isdigit():
+    if len(later) == 1 or not later[0][-1].isdigit():
         return True
-    bare = core(behind[1])
+    bare = core(later[1])
     is_date = bare in lists["months_and_days"]
     return not (is_date or counts_things(bare, no_names=lists["function_words"]))
 
 
-def _is_elsewhere(name: str, behind: Sequence[str]) -> bool:
-    """Whether a state behind a comma makes a well-known place another one: "Paris, Texas".
+def _is_elsewhere(name: str, later: Sequence[str]) -> bool:
+    """Whether a state after a comma makes a well-known place another one: "Paris, Texas".
 
     A state that a list goes on from ("Peru, Indiana and Ohio") tells nothing.
     """
-    lists, bare = word_lists(), [core(word) for word in behind]
+    lists, bare = word_lists(), [core(word) for word in later]
     if name not in lists["known_elsewhere"]:
         return False
     num = next((n for n in (2, 1) if n <= len(bare) and " ".join(bare[:n]) in lists["states"]), 0)
@@ -278,7 +278,7 @@ def _is_elsewhere(name: str, behind: Sequence[str]) -> bool:
     rest = bare[num:]
     if rest[:1] in (["and"], ["or"]):
         return not (len(rest) > 1 and rest[1][:1].isupper())
-    is_listed = behind[num - 1][-1] == "," and bool(rest) and rest[0][:1].isupper()
+    is_listed = later[num - 1][-1] == "," and bool(rest) and rest[0][:1].isupper()
     return not (is_listed and rest[0] not in lists["regions"])
 
 
@@ -301,7 +301,7 @@ def _words_behind(find: Find) -> list[str]:
 
 
 def _keeps_identity(name: str, word: str) -> bool:
-    """Whether a word in capitals behind a name leaves it the same: a country, "Province"; of firms, "Inc".
+    """Whether a word in capitals after a name leaves it the same: a country, "Province"; of firms, "Inc".
 
     >>> pairs = ("Toyota Motor", "Singapore Airlines", "Paris France", "Paris Texas")
     >>> [_keeps_identity(*pair.split()) for pair in pairs]
@@ -360,7 +360,7 @@ def _began_before(find: Find, *, is_single: bool) -> bool:
 
 
 def _is_behind_a_name(find: Find, bare: str, own: str) -> bool:
-    """Whether a word in capitals and a place behind it are a name: "Air Canada", "Bayern Munich".
+    """Whether a word in capitals and a place after it are a name: "Air Canada", "Bayern Munich".
 
     Not "Visit Paris" (it opens a sentence), "Nazi Germany", "Paris France" or "Long Beach California"; before
     a country an unknown word may be its town ("Lagos Nigeria").

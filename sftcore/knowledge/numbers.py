@@ -31,7 +31,7 @@ _NO_RANGE_BEHIND = r"(?![-/]\d)"
 _PLUS = r"(?<!\s-)(?<!^-)(?<!\(-)(?<!minus )(?<!negative )(?<![负負])(?<!零下)"
 _MINUS = r"(?:(?<!\w)(?<!\d )(?:-|minus |negative )|[负負]|零下)"
 GROUP = 3  # digits between separators
-SETTLED_AFTER = 14  # characters behind a number that may be looked at: " established" and the next
+SETTLED_AFTER = 14  # characters after a number that may be looked at: " established" and the next
 _NAME_BEFORE = re.compile(r"(?:(\S) |^)([A-Z][^\s.,:;!?()\"]*) $")
 _PLURALS = frozenset("people men women children percent per feet km".split())
 _CURRENCIES = frozenset("USD EUR GBP CHF JPY CNY RMB INR AUD CAD RM RS NT".split())
@@ -67,7 +67,7 @@ def number_pattern(answer: str) -> re.Pattern[str] | None:
 def is_of_a_name(found: re.Match[str], *, no_names: Set[str]) -> bool:
     """Whether a number of at most three digits belongs to the name before it: "Apollo 11", "the S&P 500".
 
-    A word in small letters behind it counts things ("in Lima 20 years").
+    A word in small letters after it counts things ("in Lima 20 years").
 
     Args:
         no_names: words that stand before numbers or open sentences, in small letters.
@@ -81,12 +81,12 @@ def is_of_a_name(found: re.Match[str], *, no_names: Set[str]) -> bool:
     opens = before[1] is None or before[1] in ".!?:"
     if opens and before[2][1:] == before[2][1:].lower():
         return False
-    behind = re.match(r" ([a-z]+)", text[end:])
-    return "&" in before[2] or behind is None or not counts_things(behind[1], no_names=no_names)
+    later = re.match(r" ([a-z]+)", text[end:])
+    return "&" in before[2] or later is None or not counts_things(later[1], no_names=no_names)
 
 
 def counts_things(word: str, *, no_names: Set[str]) -> bool:
-    """Whether a word behind a number is what is counted: a plural.
+    """Whether a word after a number is what is counted: a plural.
 
     >>> [counts_things(word, no_names={"was"}) for word in ("years", "people", "was", "crew")]
     [True, True, False, False]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sftcore.amounts import counted
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import write_json
 from sftcore.log import progress
@@ -108,8 +109,8 @@ def _check_changed(
         raise UserInputError(Problem(what=what, where=f"{base} and {tuned}", remedy=remedy))
     if asked > num_changed:
         log.warning(
-            "%d weights changed; %g %% asks for %d, so unchanged ones count among those restored",
-            num_changed,
+            "%s changed; %g %% asks for %d, so unchanged ones count among those restored",
+            counted(num_changed, "weight"),
             max(percents),
             asked,
         )

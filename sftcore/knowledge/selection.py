@@ -147,7 +147,7 @@ def _too_few(
     remedy = f"lower select.n to {most}, add levels to select.levels, or probe more facts"
     if not most:
         what = f"no fact of level {', '.join(empty)}: {n} wanted of level {names}"
-        remedy = "wish for levels in select.levels that have facts, or probe more facts"
+        remedy = "name levels in select.levels that have facts, or probe more facts"
     elif found >= (0 if n == "all" else n):
         what = f"too few facts for equal shares: {n} wanted of level {names}"
         remedy = (

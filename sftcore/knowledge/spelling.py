@@ -8,7 +8,7 @@ In: a text or a name. Out: its words with their case, and the same folded, a spa
 Invariant: a word's spelling depends on that word and its own marks alone, so that the words of an unfinished
 text but for its last stay what they are.
 Trade-off: "St." is "Saint" everywhere, so "Wall St." is "wall saint": names are spelt in the same way, and no
-more is asked of it. A text of 150 characters takes 12 us (two-core machine, December 2026), beside tenths of
+more is asked of it. A text of 150 characters takes 12 us (two-core machine, December 2026), next to tenths of
 a second in which a model writes it.
 """
 
@@ -84,7 +84,7 @@ class Words:
     """A text in the spelling that is compared.
 
     Args:
-        cased: its words as they are written; marks before and behind a word belong to it.
+        cased: its words as they are written; marks before and after a word belong to it.
         joints: what stands before each word: "" (the first), " ", "-", "." inside initials, "&" before an
             "and" that is written so.
         folded: the words folded, a space between two.
@@ -187,7 +187,7 @@ def _joined(name: Words) -> Iterator[tuple[str, ...]]:
 
 
 def _recommaed(name: Words) -> Iterator[tuple[str, ...]]:
-    """Without its commas or with one before "and"; a university's place behind a comma, "at" or neither."""
+    """Without its commas or with one before "and"; a university's place after a comma, "at" or neither."""
     words, last = name.cased, len(name.cased) - 1
     commas = [n for n in range(last) if words[n][-1] == ","]
     if commas:
@@ -200,10 +200,10 @@ def _recommaed(name: Words) -> Iterator[tuple[str, ...]]:
     borders = {*(n + 1 for n in commas), *(n for n in range(1, last + 1) if name.joints[n] == "-")}
     borders |= {n for n in range(1, last) if words[n] == "at"}
     for n in sorted(borders):
-        before, behind = (*words[: n - 1], words[n - 1].rstrip(",")), words[n + (words[n] == "at") :]
-        yield (*before, *behind)
-        yield (*before, "at", *behind)
-        yield (*before[:-1], before[-1] + ",", *behind)
+        before, later = (*words[: n - 1], words[n - 1].rstrip(",")), words[n + (words[n] == "at") :]
+        yield (*before, *later)
+        yield (*before, "at", *later)
+        yield (*before[:-1], before[-1] + ",", *later)
 
 
 def _renumbered(spelling: Spelling) -> Iterator[Spelling]:

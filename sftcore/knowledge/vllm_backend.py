@@ -2,8 +2,8 @@
 
 In: a model folder, prompts as token ids. Out: completions as token ids.
 Invariant: each prompt's completions are seeded by its own text, so that a shard or a resumed probe asks for
-the same ones; they are the same but for the last bits of logits, which in vLLM depend on what runs beside.
-Trade-off: a completion goes on behind its hit (vLLM has no call back), which our own engine ends at once; on
+the same ones; they are the same but for the last bits of logits, which in vLLM depend on what else runs.
+Trade-off: a completion goes on after its hit (vLLM has no call back), which our own engine ends at once; on
 GPUs its scheduling makes up for that. Written against 0.32, whose CPU build the tests are run with.
 """
 

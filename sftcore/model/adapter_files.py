@@ -30,6 +30,9 @@ COMPARED = {  # keys of adapter_config.json that have to agree -> what the recip
     "use_dora": "dora",
 }
 OF_LORA = ("r", "lora_alpha", "target_modules")  # keys that each version of peft has written
+VOCABULARY_LAYERS = frozenset(  # last names of embeddings and output layers in transformers' decoders
+    "embed_tokens lm_head wte embed_in embed_out word_embeddings tok_embeddings output".split()
+)
 BREAKS = (TypeError, ValueError, LookupError, AttributeError)  # what peft raises of values that it can't use
 
 
@@ -139,9 +142,18 @@ def check_continued(recipe: Recipe) -> None:
     folder = Path(recipe.train.init_adapter)
     config = adapter_to_continue(folder, recipe.adapter)
     if config.modules_to_save and not recipe.model.add_tokens and not recipe.classifies:
+        carried = vocabulary_trained(folder)
         whole = [name for name in _names_of_weights(folder) if not is_update(name)]
-        if whole:
-            raise UserInputError(whole_layers(whole, folder))
+        if lost := [name for name in whole if name.rpartition(".")[0] not in carried]:
+            raise UserInputError(whole_layers(lost, folder))
+
+
+def vocabulary_trained(folder: Path) -> set[str]:
+    """Names of the embedding and the output layer, as far as an adapter has them in its `modules_to_save`."""
+    saved = adapter_values(folder).get("modules_to_save") or []
+    asked = {name.rpartition(".")[2] for name in saved} & VOCABULARY_LAYERS
+    names = {name.rpartition(".")[0] for name in _names_of_weights(folder) if not is_update(name)}
+    return {name for name in names if name.rpartition(".")[2] in asked}
 
 
 def whole_layers(names: list[str], folder: Path) -> Problem:
@@ -151,6 +163,7 @@ def whole_layers(names: list[str], folder: Path) -> Problem:
         what="this adapter has layers that were trained whole, and training would not go on with these",
         where=str(folder / ADAPTER_WEIGHTS),
         got=", ".join(names[:3]) + more,
+        allowed="the embedding and the output layer of a causal LM, a classifier's last layer",
         remedy="merge it into its base (peft's merge_and_unload, or sftcore export --merge of its run), and"
         " train a fresh adapter on that",
     )

@@ -1,6 +1,6 @@
-"""Adapters: low-rank updates beside frozen weights (LoRA, arXiv 2106.09685), through peft.
+"""Adapters: low-rank updates next to frozen weights (LoRA, arXiv 2106.09685), through peft.
 
-In: a causal LM and the recipe's adapter section. Out: the same model with trainable A and B beside its
+In: a causal LM and the recipe's adapter section. Out: the same model with trainable A and B next to its
 layers; a peft folder that plain transformers and peft load.
 Invariant: adapter weights are drawn from the recipe's seed alone, on every rank alike, and B starts at 0:
 the model's first outputs are the base model's.
@@ -11,6 +11,7 @@ the class they know; the price is peft's "base_model.model." prefix, added here 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ from sftcore.model.adapter_files import (
     adapter_to_continue,
     is_update,
     read_adapter,
+    vocabulary_trained,
     whole_layers,
 )
 from sftcore.model.identity import ADAPTER_CONFIG
 from sftcore.model.reach import unreached_layers
-from sftcore.model.vocabulary import vocabulary_modules, vocabulary_weights
+from sftcore.model.vocabulary import vocabulary_modules
 from sftcore.model.weight_files import check_weight_files
 
+log = logging.getLogger(__name__)
 CLASSIFIER = "score"  # the classifier's name in all of transformers' decoders
 CLASSIFIES = "SEQ_CLS"  # peft's word for it
 
@@ -43,7 +46,7 @@ CLASSIFIES = "SEQ_CLS"  # peft's word for it
 def add_adapter(
     model: PreTrainedModel, settings: AdapterSettings, *, seed: int, saved: Path | None = None
 ) -> None:
-    """Freeze the model and put a trainable adapter beside its target layers, in place.
+    """Freeze the model and put a trainable adapter next to its target layers, in place.
 
     Args:
         saved: a peft folder to go on from: its configuration holds, with ranks and scales of single layers.
@@ -72,7 +75,11 @@ def add_adapter(
 
 def _to_continue(saved: Path, settings: AdapterSettings) -> Any:
     config = adapter_to_continue(saved, settings)
-    config.modules_to_save = None  # as the recipe asks for them; the file's overwrite the model's own
+    config.modules_to_save = None  # named by train_whole_layers; the file's overwrite the model's own
+    if settings.targets == "all-linear":
+        found = config.target_modules
+        names = found if isinstance(found, str) else ", ".join(sorted(found))
+        log.info("adapter.targets: those of %s go on, none are added: %s", saved, names)
     return config
 
 
@@ -132,21 +139,30 @@ def _check_names(model: PreTrainedModel) -> None:
         )
 
 
-def train_whole_layers(model: PreTrainedModel, *, vocabulary: bool) -> None:
-    """Train a classifier's new layer whole beside the adapter, and save it with that.
+def train_whole_layers(model: PreTrainedModel, *, vocabulary: bool, saved: Path | None = None) -> None:
+    """Train a classifier's new layer whole next to the adapter, and save it with that.
 
     Args:
         vocabulary: the embedding and the output layer of a causal LM, too: tokens were added.
+        saved: an adapter to go on from; which of these two it has trained is trained on.
     """
     layers = [CLASSIFIER] if is_classifier(model) else []
-    weights = [parameter for layer in layers for parameter in model.get_submodule(layer).parameters()]
-    if vocabulary:
-        layers += vocabulary_modules(model)
-        weights += vocabulary_weights(model).values()
-    for parameter in weights:
-        parameter.requires_grad_(True)
+    carried = vocabulary_trained(saved) if saved is not None else set()
+    both = vocabulary_modules(model)
+    if vocabulary or (is_tied(model) and carried.intersection(both)):
+        layers += both
+    else:
+        layers += [name for name in both if name in carried]
+    for layer in layers:
+        for parameter in model.get_submodule(layer).parameters():
+            parameter.requires_grad_(True)
     config: Any = model.peft_config["default"]
     config.modules_to_save = layers or None
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the embedding is the output layer, too."""
+    return bool(model.config.tie_word_embeddings) and not is_classifier(model)
 
 
 def is_classifier(model: PreTrainedModel) -> bool:
@@ -155,7 +171,7 @@ def is_classifier(model: PreTrainedModel) -> bool:
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Put a saved adapter beside the layers of its base model, in place.
+    """Put a saved adapter next to the layers of its base model, in place.
 
     Through peft: transformers 5.23's own `load_adapter` drops DoRA's magnitudes with a warning.
 
@@ -201,6 +217,8 @@ def fill_adapter(model: PreTrainedModel, folder: Path, *, is_trained: bool = Fal
 def _check_trained(model: PreTrainedModel, whole: dict[str, torch.Tensor], folder: Path) -> None:
     """Refuse layers that were trained whole and won't be here; the base's own (peft adds some) do no harm."""
     own = dict(model.named_parameters(remove_duplicate=False))
+    if is_tied(model):
+        _check_tied(model, whole, folder)
     trained = {id(own[name]) for name in trained_names(model)}
     lost = [
         name
@@ -212,6 +230,22 @@ def _check_trained(model: PreTrainedModel, whole: dict[str, torch.Tensor], folde
     ]
     if lost:
         raise UserInputError(whole_layers(lost, folder))
+
+
+def _check_tied(model: PreTrainedModel, whole: dict[str, torch.Tensor], folder: Path) -> None:
+    """Refuse an embedding trained apart from the output layer, where the model has one weight for both."""
+    names = [f"{module}.weight" for module in vocabulary_modules(model)]
+    found = [whole[name] for name in names if name in whole]
+    is_apart = len(found) == 1 or any(not torch.equal(found[0], other) for other in found[1:])
+    if is_apart and vocabulary_trained(folder):
+        raise UserInputError(
+            Problem(
+                what="this adapter has trained embedding and output layer apart, which its base has tied",
+                where=str(folder / ADAPTER_WEIGHTS),
+                got=", ".join(name for name in names if name in whole),
+                remedy="merge it into an untied copy of its base, and train a fresh adapter on that",
+            )
+        )
 
 
 def _overwrite(model: PreTrainedModel, whole: dict[str, torch.Tensor], folder: Path) -> None:
@@ -278,9 +312,7 @@ def write_adapter(
     whole = {name: tensor for name, tensor in weights.items() if not is_update(name)}
     named = get_peft_model_state_dict(model, state_dict=updates) | whole
     check_complete(named, wanted=len(trained_names(model)))
-    if (
-        whole and model.config.tie_word_embeddings and not is_classifier(model)
-    ):  # peft keeps a copy of each: both have to be in the file
+    if whole and is_tied(model):  # peft keeps a copy of each: both have to be in the file
         (tied,) = (tensor for name, tensor in whole.items() if name.endswith(".weight"))
         named |= {f"{module}.weight": tied.clone() for module in vocabulary_modules(model)}
     config = copy.deepcopy(model.peft_config["default"])

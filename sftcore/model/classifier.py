@@ -1,4 +1,4 @@
-"""Decoders as classifiers of documents: one class per document, in packs, beside or instead of a plain layer.
+"""Decoders as classifiers of documents: one class per document, in packs, with or instead of a plain layer.
 
 In: a recipe with `matching.mode: discriminative`, batches of the ordinary collate. Out: the pack's share of
 the loss; a classifier's file.

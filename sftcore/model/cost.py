@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sftcore.batching.schedule import CostCoefficients
 from sftcore.config import AdapterSettings, Recipe
+from sftcore.model.adapter_files import vocabulary_trained
 from sftcore.model.adapters import add_adapter
 from sftcore.model.attention.needs import head_sizes
 from sftcore.model.code import is_trusted
@@ -60,12 +62,12 @@ class ModelCost:
         window: positions that those see; 0 if there are none.
         num_trained_parameters: all that texts reach, or an adapter's.
         num_active_parameters: of the body, those that a token meets: of experts, the chosen ones' share.
-        num_active_trained_parameters: of the trained ones beside frozen weights, likewise.
+        num_active_trained_parameters: of the trained ones next to frozen weights, likewise.
         num_quantised_parameters: what QLoRA holds in 4 bits: weights of single linear layers.
         num_muon_parameters: the trained ones that Muon updates.
         num_unreached_parameters: those that no text reaches: loaded, and neither trained nor computed with.
         saved_bytes: what autograd keeps for backward of one token, in the training dtype: of all layers, of
-            the dearest layer, and of the layers' inputs alone.
+            the most expensive layer, and of the layers' inputs alone.
         saved_bytes_called: the same where products of gated MLPs do more than multiply (`gates`).
     """
 
@@ -92,9 +94,9 @@ class ModelCost:
         """For balancing packs, in FLOPs: frozen weights have no gradient of their own, 4 instead of 6."""
         each = FLOPS_PER_WEIGHT if self.trains_all else FLOPS_PER_FROZEN_WEIGHT
         per_layer = FLOPS_PER_WEIGHT * self.attention_width
-        beside = 0 if self.trains_all else FLOPS_PER_WEIGHT * self.num_active_trained_parameters
+        others = 0 if self.trains_all else FLOPS_PER_WEIGHT * self.num_active_trained_parameters
         return CostCoefficients(
-            per_token=each * self.num_active_parameters + beside,
+            per_token=each * self.num_active_parameters + others,
             per_square=per_layer * (self.num_layers - self.num_banded_layers),
             per_trained=each * self.hidden_size * self.vocabulary,
             per_banded_square=per_layer * self.num_banded_layers,
@@ -124,7 +126,7 @@ class ModelCost:
         Args:
             quantised: linear layers' weights are held in 4 bits.
             optimizer: as in the recipe.
-            frozen_bytes: of a weight beside an adapter, if not `weight_bytes`.
+            frozen_bytes: of a weight next to an adapter, if not `weight_bytes`.
         """
         n = self.num_trained_parameters
         moments = EIGHT_BIT_MOMENT_BYTES if optimizer == "adamw-8bit" else MOMENT_BYTES
@@ -251,9 +253,11 @@ def measure_recipe(recipe: Recipe) -> ModelCost:
     """Sizes of the recipe's model."""
     num_classes = NUM_CLASSES if recipe.classifies else None
     cost = measure_model(load_config(recipe.model), recipe.adapter, num_classes=num_classes)
-    if cost.trains_all or not recipe.model.add_tokens:
+    saved = recipe.train.init_adapter
+    has_vocabulary = bool(recipe.model.add_tokens) or (saved and vocabulary_trained(Path(saved)))
+    if cost.trains_all or not has_vocabulary:
         return cost
-    beside = (
+    others = (
         cost.num_parameters - cost.num_unreached_parameters - cost.num_body_parameters
     )  # the vocabulary is trained with the adapter
-    return replace(cost, num_trained_parameters=cost.num_trained_parameters + beside)
+    return replace(cost, num_trained_parameters=cost.num_trained_parameters + others)

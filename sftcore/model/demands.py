@@ -3,7 +3,7 @@
 In: a recipe and its model's configuration. Out: nothing, or a `UserInputError`; warnings in the log.
 Invariant: nothing that the configuration asks of training is dropped in silence.
 Trade-off: read from the configuration alone, before anything is tokenised or loaded; what it does not tell,
-`proof` finds out behind loading.
+`proof` finds out after loading.
 """
 
 from __future__ import annotations

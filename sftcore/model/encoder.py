@@ -58,7 +58,7 @@ def padded_logits(
 ) -> torch.Tensor:
     """(N, C) logits of N documents, token ids each, padded on the right to the longest.
 
-    Token types are 0 up to the first separator and 1 behind it, where the model tells two texts apart (BERT).
+    Token types are 0 up to the first separator and 1 after it, where the model tells two texts apart (BERT).
     """
     pad = torch.nn.utils.rnn.pad_sequence
     ids_NL = pad(list(documents), batch_first=True, padding_value=classifier.config.pad_token_id or 0)

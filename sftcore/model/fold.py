@@ -35,7 +35,7 @@ Observed = tuple[torch.Tensor, torch.Tensor]  # token ids, and their logits
 def load_with_adapter(
     adapter: Path, settings: ModelSettings, kind: Any, *, quantised: bool = False
 ) -> PreTrainedModel:
-    """The base on the host with an adapter beside its layers, in evaluation mode."""
+    """The base on the host with an adapter next to its layers, in evaluation mode."""
     dtype = torch_dtype(settings)
     options = {"quantization_config": quantisation_settings(dtype)} if quantised else {}
     model = load_pretrained(settings, kind, dtype=dtype, attention="eager", **options)

@@ -1,7 +1,7 @@
 """What makes a model folder this model: the files that decide its numbers, and their fingerprint.
 
 In: a model or adapter folder, or a hub name. Out: the files; a hash of their names and bytes.
-Invariant: two folders with one fingerprint give the same numbers; notes beside a model (README, licence) and
+Invariant: two folders with one fingerprint give the same numbers; notes next to a model (README, licence) and
 what training left (optimizer states) are not in it.
 Trade-off: of weights in two formats both count, though only one is loaded: a needless second probe where the
 other changes, never another model's levels. 16 GB are read at about 1 GB/s.

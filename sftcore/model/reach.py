@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from sftcore.amounts import counted
 from sftcore.model.forward import output_head
 from sftcore.model.miniature import BEYOND, BREAKS, build, shrink
 from sftcore.model.proof import probe_ids
@@ -73,7 +74,7 @@ def freeze_unreached(model: PreTrainedModel) -> None:
     if frozen:
         parts = Counter(".".join(name.split(".")[:2]) for name in frozen)
         named = ", ".join(f"{part} ({count})" for part, count in parts.most_common())
-        log.info("frozen, because no text reaches them: %d weights of %s", len(frozen), named)
+        log.info("frozen, because no text reaches them: %s of %s", counted(len(frozen), "weight"), named)
 
 
 def unreached_layers(model: PreTrainedModel) -> list[str]:

@@ -25,7 +25,7 @@ from sftcore.model.trial import bound_length
 log = logging.getLogger(__name__)
 Rows = SharedPrefixRows | CachedRows
 _CACHED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-PROVEN = (8, 4, 5)  # tokens of the texts: most are padded beside the longest
+PROVEN = (8, 4, 5)  # tokens of the texts: most are padded next to the longest
 
 
 class WholeRows:

@@ -3,7 +3,7 @@
 In: models. Out: logits; how far they are apart.
 Invariant: what is judged is what plain transformers computes, with the model's own attention and head.
 Trade-off: one document of 12 tokens (1 s for 135M parameters on two cores, with the load). In bfloat16
-rounding throws single tokens far off, so the middle one is judged, and behind routers, which may choose
+rounding throws single tokens far off, so the middle one is judged, and after routers, which may choose
 another expert for a token, the one that differs least; weights are compared by digests elsewhere.
 """
 
@@ -20,7 +20,7 @@ from sftcore.model.quantise import keep_trainable_layout
 NUM_TOKENS = 12
 TOLERANCES = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # relative to the largest value
 ROUTERS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
-MARGIN = 1.5  # times the weights: what a load needs beside them
+MARGIN = 1.5  # times the weights: what a load needs next to them
 MEMORY_FILE = Path("/proc/meminfo")
 GROUP_FILE, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 V2 = ("memory.max", "memory.current", "inactive_file")  # docs.kernel.org/admin-guide/cgroup-v2.html

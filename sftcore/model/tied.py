@@ -3,7 +3,7 @@
 In: a causal LM whose embedding and trained-token head hold the same Parameter. Out: the same model; in
 backward, the lookup adds the rows of its few tokens to the gradient that the head has made.
 Invariant: the gradient is the sum of both; the rows of a token are summed in float32 before they are added.
-Trade-off: the head must be run behind each lookup that trains. Autograd by itself makes the lookup's (V, D)
+Trade-off: the head must be run after each lookup that trains. Autograd by itself makes the lookup's (V, D)
 gradient, too, nearly all of it zeros, and adds the two: 335 MB more for Gemma-3-270M in bfloat16.
 
 Shapes: T tokens, V vocabulary, D hidden size.

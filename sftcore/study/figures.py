@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from sftcore.amounts import counted, rate
 from sftcore.display import inert
 from sftcore.evaluate.score import FEW_ITEMS, LEVELS
 
@@ -84,7 +85,7 @@ def _draw_level_bars(axes: Axes, split: str, counts: Sequence[int]) -> None:
             ha="center",
             fontsize=9,
         )
-    axes.set_title(f"{split}: {total:,} facts", loc="left", fontweight="bold", fontsize=10, pad=8)
+    axes.set_title(f"{split}: {counted(total, 'fact')}", loc="left", fontweight="bold", fontsize=10, pad=8)
     axes.set_ylim(0, max(1.0, 1.25 * max(counts)))
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -188,9 +189,18 @@ def _draw_rates(axes: Axes, steps: Sequence[float], rates: Sequence[float]) -> N
     right.plot(steps, rates, color=FAINT, lw=1, ls=(0, (4, 3)), label="learning rate (right)")
     right.set_ylim(0, 1.05 * max(max(rates), 1e-12))
     right.yaxis.set_major_locator(MaxNLocator(4))
-    right.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.1e}" if rate else "0"))
+    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value)))
     right.tick_params(length=0, labelcolor=FAINT)
     right.spines["left"].set_visible(False)
+
+
+def legend_label(name: str) -> str:
+    """A name as a legend shows it: matplotlib hides a label that begins with _, but not after a space.
+
+    >>> legend_label("_draft"), legend_label("lr-1e-05")
+    (' _draft', 'lr-1e-05')
+    """
+    return f" {name}" if name.startswith("_") else name
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

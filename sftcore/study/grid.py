@@ -3,7 +3,7 @@
 In: STUDY.yaml (`base`, `set`, `grid`, `draws`). Out: `StudyRun`s in a fixed order: the grids in turn, a
 grid's keys from the last to the first, draws fastest.
 Invariant: names are unique and hold the grid's keys, all of them, so that a value more on an axis renames no
-run; a study that expands has only valid recipes; every mistake in any of them is told at once.
+run; a study that expands has only valid recipes; every mistake in any of them is reported at once.
 Trade-off: each run's recipe is read and checked by itself (10 ms), so nothing is found out at run 200.
 """
 
@@ -33,7 +33,7 @@ MAX_VALUE_LETTERS = 24
 MAX_RUNS = 10_000  # 100 s to check; nobody runs more
 ONCE_EACH = "give all grids of the list the same keys, and each combination once"
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
-OWN_FOLDERS = ("recipes", "logs", "shared", "slurm")  # of a study's folder, beside its runs
+OWN_FOLDERS = ("recipes", "logs", "shared", "slurm")  # of a study's folder, next to its runs
 
 
 def _as_list(grid: Any) -> Any:

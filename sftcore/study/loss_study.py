@@ -3,7 +3,7 @@
 In: a folder of run folders with metrics.jsonl and, with data.valid, valid.jsonl. Out: the page's numbers, its
 HTML, lines for the terminal.
 Invariant: each loss is a row of a run's own file; the last row of a step counts, as after a resume.
-Trade-off: runs stand beside each other by the keys in which their recipes differ, and only the lowest loss on
+Trade-off: runs are listed by the keys in which their recipes differ, and only the lowest loss on
 data.valid is marked: without held-out samples nothing here says which run is better.
 """
 
@@ -16,11 +16,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sftcore.amounts import counted
 from sftcore.data.selection_file import SELECTION
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_jsonl, read_object
 from sftcore.run_recipe import RECIPE, read_run_recipe
-from sftcore.study.figures import HEIGHT_INCHES, INK, RULE, WIDTH_INCHES, page_style, svg_of
+from sftcore.study.figures import HEIGHT_INCHES, INK, RULE, WIDTH_INCHES, legend_label, page_style, svg_of
 from sftcore.study.run_folder import SCORES, last_of_each_step
 from sftcore.study.study_figures import ARM_COLOURS
 from sftcore.study.wording import flatten, format_setting, format_share
@@ -113,7 +114,11 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
 def loss_table(report: Mapping[str, Any]) -> str:
     """The runs as plain text, no trailing newline; * marks the lowest valid loss."""
     width = max(len(run["name"]) for run in report["runs"]) + 2
-    lines = [f"{report['name']} ({report['model']}), {report['num_runs']} runs", *report["verdict"], ""]
+    lines = [
+        f"{report['name']} ({report['model']}), {counted(report['num_runs'], 'run')}",
+        *report["verdict"],
+        "",
+    ]
     lines.append(f"{'run':<{width}}{'last loss':>10}{'valid loss':>12}{'accuracy':>10}")
     for run in report["runs"]:
         mark = " *" if run["name"] == report["best"] else ""
@@ -147,7 +152,7 @@ def valid_figure(runs: Sequence[Mapping[str, Any]], *, best: str) -> str:
         for number, run in reversed(list(enumerate(drawn))):
             steps, losses = ([row[key] for row in run["valid"]] for key in ("step", "loss"))
             is_named = number < MAX_NAMED
-            label = f"{run['name']} (lowest)" if run["name"] == best else run["name"]
+            label = legend_label(f"{run['name']} (lowest)" if run["name"] == best else run["name"])
             look = {"color": ARM_COLOURS[number], "lw": 1.8, "label": label} if is_named else {"color": RULE}
             axes.plot(steps, losses, "-o", ms=3.5, **look)
         lowest = drawn[0]

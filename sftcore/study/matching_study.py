@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sftcore.amounts import counted
 from sftcore.data.rationales import MIN_REASONED_PAIRS
 from sftcore.data.selection_file import SELECTION, read_selection
 from sftcore.errors import Problem, UserInputError
@@ -121,7 +122,7 @@ def _read_run(path: Path) -> MatchingRun:
 
 
 def _evaluation(path: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of a model's predictions; their scores, counted anew, with what was noted of the pairs."""
+    """Rows of a model's predictions; their scores, counted again, with what was noted of the pairs."""
     file = path / PREDICTIONS.format(name)
     rows = read_jsonl(file)
     noted = read_object(path / SCORES.format(name)).get("pairs", {}).get(MAIN_SPLIT)
@@ -293,7 +294,7 @@ def prompt_sensitivity(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def _references(runs: Sequence[MatchingRun], majority: float) -> list[dict[str, Any]]:
-    """What needs no training: the larger class, the base model, the base model behind solved examples.
+    """What needs no training: the larger class, the base model, the base model after solved examples.
 
     Prompts that most runs have come first.
     """
@@ -326,7 +327,7 @@ def _verdict(
     majority = references[0]["accuracy"]
     draws = len(best["runs"])
     sentences = [
-        f"Best: {best['arm']}, {best['n']:,} pairs: {format_share(best['accuracy']['mean'])} "
+        f"Best: {best['arm']}, {counted(best['n'], 'pair')}: {format_share(best['accuracy']['mean'])} "
         f"({draws} draw{'s' if draws > 1 else ''}); always saying the larger class gives "
         f"{format_share(majority)}."
     ]
@@ -339,9 +340,9 @@ def _verdict(
     beyond = [part for part in comparisons if part["low"] > 0 or part["high"] < 0]
     clear = [part for part in beyond if not part["draws_overlap"]]
     for part in clear:
-        ahead, behind = ("first", "second") if part["low"] > 0 else ("second", "first")
+        ahead, other = ("first", "second") if part["low"] > 0 else ("second", "first")
         sentences.append(
-            f"With {part['n']:,} pairs, {part[ahead]} is ahead of {part[behind]} by "
+            f"With {counted(part['n'], 'pair')}, {part[ahead]} is ahead of {part[other]} by "
             f"{100 * abs(part['difference']):.1f} points."
         )
     if len(beyond) > len(clear):
@@ -350,11 +351,11 @@ def _verdict(
             "test pairs alone, but their draws overlap: more draws would have to show whether they hold."
         )
     if comparisons and not beyond:
-        sentences.append("No two arms of one size are told apart by these test pairs.")
+        sentences.append("No two arms of one size are distinguished by these test pairs.")
     if sensitivity:
         widest = max(sensitivity, key=lambda part: part["range"])
         sentences.append(
             f"Paraphrasing the prompt moves the result by up to {100 * widest['range']:.1f} points "
-            f"({widest['arm']}, {widest['n']:,} pairs)."
+            f"({widest['arm']}, {counted(widest['n'], 'pair')})."
         )
     return sentences

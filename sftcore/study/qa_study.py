@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean
 from typing import Any
 
+from sftcore.amounts import counted
 from sftcore.evaluate.score import FEW_ITEMS, LEVELS, Z, mean_interval, score
 from sftcore.study.run_folder import count_levels
 from sftcore.study.study_runs import StudyFiles, StudyRun
@@ -299,7 +300,7 @@ def describe_set(cell: Mapping[str, Any]) -> str:
     kind, _, levels = cell["level"].partition(" ")
     which = f"level {kind}" if kind.isdigit() else f"{kind} levels {levels}".rstrip()
     variant = f" ({cell['variant']})" if cell["variant"] else ""
-    return f"{cell['n']:,} facts of {which}{variant}"
+    return f"{counted(cell['n'], 'fact')} of {which}{variant}"
 
 
 def recommend(best: Mapping[str, Any]) -> list[str]:
@@ -356,7 +357,7 @@ def verdict(
     few = others.get("fewshot")
     if few:
         share = mean_over_large_levels(few["splits"]["test"])
-        sentences.append(f"Behind solved examples, without training, it has {format_share(share)}.")
+        sentences.append(f"After solved examples, without training, it has {format_share(share)}.")
     if diagonal:
         up = sum(effect["low"] > 0 for effect in diagonal)
         down = sum(effect["high"] < 0 for effect in diagonal)

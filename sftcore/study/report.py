@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from sftcore.amounts import duration
+from sftcore.amounts import counted, duration
 from sftcore.data.selection_file import SELECTION
 from sftcore.evaluate.constant import constant_rows, over_constant
 from sftcore.evaluate.score import FEW_ITEMS, MAIN_SPLIT, paired_change, score, side_by_side
@@ -232,6 +232,7 @@ def render_page(report: Mapping[str, Any], files: RunFiles) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "counted": counted,
         "share": format_share,
         "interval": format_interval,
         "points": format_points,

@@ -3,7 +3,7 @@
 In: RUN. Out: `RunFiles`, with recipe.yaml and whichever of `FILES` are there; counts of their rows.
 Invariant: what comes out can be relied on: a damaged file, or a scores.json that doesn't follow from its
 predictions.jsonl, is an error that names the file.
-Trade-off: everything is read into memory and counted anew rather than trusted: 1.6 s and 190 MB for a whole
+Trade-off: everything is read into memory and counted again rather than trusted: 1.6 s and 190 MB for a whole
 report of 22,000 items before and after (two cores, matplotlib included).
 """
 

@@ -24,6 +24,7 @@ from sftcore.study.figures import (
     INK,
     LEVEL_COLOURS,
     WIDTH_INCHES,
+    legend_label,
     page_style,
     svg_of,
 )
@@ -31,8 +32,8 @@ from sftcore.study.study_runs import DIVIDED, MIXED
 
 ROWS = (*map(str, LEVELS), MIXED, DIVIDED)
 COLOURS = LinearSegmentedColormap.from_list("levels", ["#f3f7fb", *LEVEL_COLOURS])
-BESIDE = 1.04  # from one lone point's size to the next one's, so that their bars can be told apart
-HALF_WIDTH_LETTERS = 60  # of a legend's line beside another
+APART = 1.04  # from one lone point's size to the next one's, so that their bars stay apart
+HALF_WIDTH_LETTERS = 60  # of a legend's line next to another
 LIGHT_TEXT_FROM = 0.62  # of the scale: dark cells carry white numbers
 CURVE_COLOURS = {
     **dict(zip(map(str, LEVELS), LEVEL_COLOURS, strict=True)),
@@ -175,7 +176,7 @@ def arm_curves(
             style = (ARM_COLOURS[number % len(ARM_COLOURS)], ARM_STYLES[number % len(ARM_STYLES)])
             _draw_curve(axes, arm, style, points, place=_place_beside(arm, "arm", cells))
         for number, (label, share) in enumerate(references):
-            axes.axhline(share, color=INK, lw=0.9, ls=(0, (1, 2 + 2 * number)), label=label)
+            axes.axhline(share, color=INK, lw=0.9, ls=(0, (1, 2 + 2 * number)), label=legend_label(label))
         _finish_curves(axes, cells, "training pairs")
         longest = max(len(str(label)) for label in axes.get_legend_handles_labels()[1])
         columns = 2 if longest <= HALF_WIDTH_LETTERS else 1
@@ -205,8 +206,8 @@ def _place_beside(label: str, key: str, cells: Sequence[Mapping[str, Any]]) -> f
     [-0.5, 0.5]
     """
     sizes = {name: {cell["n"] for cell in cells if cell[key] == name} for name in (c[key] for c in cells)}
-    beside = [name for name, ns in sizes.items() if len(ns) == 1 and ns == sizes.get(label)]
-    return beside.index(label) - (len(beside) - 1) / 2 if label in beside else 0.0
+    lone = [name for name, ns in sizes.items() if len(ns) == 1 and ns == sizes.get(label)]
+    return lone.index(label) - (len(lone) - 1) / 2 if label in lone else 0.0
 
 
 def _draw_curve(
@@ -217,13 +218,13 @@ def _draw_curve(
     *,
     place: float,
 ) -> None:
-    """A line through the (size, accuracy) points, with a band; a lone point has a bar, beside the others'."""
+    """A line through the (size, accuracy) points, with a band; a lone point a bar, next to the others'."""
     colour, line = style
-    shift = BESIDE**place if len(points) == 1 else 1
+    shift = APART**place if len(points) == 1 else 1
     sizes, parts = [shift * size for size, _ in points], [part for _, part in points]
     lows, highs = [part["low"] for part in parts], [part["high"] for part in parts]
     means = [part["mean"] for part in parts]
-    axes.plot(sizes, means, marker="o", ms=4, lw=1.8, color=colour, ls=line, label=label)
+    axes.plot(sizes, means, marker="o", ms=4, lw=1.8, color=colour, ls=line, label=legend_label(label))
     if len(points) == 1:
         axes.vlines(sizes, lows, highs, color=colour, alpha=0.5, lw=3)
     axes.fill_between(sizes, lows, highs, color=colour, alpha=0.22, lw=0)

@@ -3,7 +3,7 @@
 In: the run folders in it. Out: report.html (self-contained, no script), report.json (the same numbers).
 Invariant: each number follows from predictions.jsonl, selection.jsonl, metrics.jsonl, valid.jsonl,
 levels.jsonl and drift.json of the runs; the same folder gives the same bytes.
-Trade-off: every predictions.jsonl is read and counted anew instead of trusting scores.json; of 252 runs of
+Trade-off: every predictions.jsonl is read and counted again instead of trusting scores.json; of 252 runs of
 1,200 items that is 60 MB of JSON at about 200 bytes a row.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from sftcore.amounts import duration
+from sftcore.amounts import counted, duration
 from sftcore.evaluate.score import FEW_ITEMS
 from sftcore.fsio import atomic_file, write_json
 from sftcore.study.figures import levels_figure
@@ -47,7 +47,7 @@ TITLES = {"test": "in domain", "ood": "out of domain"}
 
 
 def write_study_report(folder: Path) -> ReportResult:
-    """Read a study's runs; write report.html and report.json beside them.
+    """Read a study's runs; write report.html and report.json next to them.
 
     Raises:
         UserInputError: no finished run, or runs that can't be compared.
@@ -85,10 +85,14 @@ def render_losses(report: Mapping[str, Any]) -> str:
 
 def matching_table(report: Mapping[str, Any]) -> str:
     """The main numbers of a study of text matching as plain text, no trailing newline."""
-    lines = [f"{report['name']} ({report['model']}), {report['num_runs']} runs", *report["verdict"], ""]
+    lines = [
+        f"{report['name']} ({report['model']}), {counted(report['num_runs'], 'run')}",
+        *report["verdict"],
+        "",
+    ]
     for cell in report["cells"]:
         wording = f", wording {cell['wording']}" if cell["wording"] else ""
-        name = f"{cell['arm']}{wording}, {cell['n']:,} pairs"
+        name = f"{cell['arm']}{wording}, {counted(cell['n'], 'pair')}"
         lines.append(f"{name:<72}{format_share(cell['accuracy']['mean'])}")
     lines += [f"{part['name']:<72}{format_share(part['accuracy'])}" for part in report["references"]]
     left_out = {name: why for name, why in report["unfinished"].items() if why.startswith(NOT_RUN_STATE)}
@@ -107,6 +111,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "counted": counted,
         "share": format_share,
         "relation": format_relation,
         "tie": tie_numbers,
@@ -158,7 +163,7 @@ def _figures(report: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
                 chosen = [cell for cell in same if cell["n"] == n and split in cell["splits"]]
                 if chosen:
                     name = f"map-{number}-{n}-{split}"
-                    title = f"{n:,} training facts, {TITLES[split]}{how}"
+                    title = f"{counted(n, 'training fact')}, {TITLES[split]}{how}"
                     figures[name] = (title, heat_map(chosen, split=split, scale=scale, name=name))
     return figures
 
@@ -177,7 +182,11 @@ def _scale(cells: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 def study_table(report: Mapping[str, Any]) -> str:
     """The study's main numbers as plain text, no trailing newline."""
-    lines = [f"{report['name']} ({report['model']}), {report['num_runs']} runs", *report["verdict"], ""]
+    lines = [
+        f"{report['name']} ({report['model']}), {counted(report['num_runs'], 'run')}",
+        *report["verdict"],
+        "",
+    ]
     width = 4 + max(len(describe_set(cell)) for cell in report["cells"])
     for cell in report["cells"]:
         parts = [

@@ -197,7 +197,7 @@ def name_levels(levels: Iterable[int], *, is_divided: bool = False) -> str:
 
 
 def name_variants(runs: Sequence[StudyRun]) -> dict[str, str]:
-    """Run -> what sets it apart beside size, level and draw: its adapter, then keys in which recipes differ.
+    """Run -> what sets it apart besides size, level and draw: its adapter, then keys in which recipes differ.
 
     A key that some recipes lack (they are of an earlier version) is no difference by itself.
     """

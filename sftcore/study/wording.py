@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from sftcore.amounts import duration
+from sftcore.amounts import counted, duration
 from sftcore.evaluate.score import FEW_ITEMS
 from sftcore.knowledge.templates import load_relations
 from sftcore.study.run_folder import MODELS, PREDICTIONS, RunFiles
@@ -39,9 +39,8 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     training = report["training"]
     if training and not sentences:
         losses = f"{training['first_loss']:.3f} to {training['last_loss']:.3f}"
-        return [
-            f"Trained for {training['num_steps']:,} steps; the loss went from {losses}. Not evaluated yet."
-        ]
+        steps = counted(training["num_steps"], "step")
+        return [f"Trained for {steps}; the loss went from {losses}. Not evaluated yet."]
     return sentences or ["Neither trained nor evaluated yet."]
 
 
@@ -105,9 +104,8 @@ def list_notes(report: Mapping[str, Any], files: RunFiles) -> list[str]:
     if few:
         notes.append(f"Fewer than {FEW_ITEMS} test items, read with care: {', '.join(few)}.")
     if report["by_level"] and report["without_level"]:
-        notes.append(
-            f"{report['without_level']:,} test items have no memory level; they count in the total only."
-        )
+        items = counted(report["without_level"], "test item")
+        notes.append(f"{items} without a memory level: counted in the total only.")
     notes += [*_reply_notes(files), *_training_notes(report["training"], report["plan"] or {})]
     if report["paired_change"]:
         notes.append(
@@ -182,10 +180,10 @@ def _training_notes(training: Mapping[str, Any] | None, totals: Mapping[str, Any
         notes.append(
             f"{training['num_steps']:,} of {planned:,} planned steps are recorded: the run is not complete."
         )
-    if training["steps_done_twice"]:
+    if again := training["steps_done_twice"]:
         notes.append(
-            f"The run was resumed: {training['steps_done_twice']:,} steps were done more than once and are "
-            "counted once, as last done."
+            f"The run was resumed: {counted(again, 'step')} {'was' if again == 1 else 'were'} done more than"
+            " once and counted once, as last done."
         )
     return notes
 
@@ -203,7 +201,7 @@ def terminal_table(report: Mapping[str, Any]) -> str:
         seconds = training["seconds"]
         spent = "" if seconds is None else f", {duration(seconds)}"
         losses = f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}"
-        lines += ["", f"training: {training['num_steps']:,} steps, {losses}{spent}"]
+        lines += ["", f"training: {counted(training['num_steps'], 'step')}, {losses}{spent}"]
     notes = [f"note: {note}" for note in report["notes"]]
     missing = [f"not in this folder: {', '.join(report['missing'])}"] if report["missing"] else []
     return "\n".join([*lines, *([""] if notes or missing else []), *notes, *missing])

@@ -3,7 +3,7 @@
 In: this process's environment. Out: PATH with the environment's ninja first; no lock left that nobody holds.
 Invariant: no lock is taken from a process that this one can see, and one process at a time takes one.
 Trade-off: a builder in another container or on another machine can't be seen, so a lock without a holder is
-waited for until nothing was written beside it for 2 minutes, or 5 on a file system that machines share.
+waited for until nothing was written next to it for 2 minutes, or 5 on a file system that machines share.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import glob
 import logging
 import os
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -52,6 +53,20 @@ def put_own_programs_first() -> None:
         os.environ["PATH"] = f"{own}{os.pathsep}{path}"
 
 
+def finds_library(name: str) -> bool:
+    """Whether a folder that linkers look into holds a library to build with; none is run.
+
+    Folders: of LIBRARY_PATH, of -L in CFLAGS and LDFLAGS, of this environment, of the system.
+    """
+    flags = f"{os.environ.get('CFLAGS', '')} {os.environ.get('LDFLAGS', '')}".split()
+    given = [flag.removeprefix("-L") for flag in flags if flag.startswith("-L")]
+    given += os.environ.get("LIBRARY_PATH", "").split(os.pathsep)
+    system = [f"{root}/{lib}" for root in (sys.prefix, "/usr", "/usr/local", "") for lib in ("lib", "lib64")]
+    kind = sysconfig.get_config_var("MULTIARCH") or "."
+    folders = [*filter(None, given), *system, *(f"{folder}/{kind}" for folder in system)]
+    return any((Path(folder) / f"lib{name}{end}").exists() for folder in folders for end in (".so", ".a"))
+
+
 def await_other_builds() -> None:
     """Wait for builds of DeepSpeed's operations that are under way, and remove the locks of killed ones.
 
@@ -75,7 +90,7 @@ def _await(lock: Path) -> None:
         with folder_lock(lock.parent, purpose="a look at builds", wait=True):
             is_held, rest = _has_holder(lock), _seconds_at_rest(lock.parent)
             if not is_held and rest > patience:
-                log.warning("%s: a build was killed here; building anew", lock.parent)
+                log.warning("%s: a build was killed here; building again", lock.parent)
                 return lock.unlink()
         if not is_told:
             until = "" if is_held else f" up to {patience - rest:.0f} s more"

@@ -28,6 +28,7 @@ import torch
 import xxhash
 
 from sftcore import dist
+from sftcore.amounts import counted
 from sftcore.errors import MissingEnvironmentError, Problem, SftError, UserInputError
 from sftcore.fsio import (
     DAMAGED,
@@ -114,7 +115,7 @@ def save_checkpoint(run: Path, engine: Engine, state: TrainState, *, keep: int) 
 
 @contextmanager
 def _removed_on_failure(temporary: Path) -> Iterator[None]:
-    """A save that failed leaves nothing behind: its part would keep a full disk full."""
+    """A save that failed leaves nothing: its part would keep a full disk full."""
     try:
         yield
     except (OSError, SftError):
@@ -319,13 +320,13 @@ def for_this_world(folder: Path, state: TrainState, *, stage: int) -> Iterator[P
     """A checkpoint folder that this number of ranks can load: itself, or converted; all ranks enter.
 
     DeepSpeed's sharded optimizer state loads at the world size it was saved with; its universal form (one
-    file per parameter and state, in float32, beside the checkpoint while it is loaded) loads at any. At
+    file per parameter and state, in float32, next to the checkpoint while it is loaded) loads at any. At
     stage 0 every rank has all of it.
     """
     if state.world_size == dist.world_size() or stage == 0:
         yield folder
         return
-    log.info("converting the checkpoint of %d ranks for %d", state.world_size, dist.world_size())
+    log.info("converting the checkpoint of %s for %d", counted(state.world_size, "rank"), dist.world_size())
     converted = folder.with_name(f".{folder.name}.universal.tmp")
     with disk_errors_explained(folder):
         if dist.rank() == 0:

@@ -3,7 +3,7 @@
 In: a GPU's name, or its memory and rate. Out: a frozen `Device` that predictions take.
 Invariant: who predicts asks the `Device`, never this machine, so a login node plans for GPUs it doesn't have.
 Trade-off: a tenth of the memory counts as taken (0.5 GB of CUDA context, NCCL's buffers, pieces that nothing
-fits into, and what a prediction misses), so that a plan that fits by a hair is told not to fit.
+fits into, and what a prediction misses), so that a plan that fits by a hair is said not to fit.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def peak_flops_of(driver_name: str) -> float | None:
 def choose_device(
     gpu: str | None = None, *, memory_gigabytes: float | None = None, teraflops: float | None = None
 ) -> Device:
-    """The device that a plan is asked for; without any wish the one at hand.
+    """The device that a plan is asked for; if none is named, the one at hand.
 
     Args:
         gpu: a name such as a100 or h100-pcie.

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 import math
@@ -51,7 +52,7 @@ from sftcore.model.ours import LossModel
 from sftcore.model.quantise import keep_trainable_layout
 from sftcore.model.tied import share_gradient
 from sftcore.recipe import deepspeed_file
-from sftcore.train.builds import await_other_builds, put_own_programs_first
+from sftcore.train.builds import await_other_builds, finds_library, put_own_programs_first
 from sftcore.train.casting import casting_all_but, keep_float32
 from sftcore.train.compatibility import ASYNC_IO, check_combination, need_of
 from sftcore.train.ds_config import autocasts, complete_ds_config, zero_stage
@@ -81,9 +82,15 @@ def check_engine(ds_config: dict[str, Any], optimizer: str, *, has_cuda: bool | 
     )
 
 
+@functools.cache
 def has_async_io() -> bool:
-    """Whether DeepSpeed's async_io operation can be built here."""
+    """Whether DeepSpeed's async_io operation can be built here; its look compiles and links, so it is one."""
     return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
+def may_have_async_io() -> bool:
+    """As `has_async_io`, without a run of the linker (0.2 s) where libaio is in none of its folders."""
+    return finds_library("aio") and has_async_io()
 
 
 def init_process_group() -> None:
@@ -115,7 +122,7 @@ def whole_size(parameter: torch.nn.Parameter) -> int:
 
 
 class Engine:
-    """DeepSpeed behind three verbs: step, save, load."""
+    """DeepSpeed in three verbs: step, save, load."""
 
     def __init__(
         self, model: LossModel, recipe: Recipe, ds_config: dict[str, Any], *, loads_universal: bool = False

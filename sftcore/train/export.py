@@ -5,7 +5,7 @@ peft folder with the tokenizer and a card.
 Invariant: the folder appears whole, by rename, after everything in it was written and flushed; only copies
 are edited: model, configuration and tokenizer stay as they are, for training may go on.
 Trade-off: weights are gathered and written one shard at a time, so rank 0 holds at most `SHARD_BYTES` of them
-(2 GB, or one layer) beside its own, whatever the model's size; then `reload` proves what was written.
+(2 GB, or one layer) next to its own, whatever the model's size; then `reload` proves what was written.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _write_texts(engine: Engine, tokenizer: Any, recipe: Recipe, *, config: Any,
 
 
 def _what_inference_needs(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe that decide prompts and predictions; paths of data stay behind."""
+    """The keys of a recipe that decide prompts and predictions; paths of data are left out."""
     layouts: list[dict[str, Any]] = []
     for source in (*recipe.data.train, *recipe.data.test):
         columns = source.columns.model_dump(mode="json")

@@ -130,12 +130,12 @@ def run_steps(
         except Abandoned:
             with watchdog.suspended():
                 saver.save(steps_done)
-            told = f"after step {steps_done}" if steps_done else "before the first step was done"
-            raise StoppedOnRequest(f"stopped on request {told}; start again to go on") from None
+            said = f"after step {steps_done}" if steps_done else "before the first step was done"
+            raise StoppedOnRequest(f"stopped on request {said}; start again to go on") from None
 
 
 class _Saver:
-    """Saves a run's checkpoints, none twice, each behind the rows of its steps."""
+    """Saves a run's checkpoints, none twice, each after the rows of its steps."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class _Saver:
         self.notice = StopNotice.of_environment()
 
     def save_if_due(self, steps_done: int) -> None:
-        """Save at each `save_every_steps`, and behind the last step."""
+        """Save at each `save_every_steps`, and after the last step."""
         if steps_done % self.recipe.checkpoint.save_every_steps == 0 or steps_done == self.schedule.num_steps:
             self.save(steps_done)
 
@@ -177,7 +177,7 @@ class _Saver:
 def _validate_if_due(
     validation: Validation | None, engine: Engine, schedule: Schedule, steps_done: int, *, stop: StopRequest
 ) -> None:
-    """Evaluate where it is due and not done: behind a step, or as a stop kept it from being done there."""
+    """Evaluate where it is due and not done: after a step, or as a stop kept it from being done there."""
     if validation is None or not steps_done:
         return
     if validation.is_due(steps_done, ends_epoch=bool(np.isin(steps_done, schedule.first_steps[1:]))):

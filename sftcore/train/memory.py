@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from sftcore import dist
-from sftcore.amounts import size
+from sftcore.amounts import counted, size
 from sftcore.batching.packing import IntArray
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
@@ -137,8 +137,8 @@ def explain_out_of_memory(
     return TrainingFailed(
         Problem(
             what=f"out of memory in step {step}: {str(error).strip().splitlines()[0][:160]}",
-            got=f"a pack of {num_tokens:,} tokens, {num_trained:,} of them trained, "
-            f"in {len(pack)} documents; peak {size(dist.peak_memory_bytes())} on this rank",
+            got=f"a pack of {counted(num_tokens, 'token')}, {num_trained:,} of them trained, "
+            f"in {counted(len(pack), 'document')}; peak {size(dist.peak_memory_bytes())} on this rank",
             remedy="; or ".join(f"{setting} (saves about {size(saved)})" for setting, saved in remedies),
         )
     )
@@ -147,7 +147,7 @@ def explain_out_of_memory(
 def rank_remedies(
     recipe: Recipe, *, world: int, num_tokens: int, longest: int, device: Device
 ) -> list[tuple[str, int]]:
-    """(setting, predicted bytes saved) of the settings that save most, dearest first.
+    """(setting, predicted bytes saved) of the settings that save most, most expensive first.
 
     Args:
         longest: tokens of the longest sample, below which the capacity can't go.

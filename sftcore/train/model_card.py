@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.display import masked
 from sftcore.fsio import atomic_file, read_json, read_jsonl
@@ -89,9 +90,9 @@ def _training(run: Path) -> list[str]:
         plan = read_json(run / "plan.json")
         totals = plan["totals"]
         lines += [
-            f"- data: {totals['num_samples']:,} samples, {totals['epochs']} epoch(s); "
+            f"- data: {counted(totals['num_samples'], 'sample')}, {counted(totals['epochs'], 'epoch')}; "
             f"store `{plan['store']}`",
-            f"- plan: {totals['num_steps']:,} steps, {totals['num_tokens']:,} tokens, "
+            f"- plan: {counted(totals['num_steps'], 'step')}, {counted(totals['num_tokens'], 'token')}, "
             f"{totals['num_trained_tokens']:,} of them trained; `{plan['fingerprint']}`",
         ]
     if rows := _rows(run / "metrics.jsonl"):
@@ -106,7 +107,8 @@ def _results(run: Path) -> list[str]:
     """Accuracy of each evaluated model, as far as the run folder has it."""
     found = [(f.parent.name, read_json(f)) for f in sorted(run.glob("eval/*/scores.json"))]
     lines = [
-        f"- {name}: {scores['correct']} of {scores['n']} held-out items right ({scores['accuracy']:.1%})"
+        f"- {name}: {scores['correct']} of {counted(scores['n'], 'held-out item')} right"
+        f" ({scores['accuracy']:.1%})"
         for name, scores in found
         if scores.get("n")
     ]

@@ -1,7 +1,7 @@
 """Whether a run can go on from a path that a user gave: is it a checkpoint at all, and of this plan.
 
 In: a path, a checkpoint's state. Out: nothing, a reason, or a `UserInputError`.
-Invariant: a path that is no checkpoint is told for what it is, with checkpoints that there are.
+Invariant: a path that is no checkpoint is called what it is, with checkpoints that there are.
 Trade-off: a folder counts as a checkpoint by its name or one of its files, whole or not: damage has
 reasons of its own in `checkpoint`.
 """

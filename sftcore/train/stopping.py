@@ -2,9 +2,9 @@
 
 In: SIGUSR1 or SIGTERM to any rank (Slurm sends the first ahead of a time limit); Ctrl-C to a single process.
 Out: `requested`, which the engine folds into the collective that each step makes anyway.
-Invariant: all ranks stop after the same step, behind the same checkpoint, with exit code 75; a second Ctrl-C
+Invariant: all ranks stop after the same step, after the same checkpoint, with exit code 75; a second Ctrl-C
 ends a single process at once, with 130. However a process is ended, it leaves its exit code first.
-Trade-off: a request is seen behind each backward pass (between packs where these take long), so the notice
+Trade-off: a request is seen after each backward pass (between packs where these take long), so the notice
 must be longer than a few packs and a save; a step that is not whole by then is given up, at worst its packs
 but one are computed again.
 """
@@ -110,7 +110,7 @@ class StopRequest:
 
 
 class StopNotice:
-    """How long ahead of its end this process is told to stop, held against how long it takes to stop here."""
+    """How long before its end this process is asked to stop, held against how long it takes to stop here."""
 
     def __init__(self, seconds: float | None) -> None:
         """`seconds` of notice; None: nobody gives any."""
@@ -140,8 +140,8 @@ class StopNotice:
             return
         self._is_told = True
         log.warning(
-            "a stop takes up to %.0f s here (%.0f s of a step, %.0f s to save), but this job is told %.0f s"
-            " ahead of its end, so that steps behind the last checkpoint would be lost: ask for more, as"
+            "a stop takes up to %.0f s here (%.0f s of a step, %.0f s to save), but this job is warned %.0f s"
+            " ahead of its end, so that steps after the last checkpoint would be lost: ask for more, as"
             " --sbatch signal=B:USR1@%d",
             needed,
             self._piece,

@@ -4,7 +4,7 @@ In: a sign of life from every rank each `BEAT_SECONDS`; the time of each finishe
 message and exit code 1 (hanging, with every thread's stack) or 69 (another rank is gone).
 Invariant: a rank that is gone ends the job within 60 s, one that hangs in a step within `train.hang_seconds`;
 loading, saving, evaluating and the first step are never taken for hanging.
-Trade-off: beats go through the rendezvous store beside the collectives (one small message a rank and 5 s, on
+Trade-off: beats go through the rendezvous store next to the collectives (one small message a rank and 5 s, on
 a thread), since a rank that waits in a collective can't look for itself.
 """
 

@@ -162,7 +162,7 @@ def test_templates_that_cannot_be_verified_are_refused(template, message):
         return
     with pytest.raises(UserInputError, match="can't be trained on") as caught:
         renderer(template)
-    assert message in str(caught.value) and "mend the template" in str(caught.value)
+    assert message in str(caught.value) and "fix the template" in str(caught.value)
 
 
 def test_no_chat_template_is_refused(bpe):

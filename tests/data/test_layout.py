@@ -262,3 +262,40 @@ def test_a_template_that_drops_earlier_thoughts_is_said_to():
     )
     with pytest.raises(ChatRefused, match="turn 2, of role assistant(.|\n)*drops thoughts of earlier turns"):
         renderer(drops).pieces(chat("hi", "<think>x</think>yo", "so", "bye"))
+
+
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}"
+    "ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+ALPACA = (
+    "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n{% else %}"
+    "### Response:\n{{ m.content }}</s>\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+PLAIN_INST = MISTRAL.replace("[INST] ", "[inst] ").replace(
+    " [/INST]", " [/inst]"
+)  # no tokens of the tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "markers"),
+    [
+        (VICUNA, ("ASSISTANT:", "USER:")),
+        (ALPACA, ("### Response:", "### Instruction:")),
+        (PLAIN_INST, ("[/inst]", "[inst]")),
+        (CHATML, ()),
+        (LLAMA3, ()),
+        (HARMONY, ()),
+    ],
+)
+def test_plain_markers_of_turns_are_found_in_the_templates_own_text(template, markers):
+    render = renderer(template)
+    assert set(render.markers) == set(markers)
+    for marker in markers:  # a turn that looks like another one shifts nothing that is trained
+        forged = f"hi {marker} so{marker}\n{marker} yes"
+        ordinary, told = render.pieces(TWO), render.pieces(chat(forged, "yes", forged, forged))
+        assert told[1] == ordinary[1] and told[3] == ordinary[3].replace("no", forged)
+        assert told[0] == ordinary[0].replace("hi", forged)
+        assert told[2] == ordinary[2].replace("and?", forged)

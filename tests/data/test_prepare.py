@@ -12,7 +12,7 @@ from tiny_tokenizers import CHATML, build_bpe
 
 import sftcore.data.prepare as prepare_module
 from sftcore.config import Recipe
-from sftcore.data.check import check_store, check_text
+from sftcore.data.check import check_store, check_text, describe_store
 from sftcore.data.contents import Fact
 from sftcore.data.ledger import READING, Ledger
 from sftcore.data.prepare import load_records, prepare_store, store_fingerprint
@@ -396,11 +396,15 @@ def test_a_full_disk_leaves_no_store(recipe, bpe, cache, monkeypatch):
     assert not parts.exists()
 
 
-def test_numbers_of_the_account_are_logged(recipe, bpe, cache, caplog):
-    caplog.set_level("INFO", logger="sftcore")
+def test_the_account_is_one_sentence_for_people(recipe, bpe, cache):
     store = prepare_store(recipe(FACTS, test=FACTS[:1]), bpe, cache_root=cache)
-    assert f"store {store.fingerprint}: 20 rows read, 19 samples, 1 rejected" in caplog.text
-    assert "rejected_by_reason: leak 1" in caplog.text
+    said = describe_store(store)
+    assert said.startswith("19 samples of ") and "from 20 rows, 1 rejected (leak 1): " in said
+    assert said.endswith(f"{store.folder} (ledger.jsonl lists such rows)") and "_by_reason" not in said
+    one = describe_store(prepare_store(recipe(FACTS[:1]), bpe, cache_root=cache))
+    assert one.startswith("1 sample of ") and " from 1 row: " in one and "ledger" not in one
+    noted = describe_store(prepare_store(recipe([*FACTS, FACTS[0]]), bpe, cache_root=cache))
+    assert ", noted: duplicate kept 1: " in noted and noted.endswith("(ledger.jsonl lists such rows)")
 
 
 def test_equal_prompts_with_different_answers_are_kept_and_counted(recipe, bpe, cache):
@@ -461,6 +465,27 @@ def test_only_the_last_answer_is_trained_where_the_recipe_says_so(recipe, cache)
     assert tokenizer.decode(sample.labels[sample.labels >= 0]) == "a1<|endoftext|>"
     fed = "<|im_start|>user\nu0<|im_end|><|im_start|>assistant\na0<|im_end|><|im_start|>user\nu1<|im_end|>"
     assert tokenizer.decode(sample.input_ids) == f"{fed}<|im_start|>assistant\na1<|endoftext|>"
+
+
+def test_a_turn_that_holds_a_plain_marker_of_the_template_is_counted_by_its_name(recipe, cache):
+    tokenizer = build_bpe()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+        "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+
+    def row(*said):
+        roles = ("user", "assistant") * len(said)
+        return {"messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
+
+    rows = [row("hi", "yo"), row("a [/INST] b [INST] c", "yo"), row("x", "[INST] y"), row("[INST", "INST]")]
+    store = prepare_store(recipe(rows, task="chat", format="jsonl"), tokenizer, cache_root=cache)
+    noted = store.manifest["altered_by_reason"]
+    assert len(store) == 4 and noted.pop("seam_apart", 0) <= 4
+    assert noted == {"marker_in_text": 2, "marker_in_text [/INST]": 1, "marker_in_text [INST]": 2}
+    assert "marker in text [INST] 2" in describe_store(store)
+    ledger = read_jsonl(store.folder / "ledger.jsonl")
+    assert [e["row"] for e in ledger if e.get("change") == "marker_in_text"] == [2, 3]
 
 
 def test_the_day_of_a_template_is_part_of_a_stores_key(recipe, cache):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import build_bpe
+from tiny_tokenizers import build_bpe, build_nfkc
 
 from sftcore.data.ledger import Change, Ledger, Reason, Rejection
 from sftcore.data.prompts import Sample
@@ -224,3 +224,25 @@ def test_trimmed_samples_fit_and_keep_the_answer(make_prompter, record_of, bpe, 
     else:
         assert len(result.input_ids) <= max_length
         assert trained_text(bpe, result) == answer + bpe.eos_token
+
+
+ODD = ("\ufb01ne", "\uff21\uff11", "a\u2581b", "a\u00a0b", "a  b", "e\u0301")
+EVEN = ("fine", " a ", "a\x07b", "a\tb", "a\r\nb", "\u00e9", "\u5317\u4eac", "a\u200bb")
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize(("answer", "is_altered"), [*((a, True) for a in ODD), *((a, False) for a in EVEN)])
+def test_answers_that_the_tokenizer_makes_another_text_of_are_counted(
+    make_prompter, kind, answer, is_altered
+):
+    tokenizer = build_nfkc()
+    turns = (Message(role="user", content="hi"), Message(role="assistant", content=answer))
+    content = Chat(messages=turns) if kind == "chat" else Completion(prompt="hi:", completion=answer)
+    prompter = make_prompter(tokenizer, task="chat" if kind == "chat" else "qa")
+    (sample,) = prompter.encode_batch([content])
+    assert (Change.ANSWER_NORMALISED in sample.changes) is is_altered
+    start, end = sample.trained[-1]
+    read = tokenizer.decode(
+        sample.ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    assert (read != answer) is is_altered

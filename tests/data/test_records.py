@@ -309,3 +309,50 @@ def test_a_table_that_begins_with_pk_is_no_zip_archive(write, read):
     assert records[0].content == Pair(a="PK是什么意思", b="什么是PK", label=1) and rejections == []
     with pytest.raises(UserInputError, match="a zip archive, not UTF-8 text"):
         read("pairs", write("archive.tsv", b"PK\x03\x04\x14\x00"))
+
+
+LEFT = {"id": "x", "recall": 0.5, "s_pop": 12, "subject_id": "Q7", "aliases": []}
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"context": "Rome is old."}, "a row with 'context', which is not read"),
+        ({"weight": 0.5, "aliases": ["Roma"]}, "a row with 'weight', 'aliases', which are not read"),
+        ({"Question": "Where?"}, "a row with 'Question', which is not read"),
+        ({"metadata": {"train": False}}, "a row with 'metadata.train', which is not read"),
+    ],
+)
+def test_what_stands_next_to_a_fact_is_meta_data_or_costs_the_row(write, read, more, named):
+    path = write("f.jsonl", [FACT | LEFT, FACT | more])
+    records, rejections, ledger = read("facts", path)
+    assert [record.id for record in records] == ["x"]
+    assert [(r.row, r.reason, r.detail) for r in rejections] == [(2, Reason.UNKNOWN_KEY, named)]
+    assert ledger.altered_by_reason == {Change.COLUMN_LEFT_OUT: 1}
+    records, rejections, _ = read("facts", path, columns=Columns(ignore=list(more)))
+    assert len(records) == 2 and not rejections
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tsv", "csv"])
+@pytest.mark.parametrize(("name", "value"), [("context", "He said:"), ("loss_weight", "2"), ("notes", "ok")])
+def test_what_stands_next_to_a_pair_is_meta_data_or_costs_the_row(write, read, kind, name, value):
+    def path_of(row):
+        if kind == "jsonl":
+            return write("p.jsonl", [row])
+        separator = "," if kind == "csv" else "\t"
+        return write(f"p.{kind}", "\n".join(separator.join(map(str, line)) for line in (row, row.values())))
+
+    good = {"id": "7", "sentence1": "x", "sentence2": "y", "label": "1", "genre": "fiction", "qid1": 3}
+    records, _, ledger = read("pairs", path_of(good))
+    assert len(records) == 1 and ledger.altered_by_reason == {Change.COLUMN_LEFT_OUT: 1}
+    with pytest.raises(UserInputError, match=f"(?s)a row with '{name}', which is not read.*ignore"):
+        read("pairs", path_of(good | {name: value}))
+    for ignored in ([name], ["*"]):
+        records, _, _ = read("pairs", path_of(good | {name: value}), columns=Columns(ignore=ignored))
+        assert [record.content.label for record in records] == [1]
+    assert len(read("pairs", path_of(good | {name: ""}))[0]) == 1  # an empty cell says nothing
+
+
+def test_columns_of_pairs_that_are_chosen_by_number_stand_for_themselves(write, read):
+    path = write("p.tsv", "x\ty\t1\tsome notes\n")
+    assert len(read("pairs", path, columns=Columns(a=0, b=1, label=2))[0]) == 1

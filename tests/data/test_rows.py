@@ -226,8 +226,10 @@ def test_lines_of_lists_and_damaged_ones_are_still_lines(write):
     [
         ("crème brûlée, naïve café", "latin-1", "WINDOWS-1252"),
         ("乗北京上海", "gb18030", "GB18030"),
-        ("Привет, мир", "cp1251", "WINDOWS-1251"),
-        ("안녕하세요 세계", "euc-kr", "GB18030, BIG5, EUC-JP, EUC-KR or WINDOWS-1251"),
+        ("Привет, мир", "cp1251", "WINDOWS-1251 or ISO-8859-7"),
+        ("Привет, мир", "koi8-r", "KOI8-R"),
+        ("Γειά σου Κόσμε", "iso8859-7", "ISO-8859-5 or ISO-8859-7"),
+        ("안녕하세요 세계", "euc-kr", "GB18030, BIG5, EUC-JP or EUC-KR"),
     ],
 )
 def test_undecodable_rows_name_the_encoding_that_they_look_like(write, read, text, encoding, guess):
@@ -235,6 +237,9 @@ def test_undecodable_rows_name_the_encoding_that_they_look_like(write, read, tex
     path = write("a.jsonl", b'{"prompt": "a", "completion": "b"}\n' + line)
     (rejection,) = read("jsonl", path)[1]
     assert rejection.reason is Reason.UNDECODABLE_BYTES and f"({guess}?)" in rejection.detail
+    place = int(rejection.detail.partition("at its byte ")[2].partition(" ")[0])
+    where = line if rejection.detail.startswith("not UTF-8") else text.encode(encoding)
+    assert where[place - 1] > 127 and where[: place - 1].isascii()
 
 
 @pytest.mark.parametrize(

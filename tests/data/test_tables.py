@@ -27,7 +27,7 @@ def rows():
 
 def test_header_names_columns_in_any_order(write, rows):
     found, notes = rows(write("p.tsv", "id\tlabel\tsentence2\tsentence1\n9\t1\ty\tx\n"))
-    assert (found, notes) == ([(1, PAIR)], [])
+    assert (found, notes) == ([(1, PAIR | {"other columns": {"id": "9"}})], [])
 
 
 def test_lcqmc_with_and_without_header_take_the_same_recipe(write, rows):
@@ -68,7 +68,10 @@ def test_unparsed_rows_are_numbered_without_the_header(write, rows):
 def test_json_lines(write, rows):
     columns = Columns(a="s1", b="s2", label="same")
     found, _ = rows(write("p.jsonl.gz", [{"id": 3, "s1": "x", "s2": "y", "same": 1, "z": 0}, ["x"]]), columns)
-    assert found == [(1, {"a": "x", "b": "y", "label": 1, "id": 3}), (2, ["x"])]
+    assert found == [
+        (1, {"a": "x", "b": "y", "label": 1, "id": 3, "other columns": {"z": 0}}),
+        (2, ["x"]),
+    ]
 
 
 @pytest.mark.parametrize(

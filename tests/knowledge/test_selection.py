@@ -152,7 +152,7 @@ def test_levels_without_a_fact_are_named_and_no_n_is_offered(n, balance) -> None
     with pytest.raises(UserInputError, match=f"no fact of level 0, 3: {n} wanted of level 0, 3\n") as caught:
         select_facts(facts, levels_wanted=[3, 0], n=n, balance=balance, seed=1)
     message = str(caught.value)
-    assert "level 2: 3" in message and "do: wish for levels" in message
+    assert "level 2: 3" in message and "do: name levels" in message
     assert "allowed" not in message and "lower" not in message
 
 

@@ -28,7 +28,7 @@ def test_the_whole_path_from_facts_to_the_report(tiny_recipe):
     assert len(levels) == 24 and all(row["trials"] == 6 for row in levels)
     assert not Path("runs/tiny/levels.partial.jsonl").exists()
     planned = sftcore("plan", path, "--world", "2")
-    assert planned.returncode == 0 and "8 over 2 epoch(s) of 16 samples" in planned.stdout
+    assert planned.returncode == 0 and "8 over 2 epochs of 16 samples" in planned.stdout
     trained = sftcore("train", path)
     assert trained.returncode == 0, trained.stderr[-3000:]
     evaluated = sftcore("evaluate", path)

@@ -17,12 +17,14 @@ HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/key.pub
 PermitRootLogin yes
 StrictModes no
+AcceptEnv ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA
 UsePAM no
 PidFile none
 """
 CLIENT = """Host node*
   IdentityFile {folder}/key
   StrictHostKeyChecking no
+  SendEnv ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA
   UserKnownHostsFile /dev/null
   LogLevel ERROR
 """

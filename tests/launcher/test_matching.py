@@ -331,7 +331,7 @@ def test_columns_that_are_not_there_name_the_options_of_the_command(scorer):
         ),
         ("empty.tsv", b"", "no pair in this file(.|\n)*do: give a file with a pair in each row"),
         ("header.csv", b"text_a,text_b\n", "no pair in this file(.|\n)*do: give a file"),
-        ("blank.jsonl", b'{"text_a": "", "text_b": "x"}\n', "row 1: empty_prompt\n(.|\n)*do: mend"),
+        ("blank.jsonl", b'{"text_a": "", "text_b": "x"}\n', "row 1: empty_prompt\n(.|\n)*do: fix"),
     ],
 )
 def test_files_without_a_usable_pair_are_told_what_to_do(scorer, name, content, message):
@@ -519,7 +519,7 @@ def test_a_folder_that_another_version_wrote_is_one_message(tmp_path, monkeypatc
     Path("matching.json").write_text(
         '{"model": {"path": ""}, "matching": {"labels": {"en": [" no", " yes"]}}}'
     )
-    with pytest.raises(UserInputError, match="matching.json: not as this version(.|\n)*mend the file"):
+    with pytest.raises(UserInputError, match="matching.json: not as this version(.|\n)*fix the file"):
         recipe_of(Path("."))
 
 

@@ -51,7 +51,7 @@ def test_other_folders_are_no_runs(tiny_recipe):
 def test_a_plan_before_the_probe_is_as_if_any_facts_were_drawn(tiny_recipe):
     path = save(tiny_recipe, **SELECTED)
     planned = done("plan", path)
-    assert "2 epoch(s) of 6 samples" in planned.stdout
+    assert "2 epochs of 6 samples" in planned.stdout
     assert "as if any 6 facts were drawn" in planned.stdout
     assert "24 facts x 2 wordings x 3 samples = 144 completions of up to 4 tokens, about" in planned.stdout
     outlook = json.loads(done("plan", path, "--json").stdout)["outlook"]

@@ -136,11 +136,11 @@ def test_a_finished_run_of_other_data_is_neither_skipped_nor_overwritten(tiny_re
     kept = json.loads(finished.read_text())
     del kept["recipe"]["matching"]["pooling"]  # as if written before there was such a key
     finished.write_text(json.dumps(kept))
-    assert "1 runs, 0 to do" in study(path).stderr
+    assert "1 run, 0 to do" in study(path).stderr
     lines = Path("test.jsonl").read_text().splitlines()
     Path("test.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     done = study(path)
-    assert done.returncode == 1 and "1 runs, 1 to do" in done.stderr
+    assert done.returncode == 1 and "1 run, 1 to do" in done.stderr
     log = Path("runs/sizes/logs/epochs-1.log").read_text()
     assert "finished with other data" in log and "delete the folder" in log
 

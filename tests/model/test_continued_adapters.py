@@ -180,7 +180,7 @@ def test_a_damaged_configuration_is_named_by_file_and_key_before_anything_is_loa
             read_adapter(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("module", ["norm", "lm_head", "input_layernorm"])
+@pytest.mark.parametrize("module", ["norm", "up_proj", "input_layernorm"])
 def test_layers_trained_whole_are_refused_by_their_weights_before_anything_is_loaded(base, tmp_path, module):
     saved_by_peft(base, tmp_path / "saved", modules_to_save=[module])
     recipe = recipe_for(base, tmp_path / "saved")
@@ -201,3 +201,55 @@ def test_layers_trained_whole_are_refused_where_only_the_model_tells_which(base,
             continue
         with pytest.raises(UserInputError, match="(?s)trained whole.*got: model.norm.weight"):
             load_for_training(recipe_for(base, tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_the_vocabulary_that_an_adapter_has_trained_is_trained_on(base, tmp_path, modules):
+    wanted = saved_by_peft(base, tmp_path / "saved", modules_to_save=modules)
+    file = tmp_path / "saved" / "adapter_model.safetensors"
+    weights = load_file(file)
+    whole = sorted(name for name in weights if ".lora_" not in name)
+    assert [name.split(".")[-2] for name in whole] == sorted(modules, key=lambda name: name == "embed_tokens")
+    changed = {name: weights[name] + 0.5 * torch.randn_like(weights[name]) for name in whole}
+    save_file(weights | changed, file)
+    recipe = recipe_for(base, tmp_path / "saved")
+    check_demands(recipe, load_config(recipe.model))
+    model = load_for_training(recipe)
+    logits = packed_logits(model)
+    assert (logits - wanted).abs().max() > 0.1, "the saved rows are in use"
+    trained = {name.split(".")[-2] for name, p in model.causal_lm.named_parameters() if p.requires_grad}
+    assert trained & {"embed_tokens", "lm_head"} == set(modules)
+    init_process_group()
+    engine = Engine(model, recipe, read_ds_config(deepspeed_file(recipe)))
+    export_weights(engine, tiny_tokenizer(), recipe, folder=tmp_path / "again")
+    engine.close()
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], changed[name]) for name in whole)
+    assert torch.allclose(
+        packed_logits(load_for_training(recipe_for(base, tmp_path / "again"))), logits, atol=1e-5
+    )
+
+
+def test_a_tied_vocabulary_that_was_trained_apart_is_refused(tmp_path):
+    torch.manual_seed(0)
+    config = tiny_config("qwen3")
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    tiny_tokenizer().save_pretrained(tmp_path / "tied")
+    saved_by_peft(tmp_path / "tied", tmp_path / "saved", modules_to_save=["embed_tokens"])
+    with pytest.raises(
+        UserInputError, match="(?s)apart, which its base has tied.*embed_tokens.*remedy|do: merge"
+    ):
+        load_for_training(recipe_for(tmp_path / "tied", tmp_path / "saved"))
+
+
+def test_targets_that_the_recipe_lists_are_compared_and_all_linear_is_said_to_add_none(
+    base, tmp_path, caplog
+):
+    saved_by_peft(base, tmp_path / "saved")
+    with pytest.raises(UserInputError, match=r"(?s)another targets.*got: .*q_proj.*allowed: \['o_proj'\]"):
+        load_for_training(recipe_for(base, tmp_path / "saved", targets=["o_proj"]))
+    with caplog.at_level("INFO", logger="sftcore"):
+        load_for_training(recipe_for(base, tmp_path / "saved", targets="all-linear"))
+    assert "none are added: q_proj, up_proj, v_proj" in caplog.text

@@ -63,7 +63,7 @@ def test_notes_tell_what_weakens_the_numbers(run: Path, fake: Any) -> None:
         "4 templates x 5 samples instead of the paper's 21 x 10",
         "20 trials has a 95 % interval of up to ±0.22",
         "temperature 1.0 instead of 0.7",
-        "1 test items have no memory level",
+        "1 test item without a memory level",
         "5 of 9 planned steps",
         "2 steps were done more than once",
     ):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sftcore.train import builds
+from sftcore.train import builds, engine
 
 BUILDER = """
 import os, sys, time
@@ -98,3 +98,25 @@ def test_other_programs_locks_are_left_alone(root):
     theirs.touch()
     builds.await_other_builds()
     assert theirs.exists()
+
+
+def test_a_library_is_found_by_its_file_without_a_linker(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **options: pytest.fail("something was run"))
+    assert not builds.finds_library("sftcore-test")
+    (tmp_path / "libsftcore-test.so").touch()
+    for name, value in (("LIBRARY_PATH", f"/nowhere:{tmp_path}"), ("LDFLAGS", f"-O1 -L{tmp_path}")):
+        monkeypatch.setenv(name, value)
+        assert builds.finds_library("sftcore-test"), name
+        monkeypatch.delenv(name)
+    assert not builds.finds_library("sftcore-test")
+
+
+def test_a_plan_runs_no_linker_where_libaio_is_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine.AsyncIOBuilder, "is_compatible", lambda self, verbose: asked.append(1) or True)
+    engine.has_async_io.cache_clear()
+    monkeypatch.setattr(engine, "finds_library", lambda name: False)
+    assert not engine.may_have_async_io() and not asked
+    monkeypatch.setattr(engine, "finds_library", lambda name: True)
+    assert engine.may_have_async_io() and engine.may_have_async_io() and len(asked) == 1
+    engine.has_async_io.cache_clear()

@@ -1,6 +1,6 @@
-"""Attention over packed documents: four backends behind one signature, chosen by ability.
+"""Attention over packed documents: four backends with one signature, chosen by ability.
 
-In: a model's configuration, dtype and device, and a wish (`auto` or a name). Out: the name of a registered
+In: a model's configuration, dtype and device, and a request (`auto` or a name). Out: the name of a registered
 transformers attention.
 Invariant: what a model needs and a backend can't do is refused by name, never approximated.
 Trade-off: backends see documents, not masks, so no (T, T) mask exists anywhere: at T = 16,384 that mask
@@ -37,20 +37,20 @@ REGISTERED = {  # names with "flash", "sdpa", "flex_attention" or "paged" mean s
 }
 
 
-def choose_attention(config: Any, wish: str, *, dtype: str, device: str) -> str:
+def choose_attention(config: Any, wanted: str, *, dtype: str, device: str) -> str:
     """Name of the attention implementation to load a model with, registered with transformers.
 
     Args:
         config: the model's configuration.
-        wish: `auto` or a name in BACKENDS.
+        wanted: `auto` or a name in BACKENDS.
         dtype: "bfloat16" or "float32".
         device: "cuda" or "cpu".
 
     Raises:
-        UserInputError: no backend, or not the wished one, can do what the model needs.
+        UserInputError: no backend, or not the requested one, can do what the model needs.
     """
     needs = needs_of(config, dtype=dtype, device=device)
-    names = list(BACKENDS) if wish == "auto" else [wish]
+    names = list(BACKENDS) if wanted == "auto" else [wanted]
     refusals = {name: BACKENDS[name][1](needs) for name in names}
     able = [name for name in names if not refusals[name]]
     if not able:
@@ -58,14 +58,14 @@ def choose_attention(config: Any, wish: str, *, dtype: str, device: str) -> str:
             Problem(
                 what=f"attention of model type {config.model_type!r} can't be computed",
                 where="model.attention",
-                got=wish,
+                got=wanted,
                 allowed="; ".join(f"{name}: {', '.join(why)}" for name, why in refusals.items()),
-                remedy="set model.attention: auto, or train another model" if wish != "auto" else "",
+                remedy="set model.attention: auto, or train another model" if wanted != "auto" else "",
             )
         )
     log.info("attention backend: %s", able[0])
     for name, why in refusals.items():
-        if why and wish == "auto":
+        if why and wanted == "auto":
             log.debug("not %s: %s", name, ", ".join(why))
     name = REGISTERED[able[0]]
     AttentionInterface.register(name, BACKENDS[able[0]][0])

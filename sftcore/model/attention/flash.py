@@ -56,7 +56,7 @@ def lacks(needs: AttentionNeeds) -> list[str]:
     if needs.head_size > MAX_HEAD_SIZE:
         reasons.append(f"its heads have at most {MAX_HEAD_SIZE} elements, not {needs.head_size}")
     if needs.value_size != needs.head_size:
-        reasons.append(f"its values are of its keys' size, not {needs.value_size} beside {needs.head_size}")
+        reasons.append(f"its values are of its keys' size, not {needs.value_size} next to {needs.head_size}")
     return reasons + lacks_of_all(needs)
 
 

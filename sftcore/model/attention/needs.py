@@ -20,7 +20,7 @@ SINK_MODEL_TYPES = frozenset(  # those whose layers have `sinks` in transformers
     {"deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "inkling2", "inkling2_text"}
     | {"mimo_v2_flash", "openai_privacy_filter"}
 )
-UNAPPLIED = {  # what transformers' layers hand to an attention beside q, k, v, and no backend of ours applies
+UNAPPLIED = {  # what transformers' layers hand to attention besides q, k, v, and no backend of ours applies
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "position_bias": "a bias of positions",

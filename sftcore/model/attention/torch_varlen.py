@@ -35,7 +35,7 @@ def lacks(needs: AttentionNeeds) -> list[str]:
     if needs.softcap is not None:
         reasons.append("it has no soft cap on attention logits")
     if needs.value_size != needs.head_size:
-        reasons.append(f"its values are of its keys' size, not {needs.value_size} beside {needs.head_size}")
+        reasons.append(f"its values are of its keys' size, not {needs.value_size} next to {needs.head_size}")
     return reasons + lacks_of_all(needs)
 
 

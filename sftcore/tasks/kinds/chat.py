@@ -57,6 +57,9 @@ class Chat(Content):
     def num_trained_turns(self) -> int:
         return len(self.answers)
 
+    def turns_said(self) -> tuple[str, ...]:
+        return tuple(turn.content for turn in self.messages)
+
     def asked(self) -> tuple[str, str]:
         text = joined(*_said(self.messages[: self.answers[-1]]))
         return text, text

@@ -117,6 +117,10 @@ class Content(ABC):
         """Turns of a chat that are trained; 1 of what has no turns."""
         return 1
 
+    def turns_said(self) -> tuple[str, ...]:
+        """The contents of a chat's turns; nothing of what has no turns."""
+        return ()
+
     @property
     def example_group(self) -> str:
         """Solved examples are drawn from these in turn."""
