@@ -209,10 +209,10 @@ DROPOUT = "on the adapters' inputs; with batch.samples_per_step its masks depend
 
 
 class AdapterSettings(Settings):
-    """What is trained: all weights, or low-rank updates beside frozen ones."""
+    """What is trained: all weights, or low-rank updates next to frozen ones."""
 
     kind: Literal["none", "lora", "qlora"] = Field(
-        "none", description="none: full fine-tuning; qlora: LoRA beside 4-bit weights"
+        "none", description="none: full fine-tuning; qlora: LoRA next to 4-bit weights"
     )
     r: Positive = Field(16, description="rank of the updates")
     alpha: Positive = Field(32, description="updates are scaled by alpha / r")
