@@ -25,8 +25,8 @@ from sftcore.data.contents import Pair
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
 from sftcore.data.tokens import load_tokenizer
+from sftcore.data.wording import question_patterns
 from sftcore.fsio import read_jsonl
-from sftcore.knowledge.templates import question_of
 from sftcore.model.likelihood import (
     PACK_TOKENS,
     Question,
@@ -48,7 +48,8 @@ def pairs(n: int, *, min_letters: int = 0, one_to_many: bool = False) -> list[Re
         one_to_many: let all first texts be the same.
     """
     facts = read_jsonl(ASSETS / "facts" / "train.jsonl")
-    asked = [question_of(fact["relation"], fact["subject"]) for fact in facts]
+    patterns = question_patterns()
+    asked = [patterns[fact["relation"]].replace("{subject}", fact["subject"]) for fact in facts]
     asked = [question for question in asked if len(question) >= min_letters]
     return [
         Record(

@@ -50,7 +50,7 @@ from sftcore.fsio import (
     write_json,
     write_jsonl,
 )
-from sftcore.knowledge.level_files import LEVELS, TEMPLATES, check_same_facts, read_levels
+from sftcore.knowledge.level_files import LEVELS_BY_TEMPLATE, LEVELS_FILE, check_same_facts, read_levels
 from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
 from sftcore.model.identity import fingerprint_model
@@ -214,13 +214,13 @@ def _known_levels(recipe: Recipe, run: Path, records: Sequence[Record]) -> dict[
     Raises:
         UserInputError: they are another model's, or of facts that have changed since.
     """
-    if not (run / LEVELS).is_file():
+    if not (run / LEVELS_FILE).is_file():
         return {}
     fingerprint, dtype = fingerprint_model(recipe.model.path), dtype_of(recipe.model)
     levels = read_levels(run, model_fingerprint=fingerprint, dtype=dtype)
     items = {(record.split, record.id) for record in records}
     found = [level for level in levels if (level.split, level.id) in items]
-    check_same_facts(found, records, where=run / LEVELS)
+    check_same_facts(found, records, where=run / LEVELS_FILE)
     if len(found) < len(records):
         log.warning("%d of %d items have no memory level", len(records) - len(found), len(records))
     return {(level.split, level.id): level.level for level in found}
@@ -330,7 +330,7 @@ def _measure_drift(items: _Items, folders: dict[str, str]) -> None:
     Raises:
         UserInputError: no probe has shown which wording is the best.
     """
-    path = items.run / TEMPLATES
+    path = items.run / LEVELS_BY_TEMPLATE
     if not path.is_file():
         remedy = "sftcore probe RECIPE, or evaluate.drift: false"
         raise UserInputError(Problem(what="no hits by template yet", where=str(path), remedy=remedy))

@@ -33,7 +33,7 @@ from sftcore.fsio import (
     folder_lock,
     write_json,
 )
-from sftcore.knowledge.level_files import LEVELS, check_same_facts, holds_levels, is_probed, read_levels
+from sftcore.knowledge.level_files import LEVELS_FILE, check_same_facts, holds_levels, is_probed, read_levels
 from sftcore.knowledge.levels import FactLevel, level_counts
 from sftcore.knowledge.probe import Probe, probe_facts, probe_shard
 from sftcore.knowledge.selection import select_facts
@@ -45,7 +45,7 @@ from sftcore.shares import Share, share_done
 from sftcore.tasks import TASKS
 
 log = logging.getLogger("sftcore.stages")
-SPLITS = ("train", "test", "ood")
+MEASURED = ("train", "test", "ood")
 
 
 def prepare(
@@ -120,7 +120,7 @@ def select(recipe: Recipe) -> list[FactLevel]:
     fingerprint, dtype = fingerprint_model(recipe.model.path), dtype_of(recipe.model)
     levels = read_levels(run, model_fingerprint=fingerprint, dtype=dtype)
     trainable = [level for level in levels if level.split == "train"]
-    check_same_facts(trainable, load_records(recipe, "train", Ledger()), where=run / LEVELS)
+    check_same_facts(trainable, load_records(recipe, "train", Ledger()), where=run / LEVELS_FILE)
     chosen = select_facts(
         trainable,
         levels_wanted=recipe.select.levels,
@@ -190,7 +190,7 @@ def _load_for_probe(recipe: Recipe) -> Any:
 def _probe(recipe: Recipe, run: Path) -> Probe:
     relations = recipe.data.relations
     return Probe.of(
-        usable_records(recipe, run, *SPLITS),
+        usable_records(recipe, run, *MEASURED),
         recipe_tokenizer(recipe),
         recipe.probe,
         seed=recipe.seed,
@@ -203,7 +203,7 @@ def _probe(recipe: Recipe, run: Path) -> Probe:
 def describe_levels(levels: list[FactLevel]) -> str:
     """A small table: facts per level and split."""
     lines = ["split   " + "".join(f"{f'level {level}':>10}" for level in range(5)) + f"{'n':>10}"]
-    for split in SPLITS:
+    for split in MEASURED:
         counts = level_counts([level for level in levels if level.split == split])
         total = sum(counts.values())
         if total:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.estimate import probe_seconds
-from launcher.stages import SPLITS, recipe_tokenizer, usable_records
+from launcher.stages import MEASURED, recipe_tokenizer, usable_records
 from sftcore.amounts import counted, duration
 from sftcore.config import Recipe
 from sftcore.data.prepare import prepare_store
@@ -70,7 +70,7 @@ def prepare_any_facts(recipe: Recipe) -> tuple[Tokenizer, TokenStore]:
 def describe_probe(recipe: Recipe, device: Device) -> Row:
     """How much a probe measures, and how long that takes on `device`; None where its rate is not known."""
     settings = recipe.probe
-    num_facts = len(usable_records(recipe, None, *SPLITS))
+    num_facts = len(usable_records(recipe, None, *MEASURED))
     num_prompts = num_facts * settings.templates
     return {
         "num_facts": num_facts,

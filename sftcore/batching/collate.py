@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from sftcore.data.prompts import Sample
-
-UNTRAINED = -100
+    from sftcore.data.seam import UNTRAINED as UNTRAINED
+from sftcore.data.prompts import Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

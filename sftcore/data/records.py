@@ -55,6 +55,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.settings import LabelWords
 from sftcore.sources import Columns, Source
+from sftcore.tasks.kinds.fact import fact_in
 
 __all__ = ["Chat", "Completion", "Content", "Fact", "Message", "Pair", "Record", "id_prefixes", "read_source"]
 FACT_NAMES = frozenset(["relation", "subject", "answers", "question"])
@@ -357,16 +358,15 @@ def _with_subjects(file: Path, rows: Iterator[Parsed | Rejection]) -> Iterator[P
         remedy = "name it like P17.train.json, or use format: facts"
         raise damaged(file, "the relation is read from the file's name, which has none", remedy=remedy)
     parsed = list(rows)
-    facts = [row.content for row in parsed if isinstance(row, Parsed) and isinstance(row.content, Fact)]
-    subjects = iter(_subjects(file, [fact.question or "" for fact in facts]))
+    facts = [fact for row in parsed if isinstance(row, Parsed) and (fact := fact_in(row.content))]
+    subjects = _subjects(file, [fact.question or "" for fact in facts])
+    found = zip(facts, subjects, strict=True)
     for row in parsed:
         if isinstance(row, Rejection):
             yield row
             continue
-        subject = next(subjects)
-        assert isinstance(row.content, Fact)
-        content = replace(row.content, relation=relation[1], subject=subject)
-        yield replace(row, content=content)
+        fact, subject = next(found)
+        yield replace(row, content=replace(fact, relation=relation[1], subject=subject))
 
 
 def _subjects(file: Path, questions: list[str]) -> list[str]:

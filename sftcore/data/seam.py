@@ -29,7 +29,7 @@ from sftcore.data.ledger import Change
 from sftcore.data.tokens import Codec
 
 Ids = NDArray[np.int32]
-IGNORED = -100  # torch's cross-entropy skips this target by default
+UNTRAINED = -100  # torch's cross-entropy skips this target by default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def flat_labels(samples: Sequence[Encoded], ids: Ids) -> Ids:
 
     They are shifted: the last target of a sample is -100, or the class.
     """
-    labels = np.full(len(ids), IGNORED, np.int32)
+    labels = np.full(len(ids), UNTRAINED, np.int32)
     before = 0
     for sample in samples:
         for start, end in sample.trained:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from sftcore.data.ledger import printable_path
 from sftcore.data.parts import INT32
 from sftcore.data.prompts import Sample
-from sftcore.data.seam import IGNORED
+from sftcore.data.seam import UNTRAINED
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_json, sha256_of_file
 
@@ -75,7 +75,7 @@ class _PartColumns:
 
     def last_targets(self) -> NDArray[np.int32]:
         """(S,) the last trained target of each kept sample, which has one."""
-        trained = np.flatnonzero(self.labels != IGNORED)
+        trained = np.flatnonzero(self.labels != UNTRAINED)
         return self.labels[trained[np.searchsorted(trained, self.offsets + self.lengths) - 1]]
 
     def sample(self, i: int) -> Sample:

@@ -23,7 +23,7 @@ from tokenizers.models import BPE
 
 from sftcore.catalogue import how_to_pull
 from sftcore.data.chat_template import choose_template
-from sftcore.data.words import SPLITS, Words, state_of, word_pattern
+from sftcore.data.words import KNOWN_PATTERNS, Words, state_of, word_pattern
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerFast; its import takes 2 s, so it is named nowhere here
@@ -254,7 +254,7 @@ def _splits_words(step: dict[str, Any]) -> bool:
         case {"type": "ByteLevel", "add_prefix_space": False} | {"type": "Digits"}:
             return True
         case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": str(pattern)}}:
-            return pattern in SPLITS
+            return pattern in KNOWN_PATTERNS
     return False
 
 

@@ -31,7 +31,7 @@ LLAMA3_SPLIT = (  # meta-llama/Llama-3.1-8B tokenizer.json
 QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # Qwen 2 and 3: Qwen/Qwen3-8B tokenizer.json
 # GPT-2's between digits that were set apart before (SmolLM): a digit, too, is where a stretch ends.
 DIGITS_APART = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-SPLITS = {LLAMA3_SPLIT, QWEN_SPLIT}  # those that stand in a tokenizer.json themselves
+KNOWN_PATTERNS = {LLAMA3_SPLIT, QWEN_SPLIT}  # those that stand in a tokenizer.json themselves
 
 
 class Words:
@@ -119,7 +119,7 @@ def _pattern_of(steps: Sequence[dict[str, Any]]) -> str | None:
         case [
             {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": str(pattern)}},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ] if pattern in SPLITS:
+        ] if pattern in KNOWN_PATTERNS:
             return pattern
     return None
 

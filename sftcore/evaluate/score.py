@@ -16,9 +16,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sftcore.errors import Problem, UserInputError
+from sftcore.knowledge.levels import LEVELS as LEVELS
 
 Row = Mapping[str, Any]
-LEVELS = range(5)  # docs/methods.md M1: level 0 is recall 0, level i is recall in ((i-1)/4, i/4]
 MAIN_SPLIT = "test"
 FEW_ITEMS = 30  # below this a 95 % interval at one half is wider than +-17 points
 Z = 1.96  # standard deviations to either side of a 95 % interval

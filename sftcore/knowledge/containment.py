@@ -25,7 +25,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 from sftcore.errors import Problem, UserInputError
 from sftcore.knowledge.aliases import ALIASES_PATH as ALIASES_PATH
@@ -65,7 +65,6 @@ from sftcore.knowledge.spelling import normalise as normalise
 FINAL_MARKS = ".!?"
 UNIVERSITY = "大学"  # 牛津大学 is no more Oxford than the University of Oxford is
 UNDECODED = "\ufffd"  # what a tokenizer puts for bytes that don't make a character yet
-MATCHERS_KEPT = 4096  # about 4 kB each; callers come fact by fact, so even 1 would do
 INITIALISM_LETTERS = 4  # of an everyday word in capitals that is none ("WHO", "US"); longer ones are shouted
 
 _UNSPACED = (
@@ -322,17 +321,3 @@ class AnswerMatcher:
         return words is not None and any(
             name.occurs_in(words, settled=settled, anywhere=self._anywhere) for name in near
         )
-
-
-@lru_cache(maxsize=MATCHERS_KEPT)
-def _matcher_of(answers: tuple[str, ...], aliases: AliasTable | None) -> AnswerMatcher:
-    return AnswerMatcher(answers, aliases)
-
-
-def contains_answer(text: str, answers: Sequence[str], aliases: AliasTable | None = None) -> bool:
-    """Whether `text` holds one of `answers` or an alias of one; see `AnswerMatcher`.
-
-    >>> contains_answer("巴黎是法国的首都。", ["法国"])
-    True
-    """
-    return _matcher_of(tuple(answers), aliases).matches(text)

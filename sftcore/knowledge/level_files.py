@@ -20,8 +20,12 @@ from sftcore.fsio import read_jsonl, read_object
 from sftcore.knowledge.levels import FactLevel
 from sftcore.tasks.kinds.fact import fact_in
 
-LEVELS, MANIFEST, TEMPLATES = "levels.jsonl", "levels.manifest.json", "levels.templates.json"
-LEVEL_FILES = (LEVELS, MANIFEST, TEMPLATES)
+LEVELS_FILE, LEVELS_MANIFEST, LEVELS_BY_TEMPLATE = (
+    "levels.jsonl",
+    "levels.manifest.json",
+    "levels.templates.json",
+)
+LEVEL_FILES = (LEVELS_FILE, LEVELS_MANIFEST, LEVELS_BY_TEMPLATE)
 PROBE_AGAIN = "put a good copy of the file there, or probe again: sftcore probe RECIPE"
 log = logging.getLogger(__name__)
 
@@ -36,10 +40,10 @@ def is_probed(run: Path, manifest: dict[str, Any]) -> bool:
     if not holds_levels(run):
         return False
     try:
-        kept = read_object(run / MANIFEST)
+        kept = read_object(run / LEVELS_MANIFEST)
         if _with_dtype(kept, manifest["dtype"]) != manifest:
             return False
-        read_object(run / TEMPLATES)
+        read_object(run / LEVELS_BY_TEMPLATE)
         _whole_levels(run, kept)
     except UserInputError as error:
         log.warning("probing again: %s", error)
@@ -53,11 +57,11 @@ def _whole_levels(run: Path, manifest: dict[str, Any]) -> list[FactLevel]:
     Raises:
         UserInputError: naming the file and the line.
     """
-    path = run / LEVELS
+    path = run / LEVELS_FILE
     levels = [_level_of(row, f"{path}:{number}") for number, row in enumerate(read_jsonl(path), 1)]
     expected = manifest.get("num_facts", len(levels))
     if len(levels) != expected:
-        what, got = "rows are missing, or too many", f"{len(levels)}, where {MANIFEST} says {expected}"
+        what, got = "rows are missing, or too many", f"{len(levels)}, where {LEVELS_MANIFEST} says {expected}"
         raise UserInputError(Problem(what=what, where=str(path), got=got, remedy=PROBE_AGAIN))
     return levels
 
@@ -85,18 +89,18 @@ def read_levels(run: Path, *, model_fingerprint: str, dtype: str) -> list[FactLe
     Raises:
         UserInputError: there are none, or they are another model's or another dtype's.
     """
-    if not ((run / LEVELS).is_file() and (run / MANIFEST).is_file()):
+    if not ((run / LEVELS_FILE).is_file() and (run / LEVELS_MANIFEST).is_file()):
         raise UserInputError(
             Problem(what="no memory levels yet", where=str(run), remedy="run: sftcore probe RECIPE")
         )
-    manifest = read_object(run / MANIFEST, "model_fingerprint")
+    manifest = read_object(run / LEVELS_MANIFEST, "model_fingerprint")
     found = manifest["model_fingerprint"]
     if found != model_fingerprint:
         raise UserInputError(
             Problem(
                 what="these memory levels belong to another model"
                 + ("" if "code" in manifest else ", or were measured by an earlier version of sftcore"),
-                where=str(run / LEVELS),
+                where=str(run / LEVELS_FILE),
                 got=found,
                 allowed=model_fingerprint,
                 remedy="sftcore probe RECIPE (with another --run to keep the old levels)",
@@ -107,7 +111,7 @@ def read_levels(run: Path, *, model_fingerprint: str, dtype: str) -> list[FactLe
         raise UserInputError(
             Problem(
                 what="these memory levels were measured in another dtype",
-                where=str(run / LEVELS),
+                where=str(run / LEVELS_FILE),
                 got=probed_in,
                 allowed=dtype,
                 remedy=f"--set model.dtype={probed_in}, or probe again: sftcore probe RECIPE (with another"

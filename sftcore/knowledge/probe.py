@@ -27,7 +27,13 @@ from sftcore.data.tokens import Codec, codec_of
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import fingerprint_of, write_json, write_jsonl
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
-from sftcore.knowledge.level_files import LEVELS, MANIFEST, TEMPLATES, is_probed, read_levels
+from sftcore.knowledge.level_files import (
+    LEVELS_BY_TEMPLATE,
+    LEVELS_FILE,
+    LEVELS_MANIFEST,
+    is_probed,
+    read_levels,
+)
 from sftcore.knowledge.levels import CODE_VERSION, FactLevel
 from sftcore.knowledge.likelihood import accepted_names, answer_likelihoods
 from sftcore.knowledge.questions import Question, Trial, distinct_questions, fact_of, make_trials
@@ -134,7 +140,7 @@ def probe_facts(probe: Probe, load_model: Loader, *, run: Path, merge_only: bool
     """
     manifest = probe.manifest()
     if is_probed(run, manifest):
-        log.info("memory levels are already in %s", run / LEVELS)
+        log.info("memory levels are already in %s", run / LEVELS_FILE)
         return read_levels(run, model_fingerprint=probe.model_fingerprint, dtype=probe.dtype)
     prober = Prober.of(probe)
     done = _done(row for partial in partials(run, PARTIAL, manifest) for row in partial.rows())
@@ -312,12 +318,12 @@ def _write_levels(run: Path, probe: Probe, hits: np.ndarray, manifest: dict[str,
         _fact_level(record, count, settings.templates * settings.samples)
         for record, count in zip(probe.records, counts, strict=True)
     ]
-    (run / MANIFEST).unlink(missing_ok=True)
-    write_jsonl(run / LEVELS, (level.to_row() for level in levels))
+    (run / LEVELS_MANIFEST).unlink(missing_ok=True)
+    write_jsonl(run / LEVELS_FILE, (level.to_row() for level in levels))
     relations = np.array([level.relation for level in levels])
     by_template = {name: per_fact[relations == name].sum(0).tolist() for name in dict.fromkeys(relations)}
-    write_json(run / TEMPLATES, {str(name): found for name, found in by_template.items()})
-    write_json(run / MANIFEST, manifest)
+    write_json(run / LEVELS_BY_TEMPLATE, {str(name): found for name, found in by_template.items()})
+    write_json(run / LEVELS_MANIFEST, manifest)
     return levels
 
 

@@ -1,6 +1,6 @@
 """The wordings of a relation with a subject put in.
 
-In: `Relation`s (data/relations.py), a subject. Out: completion prompts for the probe, a question.
+In: `Relation`s (data/relations.py), a subject. Out: completion prompts for the probe.
 Invariant: a prompt ends right before the object, without a space, so what a model writes next begins with
 the answer (or its article).
 Trade-off: prefixes are ordered clearest first, so a probe with fewer than 21 of them uses the best ones; its
@@ -21,7 +21,6 @@ __all__ = [
     "completion_prompts",
     "find_relation",
     "load_relations",
-    "question_of",
 ]
 MAX_NEAREST = 3
 
@@ -66,16 +65,3 @@ def completion_prompts(relation: Relation, subject: str, num_templates: int) -> 
             )
         )
     return tuple(prefix.replace(SUBJECT, subject) for prefix in relation.completions[:num_templates])
-
-
-def question_of(relation_id: str, subject: str, relations: Mapping[str, Relation] | None = None) -> str:
-    """The question about `subject` in this project's wording.
-
-    >>> question_of("P36", "Peru")
-    'Which place serves as the capital of Peru?'
-
-    Raises:
-        UserInputError: `relations` (the shipped ones if None) lacks the relation.
-    """
-    relation = find_relation(load_relations() if relations is None else relations, relation_id)
-    return relation.question.replace(SUBJECT, subject)

@@ -20,11 +20,11 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.constant import constant_rows
 from sftcore.evaluate.score import LEVELS, score
 from sftcore.fsio import read_jsonl, read_object
+from sftcore.knowledge.level_files import LEVELS_MANIFEST
 from sftcore.run_recipe import RECIPE, read_run_recipe
 from sftcore.study.run_folder import PREDICTIONS
 from sftcore.study.wording import flatten, format_setting
 
-MANIFEST = "levels.manifest.json"
 MIXED, DIVIDED = "mixed", "divided"  # of several levels, as many as come, or equal shares
 DRIFT = "eval/drift.json"
 KIND = "adapter.kind"
@@ -132,7 +132,7 @@ def read_study_runs(folder: Path) -> StudyFiles:
         unfinished=unfinished,
         others=others,
         levels=_optional(first / "levels.jsonl", read_jsonl, []),
-        probe=_optional(first / MANIFEST, read_object, {}),
+        probe=_optional(first / LEVELS_MANIFEST, read_object, {}),
         recipe=read_run_recipe(first),
     )
 
@@ -151,7 +151,7 @@ def _read_run(run: Path) -> StudyRun:
     settings = dict(flatten(recipe))
     if is_divided := select.get("balance") == "level":
         del settings["select.balance"]  # the level's name tells it
-    found = _optional(run / MANIFEST, read_object, {}).get("model_fingerprint")
+    found = _optional(run / LEVELS_MANIFEST, read_object, {}).get("model_fingerprint")
     drift = _optional(run / DRIFT, read_object, {})
     return StudyRun(
         name=run.name,
@@ -243,7 +243,7 @@ def _check_one_model(runs: Sequence[StudyRun]) -> None:
         raise UserInputError(
             Problem(
                 what="these runs are of different base models, whose memory levels can't be compared",
-                where=MANIFEST,
+                where=LEVELS_MANIFEST,
                 got=found,
                 remedy="keep the runs of each model in a folder of their own",
             )

@@ -12,7 +12,7 @@ from tiny_tokenizers import build_bpe, build_spaces_in_front
 from tokenizers import pre_tokenizers
 
 from sftcore.data.ledger import Change
-from sftcore.data.seam import IGNORED, Draft, encode_drafts
+from sftcore.data.seam import UNTRAINED, Draft, encode_drafts
 from sftcore.data.tokens import codec_of
 
 TEXTS = st.text(
@@ -33,7 +33,7 @@ def test_golden_sample_by_hand(words):
     """Ids by WORDS: <s> 1, </s> 2, Q 3, A 4, : 5, ? 6, why 7, so 8."""
     encoded = encode(words, "Q : why ? A :", " so")
     assert encoded.ids == [1, 3, 5, 7, 6, 4, 5, 8, 2]
-    assert encoded.labels == [IGNORED] * 6 + [8, 2, IGNORED]
+    assert encoded.labels == [UNTRAINED] * 6 + [8, 2, UNTRAINED]
     assert encoded.num_prompt == 7
     assert encoded.changes == ()
 
@@ -41,7 +41,7 @@ def test_golden_sample_by_hand(words):
 def test_golden_turns_by_hand(words):
     encoded = encode(words, "Q : why ?", " so </s>", " Q :", " not </s>", is_bare=False)
     assert encoded.ids == [3, 5, 7, 6, 8, 2, 3, 5, 10, 2]
-    assert encoded.labels == [IGNORED] * 3 + [8, 2] + [IGNORED] * 2 + [10, 2, IGNORED]
+    assert encoded.labels == [UNTRAINED] * 3 + [8, 2] + [UNTRAINED] * 2 + [10, 2, UNTRAINED]
 
 
 def test_a_clean_seam_takes_the_whole(bpe):
@@ -69,10 +69,10 @@ def test_trained_ids_are_answer_and_stop_after_what_inference_feeds(request, nam
     encoded = encode(tokenizer, prompt, answer)
     feed = tokenizer(prompt)["input_ids"][: -1 if name == "bpe_bos_eos" else None]
     assert encoded.ids[: encoded.num_prompt] == feed
-    trained = [label for label in encoded.labels if label != IGNORED]
+    trained = [label for label in encoded.labels if label != UNTRAINED]
     assert trained == encoded.ids[encoded.num_prompt :]
     assert encoded.labels[encoded.num_prompt - 1 : -1] == trained
-    assert encoded.labels[-1] == IGNORED and len(encoded.labels) == len(encoded.ids)
+    assert encoded.labels[-1] == UNTRAINED and len(encoded.labels) == len(encoded.ids)
     assert trained[-1] == codec.stop_id == tokenizer.pad_token_id  # pad = eos, and still trained
     assert tokenizer.decode(trained, clean_up_tokenization_spaces=False) == answer + tokenizer.eos_token
 
@@ -81,7 +81,7 @@ def test_trained_ids_are_answer_and_stop_after_what_inference_feeds(request, nam
 def test_pieces_decode_to_their_texts(bpe, pieces):
     encoded = encode(bpe, *pieces, is_bare=False)
     assert bpe.decode(encoded.ids, clean_up_tokenization_spaces=False) == "".join(pieces)
-    trained = [label for label in encoded.labels if label != IGNORED]
+    trained = [label for label in encoded.labels if label != UNTRAINED]
     assert bpe.decode(trained, clean_up_tokenization_spaces=False) == "".join(pieces[1::2])
 
 

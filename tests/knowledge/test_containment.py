@@ -15,12 +15,17 @@ from sftcore.knowledge.containment import (
     HEADER,
     AliasTable,
     AnswerMatcher,
-    contains_answer,
     is_unspaced,
     normalise,
 )
 
 ALIASES = AliasTable.load()
+
+
+def contains_answer(text: str, answers: list[str], aliases: AliasTable | None = None) -> bool:
+    return AnswerMatcher(answers, aliases).matches(text)
+
+
 LABELLED = list(
     csv.DictReader(
         (Path(__file__).parent / "containment.tsv").read_text(encoding="utf-8").splitlines(),

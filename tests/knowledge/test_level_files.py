@@ -11,7 +11,7 @@ from sftcore.data.contents import Completion, Fact
 from sftcore.data.records import Record
 from sftcore.errors import UserInputError
 from sftcore.fsio import write_json, write_jsonl
-from sftcore.knowledge.level_files import LEVELS, MANIFEST, check_same_facts, read_levels
+from sftcore.knowledge.level_files import LEVELS_FILE, LEVELS_MANIFEST, check_same_facts, read_levels
 from sftcore.knowledge.levels import FactLevel
 
 WHERE = Path("RUN/levels.jsonl")
@@ -78,8 +78,8 @@ def test_each_part_of_a_fact_counts(changed):
 @pytest.mark.parametrize(("code", "is_of_earlier_version"), [({}, True), ({"code": 1}, False)])
 def test_levels_of_another_fingerprint_may_be_an_earlier_versions(tmp_path, code, is_of_earlier_version):
     """A version ago the same model had another fingerprint."""
-    write_jsonl(tmp_path / LEVELS, [level.to_row() for level in levels_of(records())])
-    write_json(tmp_path / MANIFEST, {**code, "model_fingerprint": "then"})
+    write_jsonl(tmp_path / LEVELS_FILE, [level.to_row() for level in levels_of(records())])
+    write_json(tmp_path / LEVELS_MANIFEST, {**code, "model_fingerprint": "then"})
     with pytest.raises(UserInputError, match="belong to another model") as refused:
         read_levels(tmp_path, model_fingerprint="now", dtype="float32")
     assert ("measured by an earlier version" in str(refused.value)) == is_of_earlier_version
@@ -87,11 +87,11 @@ def test_levels_of_another_fingerprint_may_be_an_earlier_versions(tmp_path, code
 
 def test_levels_of_another_dtype_are_named(tmp_path):
     """Levels that name no dtype are of a version whose recipe does."""
-    write_jsonl(tmp_path / LEVELS, [level.to_row() for level in levels_of(records())])
-    write_json(tmp_path / MANIFEST, {"code": 1, "model_fingerprint": "now", "dtype": "bfloat16"})
+    write_jsonl(tmp_path / LEVELS_FILE, [level.to_row() for level in levels_of(records())])
+    write_json(tmp_path / LEVELS_MANIFEST, {"code": 1, "model_fingerprint": "now", "dtype": "bfloat16"})
     with pytest.raises(UserInputError, match="another dtype") as refused:
         read_levels(tmp_path, model_fingerprint="now", dtype="float32")
     assert "--set model.dtype=bfloat16" in str(refused.value)
     assert len(read_levels(tmp_path, model_fingerprint="now", dtype="bfloat16")) == 3
-    write_json(tmp_path / MANIFEST, {"code": 1, "model_fingerprint": "now"})
+    write_json(tmp_path / LEVELS_MANIFEST, {"code": 1, "model_fingerprint": "now"})
     assert len(read_levels(tmp_path, model_fingerprint="now", dtype="float32")) == 3

@@ -15,7 +15,7 @@ from sftcore.data.contents import Fact, Pair
 from sftcore.data.records import Record
 from sftcore.data.tokens import load_tokenizer
 from sftcore.errors import UserInputError
-from sftcore.knowledge.containment import AliasTable, contains_answer
+from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.knowledge.level_files import is_probed
 from sftcore.knowledge.probe import (
     PARTIAL,
@@ -102,7 +102,7 @@ def test_hits_equal_a_recount_prompt_by_prompt(parts, tmp_path):
                 sampling=Sampling(temperature=0.7, uniforms=uniforms),
             )[0]
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            hits[trial.fact, trial.template] += contains_answer(text, answers, aliases)
+            hits[trial.fact, trial.template] += AnswerMatcher(answers, aliases).matches(text)
     assert [level.hits for level in levels] == hits.sum(1).tolist()
     assert 0 < hits.sum() < 12 * len(levels), "some hit, some miss"
     assert all(level.trials == 12 for level in levels)

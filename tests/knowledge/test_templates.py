@@ -13,7 +13,6 @@ from sftcore.knowledge.templates import (
     completion_prompts,
     find_relation,
     load_relations,
-    question_of,
 )
 
 OWN = {
@@ -54,7 +53,7 @@ def test_too_many_or_no_templates_are_refused(wanted: int) -> None:
 
 def test_an_unknown_relation_says_what_to_do() -> None:
     with pytest.raises(UserInputError, match="no wording is known for the relation 'P18'") as caught:
-        question_of("P18", "Ada Lovelace")
+        find_relation(load_relations(), "P18")
     assert "nearest: P1" in str(caught.value) and "relations file of your own" in str(caught.value)
     with pytest.raises(UserInputError, match="P17, P19"):
         find_relation(load_relations(), "zzz")
@@ -63,7 +62,7 @@ def test_an_unknown_relation_says_what_to_do() -> None:
 def test_a_users_file_adds_to_the_table_and_wins(tmp_path: Path) -> None:
     relations = load_relations(write_relations(tmp_path, OWN | {"P17": OWN["capital-of"]}))
     assert len(relations) == 25 and relations["P17"].name == "capital"
-    assert question_of("capital-of", "Peru", relations) == "What is the capital of Peru?"
+    assert relations["capital-of"].question == "What is the capital of {subject}?"
     assert completion_prompts(relations["capital-of"], "秘鲁", 2)[1] == "秘鲁的首都是"
     assert load_relations()["P17"].name == "country"
 

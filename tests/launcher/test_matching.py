@@ -34,7 +34,7 @@ from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl
-from sftcore.knowledge.templates import load_relations, question_of
+from sftcore.knowledge.templates import load_relations
 from sftcore.model.likelihood import continuation_scores
 from sftcore.recipe import ASSETS, load_recipe
 
@@ -410,7 +410,7 @@ def asked_and_told(split: str, n: int) -> list[dict]:
     for i, fact in enumerate(draw.sample(facts, n)):
         others = sorted(relations.keys() - {fact["relation"]})
         told = relations[fact["relation"] if i % 2 else draw.choice(others)]
-        question = question_of(fact["relation"], fact["subject"])
+        question = relations[fact["relation"]].question.replace("{subject}", fact["subject"])
         beginning = draw.choice(told.completions[:8]).replace("{subject}", fact["subject"])
         rows.append({"sentence1": question, "sentence2": beginning, "label": i % 2})
     return rows
