@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from sftcore.data.arrow import arrow_rows, is_arrow
 from sftcore.data.contents import (
@@ -30,14 +29,11 @@ from sftcore.data.contents import (
     Pair,
     Parsed,
     label_numbers,
-    parse_fact,
     parse_id,
-    parse_pair,
-    parse_question,
     parse_unlabelled,
     read_label,
 )
-from sftcore.data.examples import named_rows, parse_example
+from sftcore.data.examples import named_rows
 from sftcore.data.ledger import (
     DETAIL_CHARACTERS,
     REMEDIES,
@@ -47,18 +43,17 @@ from sftcore.data.ledger import (
     printable,
     printable_path,
 )
-from sftcore.data.metadata import leave_out
 from sftcore.data.rows import WHOLE, Note, RawRow, Span, damaged, ignore, json_list_rows, json_rows, suffix_of
 from sftcore.data.subjects import recover_subjects
-from sftcore.data.tables import OTHERS, choose_columns, object_rows, pair_rows
+from sftcore.data.tables import choose_columns, object_rows, pair_rows
 from sftcore.errors import Problem, UserInputError
 from sftcore.recipe import source_files
 from sftcore.settings import LabelWords
 from sftcore.sources import Columns, Source
+from sftcore.tasks.formats import READERS, Reader
 from sftcore.tasks.kinds.fact import fact_in
 
 __all__ = ["Chat", "Completion", "Content", "Fact", "Message", "Pair", "Record", "id_prefixes", "read_source"]
-FACT_NAMES = frozenset(["relation", "subject", "answers", "question"])
 RELATION_IN_NAME = re.compile(r"(P\d+)\b")
 
 
@@ -88,6 +83,7 @@ def read_source(
     labels: LabelWords,
     prefixes: Mapping[Path, str] | None = None,
     ledger: Ledger | None = None,
+    reader: Reader | None = None,
 ) -> Iterator[Record | Rejection]:
     """The rows of a source, in file order; ids are not yet checked for uniqueness.
 
@@ -97,6 +93,7 @@ def read_source(
         labels: words that stand for 0 and 1 in `pairs` files.
         prefixes: what ids of each file begin with, if the split has other sources (`id_prefixes`).
         ledger: takes the alterations; the caller deals with rejections.
+        reader: of the task; None: that of the format.
 
     Raises:
         UserInputError: no file; or, after the rows of all others, files that are unreadable, empty or without
@@ -112,7 +109,14 @@ def read_source(
         if share == 0:
             continue
         rows = span_records(
-            source, file, split=split, labels=labels, prefix=prefixes[file], limit=share, note=note
+            source,
+            file,
+            split=split,
+            labels=labels,
+            prefix=prefixes[file],
+            limit=share,
+            note=note,
+            reader=reader,
         )
         try:
             yield from _usable(rows, file)
@@ -132,17 +136,19 @@ def span_records(
     span: Span = WHOLE,
     limit: int | None = None,
     note: Note = ignore,
+    reader: Reader | None = None,
 ) -> Iterator[Record | Rejection]:
     """The rows of a stretch of one file, with ids.
 
     Args:
+        reader: of the task; None: that of the format.
         prefix: of the ids of rows without their own.
         limit: rows to take at most; None: all.
 
     Raises:
         UserInputError: the file is unusable as a whole.
     """
-    for row in islice(_contents(source, file, labels, note, span), limit):
+    for row in islice(_contents(source, file, labels, note, span, reader), limit):
         if isinstance(row, Rejection):
             yield row
             continue
@@ -285,35 +291,12 @@ def _label_test(labels: LabelWords) -> Callable[[str], bool]:
 
 
 def _contents(
-    source: Source, file: Path, labels: LabelWords, note: Note, span: Span
+    source: Source, file: Path, labels: LabelWords, note: Note, span: Span, reader: Reader | None
 ) -> Iterator[Parsed | Rejection]:
     rows, columns = raw_rows(source, file, labels, note, span), source.columns
-    if source.format == "entityquestions":
-        parse = _without_others(parse_question, "fact", columns)
-        return _with_subjects(file, _parsed(rows, file, parse, note, columns.id))
-    if source.format == "facts":
-        return _parsed(rows, file, _without_others(parse_fact, "fact", columns), note, columns.id)
-    if source.format == "pairs":
-        numbers = label_numbers(labels)
-        parse = _without_others(lambda fields: parse_pair(fields, numbers), "pair", columns)
-        return _parsed(rows, file, parse, note, columns.id)
-    return _parsed(rows, file, lambda fields: parse_example(fields, columns), note, columns.id)
-
-
-def _without_others(
-    parse: Callable[[Fields], Content], place: Literal["fact", "pair"], columns: Columns
-) -> Callable[[Fields], Content]:
-    """`parse` that refuses a row of which something is not read, unless that says nothing about training."""
-    ids = frozenset(filter(None, [columns.id]))
-    known = ids | FACT_NAMES if place == "fact" else ids
-
-    def checked(fields: Fields) -> Content:
-        content = parse(fields)
-        others = fields.row.value if place == "fact" else fields.row.value.get(OTHERS, {})
-        leave_out(fields, others, known, place=place, ignored=columns.ignore)
-        return content
-
-    return checked
+    parse = (reader or READERS[source.format])(columns, labels)
+    parsed = _parsed(rows, file, parse, note, columns.id)
+    return _with_subjects(file, parsed) if source.format == "entityquestions" else parsed
 
 
 def _parsed(

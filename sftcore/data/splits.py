@@ -124,7 +124,12 @@ def _read_split(recipe: Recipe, split: str, ledger: Ledger | None) -> Iterator[R
     problems: list[Problem] = []
     for source in sources_of(recipe, split):
         rows = read_source(
-            source, split=split, labels=recipe.matching.labels, prefixes=prefixes, ledger=ledger
+            source,
+            split=split,
+            labels=recipe.matching.labels,
+            prefixes=prefixes,
+            ledger=ledger,
+            reader=TASKS[recipe.task].formats.get(source.format),
         )
         try:
             yield from _unrepeated(rows, seen)

@@ -33,6 +33,7 @@ from sftcore.data.seam import Encoded
 from sftcore.data.units import Unit
 from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.log import progress
+from sftcore.tasks import TASKS
 
 POOL_BYTES = 2**20  # less text than this is done before a pool has started
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -77,6 +78,7 @@ class Workshop:
             span=unit.span,
             limit=unit.limit,
             note=ledger.alter,
+            reader=TASKS[self.recipe.task].formats[source.format],
         )
         about = {"source": unit.source, "file": os.fsencode(unit.file).decode("utf-8", "backslashreplace")}
         part = self.folder / part_name(unit.number)

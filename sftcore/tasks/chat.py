@@ -9,6 +9,7 @@ what task qa decides.
 from __future__ import annotations
 
 from sftcore.settings import MatchingSettings
+from sftcore.tasks.formats import examples
 from sftcore.tasks.qa import answered_by as answered_by
 from sftcore.tasks.qa import answers as answers
 from sftcore.tasks.qa import architecture as architecture
@@ -23,7 +24,7 @@ from sftcore.tasks.qa import with_examples as with_examples
 from sftcore.tasks.task import Setting
 from sftcore.tasks.template import Placeholders
 
-formats = ("jsonl",)
+formats = {"jsonl": examples}
 placeholders: Placeholders | None = None
 has_facts = False
 talks = True

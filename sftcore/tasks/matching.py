@@ -13,12 +13,13 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from sftcore.settings import MatchingSettings, PairExample
+from sftcore.tasks.formats import pairs
 from sftcore.tasks.kinds.content import Content
 from sftcore.tasks.kinds.pair import LANGUAGES, pair_in
 from sftcore.tasks.task import Architecture, Sections, Setting
 from sftcore.tasks.template import Placeholders
 
-formats = ("pairs",)
+formats = {"pairs": pairs}
 selects_by: Literal["labels"] = "labels"
 balances = ("label", "none")
 placeholders: Placeholders | None = Placeholders(

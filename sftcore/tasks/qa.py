@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from sftcore.knowledge.containment import AliasTable
 from sftcore.settings import MatchingSettings
+from sftcore.tasks.formats import examples, facts, questions
 from sftcore.tasks.kinds.content import Content
 from sftcore.tasks.task import Architecture, Sections, Setting
 from sftcore.tasks.template import Placeholders
 
-formats = ("entityquestions", "facts", "jsonl")
+formats = {"entityquestions": questions, "facts": facts, "jsonl": examples}
 selects_by: Literal["levels"] = "levels"
 balances = ("relation", "level", "none")
 placeholders: Placeholders | None = Placeholders(

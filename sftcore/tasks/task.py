@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from sftcore.settings import AdapterSettings, MatchingSettings, TrainSettings
 from sftcore.sources import InlineTemplate
+from sftcore.tasks.formats import Reader
 from sftcore.tasks.kinds.content import Content
 from sftcore.tasks.template import Placeholders
 
@@ -35,7 +36,7 @@ class Task(Protocol):
     """What a model is trained to do.
 
     Args:
-        formats: of the sources that it reads.
+        formats: of the sources that it reads, each with what makes contents of rows.
         selects_by: how `select` draws records: by memory level, or equally many of each label.
         balances: values that `select.balance` may have, the default first.
         placeholders: of its templates; None: it has none.
@@ -45,7 +46,7 @@ class Task(Protocol):
     """
 
     @property
-    def formats(self) -> tuple[str, ...]: ...
+    def formats(self) -> Mapping[str, Reader]: ...
     @property
     def selects_by(self) -> Literal["levels", "labels"]: ...
     @property
