@@ -17,7 +17,7 @@ from typing import Any
 
 from launcher.run_folder import open_run, record_seconds
 from sftcore.amounts import counted
-from sftcore.config import Recipe
+from sftcore.config import Recipe, SelectSettings
 from sftcore.data.check import check_store, check_text, draw_check
 from sftcore.data.draws import draw_selected
 from sftcore.data.ledger import TRIVIAL, Ledger
@@ -35,6 +35,7 @@ from sftcore.fsio import (
 )
 from sftcore.knowledge.level_files import LEVELS_FILE, check_same_facts, holds_levels, is_probed, read_levels
 from sftcore.knowledge.levels import FactLevel, level_counts
+from sftcore.knowledge.permute import num_kept, permuted_answers
 from sftcore.knowledge.probe import Probe, probe_facts, probe_shard
 from sftcore.knowledge.selection import select_facts
 from sftcore.knowledge.vllm_backend import load_vllm
@@ -92,13 +93,13 @@ def write_check(recipe: Recipe, store: TokenStore) -> str:
     return f"{text}\n\n{run / 'check.png'}"
 
 
-def _chosen(recipe: Recipe) -> set[str] | None:
+def _chosen(recipe: Recipe) -> dict[str, tuple[str, ...] | None] | None:
     if recipe.select is None:
         return None
     return CHOOSE[TASKS[recipe.task].selects_by](recipe)
 
 
-def draw(recipe: Recipe) -> set[str]:
+def draw(recipe: Recipe) -> dict[str, tuple[str, ...] | None]:
     """Draw training pairs, balanced over labels if so asked; RUN/selection.jsonl lists them."""
     records = load_records(recipe, "train", Ledger())
     chosen = draw_selected(records, recipe.select, seed=recipe.seed)
@@ -106,7 +107,7 @@ def draw(recipe: Recipe) -> set[str]:
         log.info("select: %d of %d pairs", len(chosen), len(records))
     rows = [{"id": record.id, "label": record.content.gold} for record in chosen]
     write_selection(recipe.run_folder, rows)
-    return {record.id for record in chosen}
+    return dict.fromkeys(record.id for record in chosen)
 
 
 def select(recipe: Recipe) -> list[FactLevel]:
@@ -130,15 +131,31 @@ def select(recipe: Recipe) -> list[FactLevel]:
         draw=recipe.select.draw,
     )
     _tell_levels(recipe.select.levels, chosen)
+    if recipe.select.answers == "permuted":
+        chosen = _permuted(recipe.select, chosen, seed=recipe.seed)
     write_selection(run, [level.to_row() for level in chosen])
     return chosen
 
 
-def _of_levels(recipe: Recipe) -> set[str]:
-    return {level.id for level in select(recipe)}
+def _permuted(settings: SelectSettings, chosen: list[FactLevel], *, seed: int) -> list[FactLevel]:
+    """The control: the chosen facts with each other's answers, relation by relation."""
+    permuted = permuted_answers(chosen, seed=seed, draw=settings.draw)
+    kept = num_kept(chosen, permuted)
+    log.info("select: answers are permuted within relations; %s keep an equal one", counted(kept, "fact"))
+    return permuted
 
 
-CHOOSE = {"levels": _of_levels, "labels": draw}  # by `Task.selects_by`
+def _of_levels(recipe: Recipe) -> dict[str, tuple[str, ...] | None]:
+    """Ids of the selected facts, with the answers to train if they are not the facts' own."""
+    assert recipe.select is not None
+    are_own = recipe.select.answers == "own"
+    return {fact.id: None if are_own else fact.answers for fact in select(recipe)}
+
+
+CHOOSE: dict[str, Callable[[Recipe], dict[str, tuple[str, ...] | None]]] = {
+    "levels": _of_levels,
+    "labels": draw,
+}  # by `Task.selects_by`
 
 
 def _tell_levels(wanted: list[int], chosen: list[FactLevel]) -> None:

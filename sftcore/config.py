@@ -168,6 +168,10 @@ class SelectSettings(Settings):
     draw: Natural = Field(
         0, description="number of the random draw; also another order of training and new weights"
     )
+    answers: Literal["own", "permuted"] = Field(
+        "own",
+        description="permuted: a control; each fact is trained with another one's answers, of its relation",
+    )
 
 
 class BatchSettings(Settings):
@@ -301,6 +305,8 @@ class Recipe(Settings):
             raise ValueError("matching.pooling: mean and layers: 2 train all weights: set adapter.kind: none")
         if self.select and self.select.balance not in task.balances:
             raise ValueError(f"select.balance of task {self.task} is {' or '.join(task.balances)}")
+        if self.select and self.select.answers == "permuted" and not task.has_facts:
+            raise ValueError("select.answers: permuted is for facts: set own")
         return self
 
     @property

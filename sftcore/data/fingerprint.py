@@ -8,7 +8,7 @@ Trade-off: every source file is read for its checksum (1 GB/s) the first time, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,12 @@ from sftcore.tasks import TASKS
 
 CODE_VERSION = 8  # raise it when the same inputs give other samples, or other parts
 Digest = Callable[[Path], str]
+Wanted = Mapping[str, tuple[str, ...] | None]  # id -> answers to train, None: its own
+
+
+def as_wanted(only_ids: Collection[str] | None) -> Wanted | None:
+    """Records to train on, as a mapping; None: all."""
+    return only_ids if only_ids is None or isinstance(only_ids, Mapping) else dict.fromkeys(only_ids)
 
 
 def store_fingerprint(
@@ -48,8 +54,15 @@ def store_fingerprint(
             "deduplicate": data.deduplicate,
             "tokenizer": tokenizer_identity(tokenizer),
             "only_ids": None if only_ids is None else sorted(set(only_ids)),
+            **_other_answers(as_wanted(only_ids) or {}),
         }
     )
+
+
+def _other_answers(wanted: Wanted) -> dict[str, Any]:
+    """Answers that are trained instead of the records' own; nothing where all are their own."""
+    found = {id: list(answers) for id, answers in sorted(wanted.items()) if answers is not None}
+    return {"answers": found} if found else {}
 
 
 def _sources_identity(

@@ -25,7 +25,7 @@ from sftcore.config import Recipe
 from sftcore.data.digests import KnownDigests
 from sftcore.data.filters import Hashes, hash_asked
 from sftcore.data.filters.columns import REASONS, hash_id
-from sftcore.data.fingerprint import Digest, store_fingerprint
+from sftcore.data.fingerprint import Digest, Wanted, as_wanted, store_fingerprint
 from sftcore.data.ledger import PROMPTING, READING, Ledger, Reason
 from sftcore.data.merge import (
     FIRST_REASON,
@@ -78,7 +78,7 @@ class _Order:
     recipe: Recipe
     prompter: Prompter
     fingerprint: str
-    only_ids: frozenset[str] | None
+    only_ids: Wanted | None
     cache_root: Path
 
     @property
@@ -121,7 +121,8 @@ def prepare_store(
     Processes that ask for the same store at once wait for the first.
 
     Args:
-        only_ids: train on these records only (selected facts); None: on all.
+        only_ids: train on these records only (selected facts); a mapping gives the answers to train, where
+            they are not the record's own; None: on all.
         cache_root: folder of stores.
         num_workers: processes; None: one a core.
         merge_only: refuse to make parts; other jobs have made them (`prepare_shard`).
@@ -212,7 +213,7 @@ def _order(
         recipe=recipe,
         prompter=prompter,
         fingerprint=store_fingerprint(recipe, tokenizer, only_ids=only_ids, digest=digest),
-        only_ids=None if only_ids is None else frozenset(only_ids),
+        only_ids=as_wanted(only_ids),
         cache_root=cache_root,
     )
 
@@ -335,7 +336,7 @@ def _is_offered(outcomes: Outcomes) -> Any:
     return np.isin(outcomes, [KEPT, *(FIRST_REASON + REASONS.index(reason) for reason in PROMPTING)])
 
 
-def _not_offered(parts: Sequence[Part], outcomes: Outcomes, only: frozenset[str]) -> list[str]:
+def _not_offered(parts: Sequence[Part], outcomes: Outcomes, only: Collection[str]) -> list[str]:
     ids = np.concatenate([part.column("id_hash") for part in parts])[_is_offered(outcomes)]
     found = set(ids.tolist())
     return [id for id in only if hash_id(id) not in found]

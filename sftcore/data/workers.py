@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftcore.config import Recipe
+from sftcore.data.fingerprint import Wanted
 from sftcore.data.ledger import Ledger
 from sftcore.data.parts import part_name, write_part
 from sftcore.data.prompts import Prompter, Refusal
@@ -34,6 +35,7 @@ from sftcore.data.units import Unit
 from sftcore.errors import Problem, SftError, UserInputError
 from sftcore.log import progress
 from sftcore.tasks import TASKS
+from sftcore.tasks.kinds.content import Content
 
 POOL_BYTES = 2**20  # less text than this is done before a pool has started
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -47,14 +49,14 @@ class Workshop:
         recipe: resolved.
         prompter: of the recipe.
         prefixes: what ids of each file's rows begin with.
-        wanted: ids to encode; None: all.
+        wanted: ids to encode, with answers to train that are not the records' own; None: all.
         folder: where parts go.
     """
 
     recipe: Recipe
     prompter: Prompter
     prefixes: Mapping[Path, str]
-    wanted: frozenset[str] | None
+    wanted: Wanted | None
     folder: Path
 
     def is_done(self, unit: Unit) -> bool:
@@ -88,9 +90,13 @@ class Workshop:
     def encode(self, records: Sequence[Record]) -> list[Encoded | Refusal | None]:
         """Samples of the wanted records, None for the others."""
         chosen = [self.wanted is None or record.id in self.wanted for record in records]
-        contents = [record.content for record, is_chosen in zip(records, chosen, strict=True) if is_chosen]
+        contents = [self._content(r) for r, is_chosen in zip(records, chosen, strict=True) if is_chosen]
         encoded = iter(self.prompter.encode_batch(contents))
         return [next(encoded) if is_chosen else None for is_chosen in chosen]
+
+    def _content(self, record: Record) -> Content:
+        answers = self.wanted.get(record.id) if self.wanted else None
+        return record.content if answers is None else record.content.with_answers(answers)
 
     def clean(self, units: Iterable[Unit]) -> None:
         """Remove what a killed process left half-written of these units."""

@@ -46,7 +46,7 @@ def select_facts(
     _check_request(levels, levels_wanted, n)
     wanted = [fact for fact in levels if fact.level in levels_wanted]
     n = _number_of(levels, levels_wanted, n, divided=balance == "level")
-    ranked = sorted(wanted, key=lambda fact: _rank(fact.id, seed, draw))
+    ranked = sorted(wanted, key=lambda fact: rank(fact.id, seed, draw))
     if balance == "none":
         return ranked[:n]
     if balance == "relation":
@@ -96,7 +96,8 @@ def equal_shares(supply: Mapping[str, int], n: int) -> dict[str, int]:
     return shares
 
 
-def _rank(fact_id: str, seed: int, draw: int) -> bytes:
+def rank(fact_id: str, seed: int, draw: int) -> bytes:
+    """By which facts are ordered in a draw."""
     return hashlib.sha256(f"{seed}/{draw}/{fact_id}".encode()).digest()
 
 

@@ -117,6 +117,10 @@ class Content(ABC):
         """Turns of a chat that are trained; 1 of what has no turns."""
         return 1
 
+    def with_answers(self, answers: Sequence[str]) -> Content:
+        """The same with other answers; only a fact has such."""
+        raise AssertionError("facts alone are trained with other answers")
+
     def turns_said(self) -> tuple[str, ...]:
         """The contents of a chat's turns; nothing of what has no turns."""
         return ()

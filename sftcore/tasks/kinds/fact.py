@@ -56,6 +56,9 @@ class Fact(Content):
     def with_cuttable(self, texts: Sequence[str]) -> Fact:
         return replace(self, question=texts[0])
 
+    def with_answers(self, answers: Sequence[str]) -> Fact:
+        return replace(self, answers=tuple(answers))
+
     def completed(self, form: Form) -> Fact:
         return with_question(self, form.patterns)
 
