@@ -31,9 +31,9 @@ from sftcore.config import Recipe
 from sftcore.data.prepare import prepare_store
 from sftcore.data.tokens import load_tokenizer
 from sftcore.model.forward import decode_states, output_head
-from sftcore.model.load import load_for_training
 from sftcore.model.loss import TrainedTokenHead
-from sftcore.model.ours import LossModel
+from sftcore.objectives import load_objective
+from sftcore.objectives.next_token import NextToken
 
 REPEATS = 3
 
@@ -61,13 +61,13 @@ def measure(model_path: str, items: Path, per_step: int, *, dtype: str) -> dict:
         num_trained_in_step=int(store.num_trained[:per_step].sum()),
         num_samples_in_step=per_step,
     )
-    model = load_for_training(recipe)
+    model = load_objective(recipe)
     model.train()
     held_in = model.causal_lm.dtype
     variants = {
-        "ours": lambda: model(batch).backward(),
+        "ours": lambda: model(batch)[0].backward(),
         "ours, decoder alone": lambda: decode_states(model.causal_lm, batch).float().mean().backward(),
-        "full head": lambda: model(with_full_head(batch)).backward(),
+        "full head": lambda: model(with_full_head(batch))[0].backward(),
         "padded": padded(model, samples),
         "products of the decoder": products(decoder_shapes(model), batch.num_tokens, held_in),
         "products of the head": products([head_shape(model)], len(batch.targets), held_in),
@@ -87,7 +87,7 @@ def measure(model_path: str, items: Path, per_step: int, *, dtype: str) -> dict:
     }
 
 
-def timed(variants: dict[str, Callable[[], None]], model: LossModel) -> dict[str, float]:
+def timed(variants: dict[str, Callable[[], None]], model: NextToken) -> dict[str, float]:
     """Medians; the first run of each is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(REPEATS + 1):
@@ -108,7 +108,7 @@ def with_full_head(batch: Batch) -> Batch:
     return replace(batch, trained_index=index, targets=targets, weights=weights)
 
 
-def padded(model: LossModel, samples: list) -> Callable[[], None]:
+def padded(model: NextToken, samples: list) -> Callable[[], None]:
     """transformers' plain forward of rows padded to the longest, with the loss of all positions' logits."""
     width = max(len(s.input_ids) for s in samples)
     ids = torch.zeros(len(samples), width, dtype=torch.int64)
@@ -130,7 +130,7 @@ def padded(model: LossModel, samples: list) -> Callable[[], None]:
     return run
 
 
-def decoder_shapes(model: LossModel) -> list[tuple[int, int]]:
+def decoder_shapes(model: NextToken) -> list[tuple[int, int]]:
     """(out, in) of each linear layer but the head."""
     return [
         tuple(m.weight.shape)
@@ -139,7 +139,7 @@ def decoder_shapes(model: LossModel) -> list[tuple[int, int]]:
     ]
 
 
-def head_shape(model: LossModel) -> tuple[int, int]:
+def head_shape(model: NextToken) -> tuple[int, int]:
     """(V, D)."""
     return tuple(output_head(model.causal_lm).weight.shape)
 

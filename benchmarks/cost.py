@@ -30,7 +30,7 @@ from sftcore.data.tokens import load_tokenizer
 from sftcore.fsio import read_jsonl
 from sftcore.model.cost import measure_recipe
 from sftcore.recipe import load_recipe
-from sftcore.train.loop import make_schedule
+from sftcore.train.plan import make_schedule
 
 HERE = Path(__file__).parent
 WORLD, CAPACITY, PACKS_PER_STEP, STEPS = 2, 512, 4, 16

@@ -32,7 +32,8 @@ from sftcore.model.adapters import add_adapter
 from sftcore.model.attention import choose_attention
 from sftcore.model.cost import measure_recipe
 from sftcore.model.loss import choose_head
-from sftcore.model.ours import LossModel, checkpoint_activations, install_head, slim_layers
+from sftcore.model.ours import checkpoint_activations, install_head, slim_layers
+from sftcore.objectives.next_token import NextToken
 from sftcore.train.devices import device_here
 from sftcore.train.memory import predict_bytes
 
@@ -237,7 +238,7 @@ def make_recipe(settings: Settings, folder: str) -> Recipe:
     )
 
 
-def build(target: Target, config: Any, recipe: Recipe, *, is_slim: bool) -> LossModel:
+def build(target: Target, config: Any, recipe: Recipe, *, is_slim: bool) -> NextToken:
     """Random weights, made on the device."""
     device = target.device.type
     attention = choose_attention(config, recipe.model.attention, dtype="bfloat16", device=device)
@@ -253,7 +254,7 @@ def build(target: Target, config: Any, recipe: Recipe, *, is_slim: bool) -> Loss
         add_adapter(model, recipe.adapter, seed=0)
     if recipe.train.activation_checkpointing == "full":
         checkpoint_activations(model)
-    return LossModel(model.train())
+    return NextToken(model.train())
 
 
 def make_batch(target: Target, config: Any, settings: Settings, seed: int) -> Batch:
@@ -275,7 +276,7 @@ def make_batch(target: Target, config: Any, settings: Settings, seed: int) -> Ba
 Step = tuple[Callable[[Batch], object], Callable[[], None]]
 
 
-def engine_step(model: LossModel, recipe: Recipe, settings: Settings) -> Step:
+def engine_step(model: NextToken, recipe: Recipe, settings: Settings) -> Step:
     """The product's own step, and how to end it."""
     from sftcore.recipe import deepspeed_file
     from sftcore.train.ds_config import read_ds_config
@@ -284,10 +285,10 @@ def engine_step(model: LossModel, recipe: Recipe, settings: Settings) -> Step:
     if not torch.distributed.is_initialized():
         init_process_group()
     engine = Engine(model, recipe, read_ds_config(deepspeed_file(recipe)))
-    return lambda batch: engine.step([batch], seeds=[0], lr=1e-5), engine.close
+    return lambda batch: engine.step([batch], seeds=[0], rates={"lr": 1e-5}), engine.close
 
 
-def plain_step(model: LossModel, recipe: Recipe, settings: Settings) -> Step:
+def plain_step(model: NextToken, recipe: Recipe, settings: Settings) -> Step:
     """Forward, backward, clipping and AdamW in plain torch, with the settings' levers."""
     for name in settings.levers:
         LEVERS[name](model)
@@ -295,7 +296,7 @@ def plain_step(model: LossModel, recipe: Recipe, settings: Settings) -> Step:
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused="fused optimizer" in settings.levers or None)
 
     def step(batch: Batch) -> None:
-        model(batch).backward()
+        model(batch)[0].backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -303,7 +304,7 @@ def plain_step(model: LossModel, recipe: Recipe, settings: Settings) -> Step:
     return step, lambda: None
 
 
-def _fuse_layers(model: LossModel) -> None:
+def _fuse_layers(model: NextToken) -> None:
     """Liger's norms, rotary embedding and SwiGLU; the loss stays ours. Also patches the model's module."""
     liger = importlib.import_module("liger_kernel.transformers")
     liger._apply_liger_kernel_to_instance(
@@ -311,7 +312,7 @@ def _fuse_layers(model: LossModel) -> None:
     )
 
 
-def _compile_blocks(model: LossModel) -> None:
+def _compile_blocks(model: NextToken) -> None:
     """Each decoder layer by itself; packs have a fixed number of tokens here, as buckets would give.
 
     A rehearsal on a CPU traces the layers and leaves inductor out: what it builds there (torch 2.13, g++ 12)
@@ -321,16 +322,16 @@ def _compile_blocks(model: LossModel) -> None:
         layer.compile(backend="inductor" if model.causal_lm.device.type == "cuda" else "aot_eager")
 
 
-def _read_elsewhere(model: LossModel) -> None:
+def _read_elsewhere(model: NextToken) -> None:
     """Slim layers are made by `build`, the fused optimizer by `plain_step`."""
 
 
-def _checkpoint(model: LossModel) -> None:
+def _checkpoint(model: NextToken) -> None:
     """All layers' activations computed again in backward."""
     checkpoint_activations(model.causal_lm)
 
 
-LEVERS: dict[str, Callable[[LossModel], None]] = {
+LEVERS: dict[str, Callable[[NextToken], None]] = {
     SLIM: _read_elsewhere,
     "fused optimizer": _read_elsewhere,
     "fused layers": _fuse_layers,

@@ -102,7 +102,7 @@ def run_start(path: Path, cache: Path) -> dict[str, Any]:
     from sftcore.batching.collate import collate
     from sftcore.data.prepare import prepare_store
     from sftcore.data.tokens import load_tokenizer
-    from sftcore.train.loop import make_schedule
+    from sftcore.train.plan import make_schedule
 
     started = time.perf_counter()
     recipe = _recipe(path)

@@ -13,7 +13,7 @@ from sftcore.batching.packing import pack
 from sftcore.config import Recipe
 from sftcore.data.prepare import prepare_store
 from sftcore.data.tokens import load_tokenizer
-from sftcore.model.load import load_for_training
+from sftcore.objectives import load_objective
 from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import Engine, init_process_group
@@ -31,7 +31,7 @@ def main() -> None:
     )
     store = prepare_store(recipe, load_tokenizer(model_path), cache_root=Path(items).parent / "stores")
     init_process_group()
-    model = load_for_training(recipe)
+    model = load_objective(recipe)
     engine = Engine(model, recipe, read_ds_config(deepspeed_file(recipe)))
     seconds, losses, updates = [], [], []
     update = engine.deepspeed.step
@@ -56,7 +56,7 @@ def main() -> None:
             )
             for p in range(len(packs))
         ]
-        result = engine.step(batches, seeds=[0] * len(batches), lr=1e-5)
+        result = engine.step(batches, seeds=[0] * len(batches), rates={"lr": 1e-5})
         seconds.append(time.perf_counter() - started)
         losses.append(result.loss)
     print(

@@ -39,7 +39,7 @@ from launcher.starting import init, recipes
 from launcher.terminal import run_command
 from sftcore.amounts import counted
 from sftcore.config import Recipe
-from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, Problem, StoppedOnRequest, UserInputError
+from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, EnoughSteps, Problem, UserInputError
 from sftcore.log import setup_logging
 from sftcore.stages.stage import STAGES, commands
 from sftcore.train.stopping import WITH_INTERRUPT, end_on_stop
@@ -174,27 +174,32 @@ def train(
     if place.on != "debug":
         from launcher.ways_in import train_elsewhere
 
-        _refuse(place.on, **asdict(debug))
+        _refuse(place.on, **asdict(debug) | {"max_steps": None})
         more = ["--resume", start.resume, *(["--restart-schedule"] if start.restart_schedule else [])]
+        more += ["--max-steps", str(debug.max_steps)] if debug.max_steps else []
         sys.exit(train_elsewhere(loaded, machines, more, dry_run=dry_run))
     if dry_run:
         _show_plan(loaded, 1, DeviceOptions())
         return
-    from launcher.debugging import DebugOptions
     from launcher.training import overfit_recipe, train_recipe
+    from sftcore.train.observers import DebugOptions
 
     if debug.overfit_one_step:
         print(overfit_recipe(loaded))
         return
-    options = DebugOptions(anomaly=debug.debug_anomaly, max_steps=debug.max_steps, profile=debug.profile)
+    options = DebugOptions(anomaly=debug.debug_anomaly, profile=debug.profile)
     try:
         print(
-            train_recipe(loaded, resume=start.resume, restart_schedule=start.restart_schedule, debug=options)
+            train_recipe(
+                loaded,
+                resume=start.resume,
+                restart_schedule=start.restart_schedule,
+                debug=options,
+                max_steps=debug.max_steps,
+            )
         )
-    except StoppedOnRequest as stopped:
-        if debug.max_steps is None:
-            raise
-        print(stopped)
+    except EnoughSteps as enough:
+        print(enough)
 
 
 @app.command()

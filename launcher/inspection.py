@@ -21,7 +21,8 @@ from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
 from sftcore.model.cost import measure_recipe
-from sftcore.train.loop import learning_rate, make_schedule
+from sftcore.train.plan import make_schedule
+from sftcore.train.rates import learning_rate
 
 GREEN, DIM, RESET = "\033[32;1m", "\033[2m", "\033[0m"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")

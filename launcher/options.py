@@ -202,15 +202,13 @@ class Resuming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Debugging:
-    """What to look at on the way, in one process."""
+    """What to look at on the way, in one process; all ranks take `max_steps`."""
 
     debug_anomaly: Annotated[
         bool,
         typer.Option("--debug-anomaly", help="name the first tensor that is not finite; norms per layer"),
     ] = False
-    max_steps: Annotated[int | None, typer.Option(min=1, help="stop behind a checkpoint after N steps")] = (
-        None
-    )
+    max_steps: Annotated[int | None, typer.Option(min=1, help="stop after N steps, with a checkpoint")] = None
     overfit_one_step: Annotated[
         bool, typer.Option("--overfit-one-step", help="repeat step 1 until its loss is below 0.01; no run")
     ] = False

@@ -32,7 +32,8 @@ from sftcore.model.load import load_config
 from sftcore.model.loss import choose_head
 from sftcore.model.proof import NOT_PACKED, refusing
 from sftcore.model.quantise import require_bitsandbytes
-from sftcore.model.trial import try_recipe
+from sftcore.model.trial import Way, try_code
+from sftcore.objectives import objective_of
 from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.train.devices import Device
@@ -40,7 +41,7 @@ from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import check_engine, may_have_async_io
 from sftcore.train.fit import Place, best_choice, configuration_name, list_choices, what_would_fit
 from sftcore.train.foreseen import check_layers
-from sftcore.train.loop import make_schedule
+from sftcore.train.plan import make_schedule
 from sftcore.train.tracking import check_tracker
 
 Row = dict[str, Any]
@@ -163,7 +164,7 @@ def why_not_trainable(recipe: Recipe, device: Device) -> SftError | None:
 
 
 def _check_packs(recipe: Recipe, config: Any, *, dtype: str, device: str) -> None:
-    try_recipe(recipe, config)
+    try_code(config, Way.of(recipe, kind=objective_of(recipe).auto_class))
     with refusing(config.model_type, NOT_PACKED):
         choose_attention(config, recipe.model.attention, dtype=dtype, device=device)
 

@@ -23,7 +23,7 @@ from sftcore.model.pull import pull_model
 from sftcore.recipe import load_recipe
 from sftcore.study.report import write_report
 from sftcore.train.devices import device_here
-from sftcore.train.loop import make_schedule
+from sftcore.train.plan import make_schedule
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 

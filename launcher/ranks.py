@@ -43,6 +43,7 @@ def worker_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", default=None, metavar="DIR")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH")
     parser.add_argument("--restart-schedule", action="store_true")
+    parser.add_argument("--max-steps", type=int, default=None, metavar="N")
     parser.add_argument(
         "--rank-logs", action="store_true", help="output of ranks but 0, and exit codes, to RUN/logs"
     )

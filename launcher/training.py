@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.debugging import DebugOptions, check_overfit, debugged, overfit_one_step
 from launcher.lease import Lease, Watch, launchers_above, take_over, write_lease
 from launcher.precision import check_dtype, with_dtype
 from launcher.preflight import describe_plan
@@ -31,9 +30,11 @@ from sftcore.amounts import counted
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
 from sftcore.data.check import describe_store
+from sftcore.data.store import TokenStore
 from sftcore.errors import (
     EXIT_DONE,
     EXIT_RANK_LOST,
+    EnoughSteps,
     Problem,
     SftError,
     StoppedOnRequest,
@@ -41,17 +42,15 @@ from sftcore.errors import (
 )
 from sftcore.fsio import write_json
 from sftcore.heap import is_out_of_memory
-from sftcore.model.classifier import load_classifier_for_training
 from sftcore.model.cost import measure_recipe
-from sftcore.model.demands import check_demands
-from sftcore.model.encoder import load_encoder_for_training
-from sftcore.model.load import load_config, load_for_training
-from sftcore.model.ours import LossModel, checkpoint_activations
+from sftcore.model.load import load_config
+from sftcore.model.ours import checkpoint_activations
 from sftcore.model.proof import prove_head_and_packs
-from sftcore.model.trial import try_recipe
 from sftcore.model.weight_files import check_weight_files
+from sftcore.objectives import load_objective, objective_of
 from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
+from sftcore.train.batches import PackSource
 from sftcore.train.checkpoint import (
     agreed_checkpoint,
     checkpoints_of,
@@ -66,7 +65,13 @@ from sftcore.train.ds_config import complete_ds_config, read_ds_config, zero_sta
 from sftcore.train.engine import Engine, check_engine, init_process_group
 from sftcore.train.export import export_weights
 from sftcore.train.foreseen import check_layers
-from sftcore.train.loop import make_schedule, plan_settings, run_steps
+from sftcore.train.loop import Loop, LoopSettings
+from sftcore.train.memory import explain_out_of_memory
+from sftcore.train.metrics import MetricsWriter
+from sftcore.train.observers import DebugOptions, observing
+from sftcore.train.outcome import PackTooLarge
+from sftcore.train.overfit import check_overfit, overfit_one_step
+from sftcore.train.plan import make_schedule, plan_settings
 from sftcore.train.resumable import check_resumable, why_no_checkpoint
 from sftcore.train.stopping import SIGNALS, WITH_INTERRUPT, StopRequest, handling
 from sftcore.train.tracking import check_tracker
@@ -87,18 +92,28 @@ class TrainRequest:
     resume: str
     restart: bool
     debug: DebugOptions
+    max_steps: int | None
     signals: Sequence[signal.Signals]
 
 
-def run_rank(recipe: Recipe, *, resume: str, restart_schedule: bool) -> int:
+def run_rank(recipe: Recipe, *, resume: str, restart_schedule: bool, max_steps: int | None = None) -> int:
     """Train as one of several ranks; returns the exit code."""
     for number in SIGNALS:  # what holds outside of the blocks below, and until the process ends
         signal.signal(number, _pass_over)
     is_listed = dist.rank() == dist.local_rank()  # on rank 0's machine
     try:
         with listed_pid(recipe.run_folder) if is_listed else nullcontext():
-            train_recipe(recipe, resume=resume, restart_schedule=restart_schedule, is_launched=True)
+            train_recipe(
+                recipe,
+                resume=resume,
+                restart_schedule=restart_schedule,
+                max_steps=max_steps,
+                is_launched=True,
+            )
             return EXIT_DONE
+    except EnoughSteps as enough:
+        log.info("%s", enough)
+        return enough.exit_code
     except SftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -124,6 +139,7 @@ def train_recipe(
     resume: str = "auto",
     restart_schedule: bool = False,
     debug: DebugOptions | None = None,
+    max_steps: int | None = None,
     is_launched: bool = False,
 ) -> Path:
     """Train, or say that the run is finished; all ranks call it.
@@ -133,12 +149,14 @@ def train_recipe(
             checkpoint folder.
         restart_schedule: take weights and optimizer from that folder, but begin this recipe's plan at step 1.
         debug: what to look at on the way.
+        max_steps: of this start, after which it stops with a checkpoint.
         is_launched: as a rank by a launcher, which sees Ctrl-C too and hands it on in its own way.
 
     Returns:
         RUN/model, or RUN/adapter.
 
     Raises:
+        EnoughSteps: there were `max_steps`, and there are more in the plan.
         SftError: see the exit codes of docs/commands.md.
     """
     if restart_schedule and resume in ("auto", "never"):
@@ -163,6 +181,7 @@ def train_recipe(
             resume=resume,
             restart=restart_schedule,
             debug=debug or DebugOptions(),
+            max_steps=max_steps,
             signals=SIGNALS if is_launched else WITH_INTERRUPT,
         )
         with StopRequest(request.signals) as stop:
@@ -179,9 +198,7 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
     for path in (recipe.model.path, recipe.train.init_adapter):
         if path is not None:
             check_weight_files(Path(path))
-    config = load_config(recipe.model)
-    check_demands(recipe, config)
-    try_recipe(recipe, config)
+    objective_of(recipe).try_model(recipe, load_config(recipe.model))
     check_layers(recipe, ds_config)
     with handling(request.signals, _stop_at_once):  # ranks have not met: there is nothing to agree on
         start = _checkpoint_to_resume(run, request.resume)
@@ -208,27 +225,42 @@ def _train(recipe: Recipe, run: Path, request: TrainRequest, stop: StopRequest, 
         if valid_store:
             known = _evaluations_before(start, run) if first else 0
             validation = Validation(recipe, valid_store, tokenizer, steps_done=first, num_evaluations=known)
-        with debugged(engine, run, request.debug) as stepping:
+        with observing(request.debug, engine.objective, run) as observers:
+            loop = Loop(
+                engine=engine,
+                source=_source_of(recipe, schedule, store),
+                settings=LoopSettings(
+                    folder=run,
+                    train=recipe.train,
+                    checkpoint=recipe.checkpoint,
+                    dtype=dtype_of(recipe.model),
+                    max_steps=request.max_steps,
+                ),
+                writer=MetricsWriter(recipe, steps_done=first, num_steps=schedule.num_steps),
+                stop=stop,
+                watchdog=watchdog,
+                validation=validation,
+                observers=observers,
+            )
             try:
-                run_steps(
-                    recipe,
-                    stepping,
-                    schedule,
-                    store,
-                    first=first,
-                    stop=stop,
-                    validation=validation,
-                    watchdog=watchdog,
-                )
+                loop.run_steps(first)
             except StoppedOnRequest:
                 dist.barrier()  # no rank may take another's end for a failure
                 raise
+            except PackTooLarge as error:
+                raise explain_out_of_memory(error, recipe, schedule) from error
         with watchdog.suspended():
             if validation and recipe.train.keep == "best":
                 validation.promote_best(engine)
             else:
                 export_weights(engine, tokenizer, recipe, folder=recipe.result_folder)
         engine.close()
+
+
+def _source_of(recipe: Recipe, schedule: Schedule, store: TokenStore) -> PackSource:
+    return PackSource(
+        schedule=schedule, store=store, seed=recipe.training_seed, normalise=recipe.train.normalise
+    )
 
 
 def _evaluations_before(checkpoint: Path | None, run: Path) -> int:
@@ -251,21 +283,21 @@ def _make_engine(recipe: Recipe, ds_config: dict[str, Any], *, is_resized: bool 
     """The model, loaded, proven on packs, and wrapped; all ranks call it."""
     stage = zero_stage(ds_config)
     is_sharded = loads_sharded(recipe, ds_config)
-    model = _load_model(recipe, sharded_by=complete_ds_config(ds_config, recipe) if is_sharded else None)
+    model = load_objective(recipe, sharded_by=complete_ds_config(ds_config, recipe) if is_sharded else None)
     if recipe.train.activation_checkpointing == "full":
         checkpoint_activations(model.causal_lm)
     engine = Engine(model, recipe, ds_config, loads_universal=is_resized and stage > 0)
     if is_sharded:
         with engine.gathering():
-            prove_head_and_packs(engine.loss_model.causal_lm)
+            prove_head_and_packs(engine.objective.causal_lm)
     return engine
 
 
 def loads_sharded(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
     """Whether weights are sharded as they are read: under ZeRO-3, unless something needs whole weights."""
     adapter = recipe.adapter
-    needs_whole = adapter.kind == "qlora" or adapter.dora or recipe.model.add_tokens or recipe.classifies
-    return zero_stage(ds_config) == 3 and not needs_whole
+    needs_whole = adapter.kind == "qlora" or adapter.dora or recipe.model.add_tokens
+    return zero_stage(ds_config) == 3 and objective_of(recipe).is_shardable and not needs_whole
 
 
 def overfit_recipe(recipe: Recipe) -> str:
@@ -275,22 +307,14 @@ def overfit_recipe(recipe: Recipe) -> str:
         TrainingFailed: it was not learned.
         UserInputError: the recipe's loss can't reach 0.
     """
-    check_overfit(recipe)
+    check_overfit(recipe.train)
     ds_config = read_ds_config(deepspeed_file(recipe))
     check_engine(ds_config, recipe.train.optimizer)
     _, store = prepare(recipe)
     schedule = make_schedule(recipe, store, world=1, cost=measure_recipe(recipe).coefficients)
     init_process_group()
     engine = _make_engine(recipe, ds_config)
-    return overfit_one_step(recipe, engine, schedule, store)
-
-
-def _load_model(recipe: Recipe, *, sharded_by: dict[str, Any] | None) -> LossModel:
-    if recipe.architecture == "encoder":
-        return load_encoder_for_training(recipe)
-    if recipe.classifies:
-        return load_classifier_for_training(recipe)
-    return load_for_training(recipe, sharded_by=sharded_by)
+    return overfit_one_step(recipe.train, engine, _source_of(recipe, schedule, store))
 
 
 def _checkpoint_to_resume(run: Path, resume: str) -> Path | None:

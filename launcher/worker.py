@@ -71,6 +71,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
         settle(recipe, resume=options.resume),
         resume=options.resume,
         restart_schedule=options.restart_schedule,
+        max_steps=options.max_steps,
     )
 
 

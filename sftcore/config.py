@@ -194,6 +194,16 @@ class BatchSettings(Settings):
         return self
 
 
+class ObjectiveSettings(Settings):
+    """What the model is trained for."""
+
+    name: FolderName = Field(
+        "auto",
+        description="next_token, classify or encode, or one that was added (docs/extending.md); auto: what"
+        " task and matching.mode need",
+    )
+
+
 class CheckpointSettings(Settings):
     """How often the state is saved, and how many are kept."""
 
@@ -238,6 +248,7 @@ class Recipe(Settings):
         None, description="draw training facts by memory level; null: train on all"
     )
     batch: BatchSettings
+    objective: ObjectiveSettings = Field(default_factory=lambda: ObjectiveSettings())
     train: TrainSettings = Field(default_factory=lambda: TrainSettings())
     deepspeed: PathText = Field("zero1", description="a name from ds_configs/ or a path")
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())

@@ -77,6 +77,13 @@ def sums_and_maxima(sums: list[float], maxima: list[float]) -> tuple[list[float]
     return total.tolist(), largest.tolist()
 
 
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over ranks, in place; all ranks call it."""
+    if world_size() > 1:
+        torch_dist.all_reduce(values)
+    return values
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it is true on any rank; all ranks call it."""
     _, (largest,) = sums_and_maxima([], [float(flag)])

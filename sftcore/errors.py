@@ -83,6 +83,12 @@ class StoppedOnRequest(SftError):
     exit_code = EXIT_STOPPED
 
 
+class EnoughSteps(StoppedOnRequest):
+    """As many steps were done as this start was asked for."""
+
+    exit_code = EXIT_DONE
+
+
 class RankLost(SftError):
     """Another rank ended or can't be reached; this one is whole, and the run goes on from its checkpoint."""
 

@@ -147,7 +147,7 @@ def documents(seed: int) -> list[Any]:
         ids = rng.integers(3, 290, length).astype(np.int32)
         labels = np.full(length, UNTRAINED, np.int32)
         labels[1:-1] = ids[2:]
-        made.append(SimpleNamespace(input_ids=ids, labels=labels))
+        made.append(SimpleNamespace(input_ids=ids, labels=labels, extra={}))
     return made
 
 

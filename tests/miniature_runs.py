@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
-from sftcore.model.load import load_for_training
+from sftcore.objectives import load_objective
 from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import complete_ds_config, read_ds_config
 from sftcore.train.engine import Engine, init_process_group
@@ -44,7 +44,9 @@ def recipe_for(folder: Path, **changes: Any) -> Recipe:
 def pack_of(seed: int) -> Any:
     """Two random documents."""
     rng = np.random.default_rng(seed)
-    documents = [SimpleNamespace(input_ids=rng.integers(3, 290, n).astype(np.int32)) for n in (12, 20)]
+    documents = [
+        SimpleNamespace(input_ids=rng.integers(3, 290, n).astype(np.int32), extra={}) for n in (12, 20)
+    ]
     for document in documents:
         document.labels = np.append(document.input_ids[1:], UNTRAINED).astype(np.int32)
     return collate(documents, normalise="token", num_trained_in_step=30, num_samples_in_step=2)
@@ -53,7 +55,7 @@ def pack_of(seed: int) -> Any:
 def take_steps(engine: Engine) -> None:
     """Two large ones: at first only B has a gradient, and in layers that no forward reaches it stays 0."""
     for seed in (0, 1):
-        engine.step([pack_of(seed)], seeds=[seed], lr=3e-2)
+        engine.step([pack_of(seed)], seeds=[seed], rates={"lr": 3e-2})
 
 
 def exported(recipe: Recipe, folder: Path, change: Callable[[Engine], None]) -> dict[str, torch.Tensor]:
@@ -61,10 +63,10 @@ def exported(recipe: Recipe, folder: Path, change: Callable[[Engine], None]) -> 
     init_process_group()
     config = read_ds_config(deepspeed_file(recipe))
     sharded = complete_ds_config(config, recipe) if recipe.deepspeed == "zero3" else None
-    engine = Engine(load_for_training(recipe, sharded_by=sharded), recipe, config)
+    engine = Engine(load_objective(recipe, sharded_by=sharded), recipe, config)
     change(engine)
     tokenizer = load_tokenizer(recipe.model.path, add_tokens=recipe.model.add_tokens)
     export_weights(engine, tokenizer, recipe, folder=folder)
-    held = {name: t.detach().clone() for name, t in engine.loss_model.causal_lm.state_dict().items()}
+    held = {name: t.detach().clone() for name, t in engine.objective.causal_lm.state_dict().items()}
     engine.close()
     return held

@@ -53,6 +53,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.knowledge",
     "sftcore.batching",
     "sftcore.model",
+    "sftcore.objectives",
     "sftcore.knowledge.likelihood",
     "sftcore.knowledge.probe",
     "sftcore.knowledge.restore",

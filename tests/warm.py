@@ -178,7 +178,6 @@ if __name__ == "__main__":
     from transformers.models.auto import modeling_auto  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import launcher.debugging
     import launcher.training  # noqa: F401
 
     _end_with_parent()

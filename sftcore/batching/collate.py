@@ -4,18 +4,17 @@ In: samples (input_ids, labels already shifted). Out: `Batch` of tensors on the 
 Invariant: positions restart at each document; a label is only ever a target inside its own document, since
 the shift happened per sample; weights of all batches of a step sum to 1, so partial losses add up to the
 step's loss.
-Trade-off: documents are laid end to end (no pads), so shapes change from pack to pack; `bucket` rounds T up
-to a multiple for compiled runs, with pads as a document of their own (at most bucket - 1 tokens a pack).
+Trade-off: documents are laid end to end without pads, so shapes change from pack to pack.
 
-    input_ids     [a0 a1 a2 | b0 b1 | . . .]        three pads with bucket=8
-    position_ids  [ 0  1  2 |  0  1 | 0 1 2]
-    cu_seqlens    [0, 3, 5, 8]    max_seqlen 3
+    input_ids     [a0 a1 a2 | b0 b1]
+    position_ids  [ 0  1  2 |  0  1]
+    cu_seqlens    [0, 3, 5]    max_seqlen 3
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -39,7 +38,8 @@ class Batch:
         trained_index: (K,) int64, positions with a target.
         targets: (K,) int64, token ids.
         weights: (K,) float32, share of each position in the step's loss.
-        num_tokens: T without pads.
+        num_tokens: T; 0 in a pack without work, whose weights are 0.
+        extra: further columns by name, a row (or several) for each document, in their order.
     """
 
     input_ids: torch.Tensor
@@ -51,6 +51,12 @@ class Batch:
     targets: torch.Tensor
     weights: torch.Tensor
     num_tokens: int
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def target_documents(self) -> torch.Tensor:
+        """(K,) number of the document that each target stands in."""
+        return torch.searchsorted(self.cu_seqlens, self.trained_index.int(), right=True) - 1
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; copies to a GPU, from page-locked memory, don't block the host."""
@@ -62,6 +68,7 @@ class Batch:
             trained_index=_send(self.trained_index, device),
             targets=_send(self.targets, device),
             weights=_send(self.weights, device),
+            extra={name: _send(column, device) for name, column in self.extra.items()},
         )
 
 
@@ -77,35 +84,35 @@ def collate(
     normalise: Literal["token", "sample"],
     num_trained_in_step: int,
     num_samples_in_step: int,
-    bucket: int = 1,
     idle: bool = False,
 ) -> Batch:
-    """Lay samples end to end.
+    """Lay samples end to end; their extra columns, of which all have the same, one after another.
 
     Weights: `token`: 1 / (trained tokens of the step). `sample`: 1 / (samples of the step * trained tokens of
     the sample), the mean over samples of their mean cross-entropy.
 
     Args:
-        bucket: round T up to a multiple of this.
         idle: give every position weight 0 (the rank has no work but must join the collectives).
     """
     lengths = [len(s.input_ids) for s in samples]
-    padding = -sum(lengths) % bucket
-    documents = [*lengths, padding] if padding else lengths
     labels = np.concatenate([s.labels for s in samples])
     trained = np.flatnonzero(labels != UNTRAINED)
     weights = _weights(samples, normalise, num_trained_in_step, num_samples_in_step)
-    input_ids = np.concatenate([*(s.input_ids for s in samples), np.zeros(padding, np.int32)])
+    input_ids = np.concatenate([s.input_ids for s in samples])
     return Batch(
         input_ids=torch.from_numpy(input_ids.astype(np.int64))[None],
-        position_ids=torch.cat([torch.arange(n) for n in documents])[None],
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *documents], dtype=np.int32)),
-        max_seqlen=max(documents),
-        document_lengths=tuple(documents),
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        max_seqlen=max(lengths),
+        document_lengths=tuple(lengths),
         trained_index=torch.from_numpy(trained),
         targets=torch.from_numpy(labels[trained].astype(np.int64)),
         weights=torch.from_numpy(weights * (0.0 if idle else 1.0)).float(),
         num_tokens=0 if idle else sum(lengths),
+        extra={
+            name: torch.from_numpy(np.concatenate([s.extra[name] for s in samples]))
+            for name in samples[0].extra
+        },
     )
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,7 @@ class Sample:
         num_trained: targets that are not -100; at least 1.
         file: path of the file that the record stands in.
         row: its 1-based row there.
+        extra: further columns by name, which go into its pack's `Batch.extra`.
     """
 
     id: str
@@ -60,6 +62,7 @@ class Sample:
     num_trained: int
     file: str = ""
     row: int = 0
+    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class Prompter:

@@ -1,9 +1,8 @@
 """Decoders as classifiers of documents: one class per document, in packs, with or instead of a plain layer.
 
-In: a recipe with `matching.mode: discriminative`, batches of the ordinary collate. Out: the pack's share of
-the loss; a classifier's file.
-Invariant: a document's class depends on its own tokens alone, packed or not, and is read from the state of
-its last token or from the mean of its tokens' states.
+In: a recipe with `matching.mode: discriminative`. Out: a model with a new classifier; states of
+documents; a classifier's file.
+Invariant: what training saves of a classifier is what inference puts in the vocabulary's place.
 Trade-off: with `pooling: mean` or `layers: 2` the weights are no `...ForSequenceClassification` of
 transformers any more: the decoder and `classifier.safetensors` are saved apart, and only `sftcore match` puts
 them together, rather than that plain transformers loads them and gives other logits in silence.
@@ -23,9 +22,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
 from sftcore.model.adapters import CLASSIFIER
-from sftcore.model.forward import decode_states, output_head
-from sftcore.model.load import load_trainable
-from sftcore.model.ours import LossModel
+from sftcore.model.load import load_for_training
 from sftcore.settings import NUM_CLASSES
 
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -47,27 +44,6 @@ class TwoLayerHead(nn.Module):
         return output
 
 
-class ClassifierLossModel(LossModel):
-    """A decoder with a classifier that maps a `Batch` to the pack's share of the step's loss.
-
-    Args:
-        pooling: which state of a document is classified: last, or mean.
-    """
-
-    def __init__(self, classifier: PreTrainedModel, pooling: str) -> None:
-        super().__init__(classifier)
-        self.pooling = pooling
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Scalar float32 loss."""
-        hidden_TD = decode_states(self.causal_lm, batch)[0]
-        if self.pooling == "mean":
-            pooled_KD = mean_states(hidden_TD, batch)
-        else:
-            pooled_KD = hidden_TD.index_select(0, batch.trained_index)
-        return output_head(self.causal_lm)(pooled_KD, batch.targets, batch.weights)
-
-
 def mean_states(hidden_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
     """(K, D) mean state of each document that has a class, summed in float32."""
     lengths = torch.tensor(batch.document_lengths, device=hidden_TD.device)
@@ -78,7 +54,7 @@ def mean_states(hidden_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
     return (sums_ND / lengths[:, None])[document_T[batch.trained_index]].to(hidden_TD.dtype)
 
 
-def load_classifier_for_training(recipe: Recipe) -> ClassifierLossModel:
+def load_classifier_for_training(recipe: Recipe) -> PreTrainedModel:
     """The model with a new classifier in the place of the vocabulary.
 
     Samples for it have one label, at their last position: the class. Everything else is as for a causal LM.
@@ -86,14 +62,12 @@ def load_classifier_for_training(recipe: Recipe) -> ClassifierLossModel:
     gradient norm of 300) sent the first updates astray, and some runs never came back.
     """
     torch.manual_seed(recipe.training_seed)  # of a hidden layer's first weights, the same on all ranks
-    loaded = load_trainable(
-        recipe, AutoModelForSequenceClassification, sharded_by=None, num_labels=NUM_CLASSES
-    )
-    model: Any = loaded.causal_lm
+    model: Any = load_for_training(recipe, kind=AutoModelForSequenceClassification, num_labels=NUM_CLASSES)
     nn.init.zeros_(model.score.weight)
     if recipe.matching.layers == 2:
         model.score = TwoLayerHead(model.score)
-    return ClassifierLossModel(model, recipe.matching.pooling)
+    classifier: PreTrainedModel = model
+    return classifier
 
 
 def restore_classifier(model: Any, folder: Path) -> None:

@@ -1,11 +1,9 @@
-"""Encoders (BERT and its kin) as classifiers of pairs: the baseline, in the same trainer and schedule.
+"""Encoders (BERT and its kin) as classifiers of pairs: loading one, and its logits.
 
-In: a recipe with `matching.mode: encoder`, batches of the ordinary collate. Out: the pack's share of the
-loss; logits of pairs.
-Invariant: the loss is the weighted cross-entropy of the model's own logits, each row masked to its document.
-Trade-off: a pack is unfolded into rows padded to its longest document, since encoders pool in ways of their
-own and can't be proven padding-free as decoders are; 16 documents of 20 to 60 tokens cost about half as much
-again.
+In: a recipe with `matching.mode: encoder`; token ids of documents. Out: a model with a new classifier;
+logits.
+Invariant: each row is masked to its document.
+Trade-off: rows are padded to the longest document of a batch; sorted by length, 64 rows hold few pads.
 """
 
 from __future__ import annotations
@@ -17,35 +15,18 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from sftcore.batching.collate import Batch
 from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
 from sftcore.errors import Problem, UserInputError
 from sftcore.log import progress
 from sftcore.model.generate import batches_by_length
 from sftcore.model.load import load_config, load_for_decoding, load_pretrained
-from sftcore.model.ours import LossModel
 from sftcore.model.positions import position_limit
 from sftcore.precision import torch_dtype
 from sftcore.settings import NUM_CLASSES
 from sftcore.shares import WHOLE, Share
 
 ROWS_PER_BATCH = 64  # of inference
-
-
-class EncoderLossModel(LossModel):
-    """An encoder's classifier that maps a `Batch` to the pack's share of the step's loss."""
-
-    def __init__(self, classifier: PreTrainedModel, separator_id: int) -> None:
-        super().__init__(classifier)
-        self.separator_id = separator_id
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Scalar float32 loss."""
-        documents = batch.input_ids[0].split(list(batch.document_lengths))
-        logits_NC = padded_logits(self.causal_lm, documents, self.separator_id)
-        losses = torch.nn.functional.cross_entropy(logits_NC.float(), batch.targets, reduction="none")
-        return (losses * batch.weights).sum()
 
 
 def is_encoder(config: Any) -> bool:
@@ -71,7 +52,7 @@ def padded_logits(
     return logits
 
 
-def load_encoder_for_training(recipe: Recipe) -> EncoderLossModel:
+def load_encoder_for_training(recipe: Recipe) -> PreTrainedModel:
     """The encoder with a new classifier, drawn from the recipe's seed.
 
     Raises:
@@ -81,14 +62,13 @@ def load_encoder_for_training(recipe: Recipe) -> EncoderLossModel:
     if problems := _problems(recipe, config):
         raise UserInputError(*problems)
     torch.manual_seed(recipe.training_seed)
-    model = load_pretrained(
+    return load_pretrained(
         recipe.model,
         AutoModelForSequenceClassification,
         dtype=torch_dtype(recipe.model),
         attention="sdpa",
         num_labels=NUM_CLASSES,
     )
-    return EncoderLossModel(model, separator_of(recipe.model.path))
 
 
 def _problems(recipe: Recipe, config: Any) -> list[Problem]:

@@ -1,7 +1,6 @@
 """Loading: a model folder or hub name -> a model that trains on packs, or one that decodes.
 
-In: the recipe's model section. Out: a transformers model; for training, wrapped so that it maps a `Batch`
-to a loss.
+In: the recipe's model section. Out: a transformers model; for training, with our attention, layers and head.
 Invariant: before a model is trained its packs are proven (`proof`), and what its configuration asks for and
 training doesn't give is refused (`demands`).
 Trade-off: the proof costs a few forwards at every start and holds for any architecture, where a list of known
@@ -41,11 +40,11 @@ from sftcore.model.demands import check_demands, warn_of_ignored
 from sftcore.model.forward import placed_on
 from sftcore.model.identity import base_of
 from sftcore.model.loss import choose_head
-from sftcore.model.ours import LossModel, install_head, slim_layers
+from sftcore.model.ours import install_head, slim_layers
 from sftcore.model.proof import NOT_PACKED, prove_head_and_packs, refusing
 from sftcore.model.quantise import keep_trainable_layout, quantisation_settings
 from sftcore.model.reach import freeze_unreached
-from sftcore.model.trial import try_recipe
+from sftcore.model.trial import Way, try_code
 from sftcore.model.vocabulary import grow_vocabulary
 from sftcore.model.weight_files import check_weight_files
 from sftcore.precision import DTYPES, dtype_of, torch_dtype
@@ -53,27 +52,23 @@ from sftcore.precision import DTYPES, dtype_of, torch_dtype
 log = logging.getLogger(__name__)
 
 
-def load_for_training(recipe: Recipe, *, sharded_by: dict[str, Any] | None = None) -> LossModel:
+def load_for_training(
+    recipe: Recipe,
+    *,
+    kind: Any = AutoModelForCausalLM,
+    sharded_by: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """The model with per-document attention and the trained-token head, proven on packs, and its adapter.
 
     Args:
+        kind: an Auto class whose models have a vocabulary or a classifier at their end.
         sharded_by: a ZeRO-3 configuration of DeepSpeed: each weight is cut up over the ranks as it is read,
             so that no rank holds them all; the caller then calls `prove_head_and_packs` with the engine.
+        options: for its `from_pretrained`.
 
     Raises:
         UserInputError: no model there, or one that can't be trained in packs; wrong adapter targets.
-    """
-    return load_trainable(recipe, AutoModelForCausalLM, sharded_by=sharded_by)
-
-
-def load_trainable(
-    recipe: Recipe, kind: Any, *, sharded_by: dict[str, Any] | None, **options: Any
-) -> LossModel:
-    """As `load_for_training`, of any Auto class that has a vocabulary or a classifier at its end.
-
-    Args:
-        kind: the Auto class to load with.
-        options: for its `from_pretrained`.
     """
     forget_old_kernels()
     settings = recipe.model
@@ -81,7 +76,7 @@ def load_trainable(
     config = load_config(settings)
     check_demands(recipe, config)
     warn_of_ignored(config)
-    try_recipe(recipe, config)
+    try_code(config, Way.of(recipe, kind=kind))
     with refusing(config.model_type, NOT_PACKED):
         attention = choose_attention(config, settings.attention, dtype=dtype_of(settings), device=device)
     dtype = torch_dtype(settings)
@@ -112,7 +107,7 @@ def load_trainable(
         train_whole_layers(model, vocabulary=bool(settings.add_tokens), saved=saved)
         if saved is not None:
             fill_adapter(model, saved, is_trained=True)
-    return LossModel(model)
+    return model
 
 
 def load_for_decoding(

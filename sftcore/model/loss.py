@@ -73,19 +73,24 @@ class TrainedTokenHead(nn.Linear):
     ) -> torch.Tensor:
         """Logits (..., V) without targets; with (K,) targets and weights, the loss of (K, D) states.
 
-        In eval mode that is the cross-entropy alone, so that losses of runs can be compared.
+        In eval mode that is the cross-entropy alone, so that losses of runs can be compared. Without weights,
+        it is the (K,) cross-entropies, and has no gradient.
         """
         if targets is None:
             return super().forward(hidden)
-        assert weights is not None
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
-        weight, self.weight_behind_lookup = self.weight_behind_lookup, None
+        looked_up, self.weight_behind_lookup = self.weight_behind_lookup, None
+        weight = (self.weight if looked_up is None else looked_up).to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if weights is None:
+            with torch.no_grad():
+                return _losses(hidden.to(dtype), weight, bias, targets, (self.softcap, 0.0, 0.0))[0]
         return self.cross_entropy(
             hidden.to(dtype),
-            (self.weight if weight is None else weight).to(dtype),
-            None if self.bias is None else self.bias.to(dtype),
+            weight,
+            bias,
             targets=targets,
             weights=weights,
             softcap=self.softcap,
@@ -209,17 +214,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         settings: tuple[float | None, float, float],
         gradient_sum: torch.Tensor | None,
     ) -> torch.Tensor:
-        softcap, z_loss, smoothing = settings
-        lse = torch.full(targets.shape, -torch.inf, device=hidden.device)
-        picked, sums = torch.zeros_like(lse), torch.zeros_like(lse)
-        for block in _blocks(hidden, weight):
-            logits = _logits(hidden, *_of(block, weight, bias), softcap)
-            lse = torch.logaddexp(lse, torch.logsumexp(logits, -1))
-            column, is_here = _columns(targets, block)
-            picked += logits.gather(-1, column).squeeze(-1) * is_here
-            if smoothing:
-                sums += logits.sum(-1)
-        losses = lse - (1 - smoothing) * picked - smoothing * sums / len(weight) + z_loss * lse**2
+        losses, lse = _losses(hidden, weight, bias, targets, settings)
         ctx.save_for_backward(hidden, weight, bias, targets, weights, lse)
         ctx.settings, ctx.gradient_sum = settings, gradient_sum
         return (losses * weights).sum()
@@ -246,6 +241,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if is_summed:
                 _add_products(ctx.gradient_sum[block], grad, hidden)
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
+
+
+def _losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    settings: tuple[float | None, float, float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K,) losses of positions, and the log of the sum of their exponentials, float32."""
+    softcap, z_loss, smoothing = settings
+    lse = torch.full(targets.shape, -torch.inf, device=hidden.device)
+    picked, sums = torch.zeros_like(lse), torch.zeros_like(lse)
+    for block in _blocks(hidden, weight):
+        logits = _logits(hidden, *_of(block, weight, bias), softcap)
+        lse = torch.logaddexp(lse, torch.logsumexp(logits, -1))
+        column, is_here = _columns(targets, block)
+        picked += logits.gather(-1, column).squeeze(-1) * is_here
+        if smoothing:
+            sums += logits.sum(-1)
+    return lse - (1 - smoothing) * picked - smoothing * sums / len(weight) + z_loss * lse**2, lse
 
 
 def _add_products(total_CD: torch.Tensor, grad_KC: torch.Tensor, hidden_KD: torch.Tensor) -> None:

@@ -9,34 +9,15 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sftcore.batching.collate import Batch
 from sftcore.errors import Problem, UserInputError
-from sftcore.model.forward import decode_states, output_head
+from sftcore.model.forward import output_head
 from sftcore.model.gates import slim_gates
 from sftcore.model.loss import TrainedTokenHead
 from sftcore.model.norms import slim_norms
 from sftcore.model.proof import NOT_PACKED, unfit
-
-
-class LossModel(nn.Module):
-    """A causal LM that maps a `Batch` to the pack's share of the step's loss.
-
-    Hidden states of all positions come from the decoder; only trained ones meet the head.
-    """
-
-    def __init__(self, causal_lm: PreTrainedModel) -> None:
-        super().__init__()
-        self.causal_lm = causal_lm
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Scalar float32 loss."""
-        hidden_1TD = decode_states(self.causal_lm, batch)
-        trained_KD = hidden_1TD[0].index_select(0, batch.trained_index)
-        return output_head(self.causal_lm)(trained_KD, batch.targets, batch.weights)
 
 
 def slim_layers(model: PreTrainedModel) -> tuple[int, int]:

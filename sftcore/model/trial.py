@@ -19,7 +19,6 @@ import torch
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
@@ -69,19 +68,13 @@ class Way:
     kind: Any = AutoModelForCausalLM
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Way:
-        """As a recipe trains it."""
+    def of(cls, recipe: Recipe, *, kind: Any) -> Way:
+        """As a recipe trains a model of an Auto class."""
         return cls(
             longest=recipe.max_length,
             checkpoints=recipe.train.activation_checkpointing == "full",
-            kind=AutoModelForSequenceClassification if recipe.classifies else AutoModelForCausalLM,
+            kind=kind,
         )
-
-
-def try_recipe(recipe: Recipe, config: Any) -> None:
-    """`try_code` of a decoder as the recipe trains it; an encoder runs no packs through a causal LM."""
-    if recipe.architecture != "encoder":
-        try_code(config, Way.of(recipe))
 
 
 def try_code(config: Any, way: Way) -> None:

@@ -8,8 +8,9 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from sftcore.batching.collate import Batch, collate
 from sftcore.batching.dealing import IDLE
 from sftcore.batching.packing import IntArray
 from sftcore.batching.schedule import Schedule, Step
-from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
+
+NUMBER = "number"  # extra column: of each document's sample in the store
+PACKS_PER_RANK = 4  # collated at a time, of an evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,46 @@ class Divisors:
     num_samples: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackSource:
+    """What the batches of steps are made from.
+
+    Args:
+        seed: of dropout.
+        normalise: what a step's loss is the mean over.
+    """
+
+    schedule: Schedule
+    store: TokenStore
+    seed: int
+    normalise: Literal["token", "sample"] = "token"
+
+
+def whole_set(
+    store: TokenStore, *, capacity: int, seed: int, normalise: Literal["token", "sample"]
+) -> PackSource:
+    """Every sample of a store once, in packs that don't depend on the number of ranks, to be evaluated."""
+    schedule = Schedule(
+        lengths=store.lengths,
+        num_trained=store.num_trained,
+        capacity=capacity,
+        seed=seed,
+        epochs=1,
+        world=dist.world_size(),
+        tokens_per_step=capacity * PACKS_PER_RANK * dist.world_size(),
+    )
+    return PackSource(schedule=schedule, store=store, seed=seed, normalise=normalise)
+
+
+def all_batches(source: PackSource) -> Iterator[Batch]:
+    """This rank's packs of all steps, a few at a time, weighted so that their losses are the mean of all."""
+    everything = Divisors(int(source.store.num_trained.sum()), len(source.store))
+    for number in range(source.schedule.num_steps):
+        yield from rank_batches(source, source.schedule.step(number), everything)[0]
+
+
 def rank_batches(
-    recipe: Recipe, schedule: Schedule, store: TokenStore, step: Step, divisors: Divisors | None = None
+    source: PackSource, step: Step, divisors: Divisors | None = None
 ) -> tuple[list[Batch], list[int]]:
     """This rank's packs of a step, and a dropout seed for each.
 
@@ -40,20 +81,15 @@ def rank_batches(
     Args:
         divisors: of a mean over more than this step; None: the step's own.
     """
+    schedule = source.schedule
     divisors = divisors or Divisors(step.num_trained_tokens, step.num_samples)
     dealt = schedule.deal(step)[dist.rank()]
     smallest = min(range(len(step.packs)), key=lambda p: int(schedule.lengths[step.packs[p]].sum()))
     batches = [
-        collate(
-            [store[int(i)] for i in step.packs[smallest if p == IDLE else p]],
-            normalise=recipe.train.normalise,
-            num_trained_in_step=divisors.num_trained_tokens,
-            num_samples_in_step=divisors.num_samples,
-            idle=bool(p == IDLE),
-        )
+        _batch_of(source, step.packs[smallest if p == IDLE else p], divisors, idle=bool(p == IDLE))
         for p in dealt
     ]
-    return batches, pack_seeds(recipe.training_seed, step, dealt)
+    return batches, pack_seeds(source.seed, step, dealt)
 
 
 def pack_seeds(seed: int, step: Step, packs: Sequence[int] | np.ndarray) -> list[int]:
@@ -67,12 +103,21 @@ def pack_seeds(seed: int, step: Step, packs: Sequence[int] | np.ndarray) -> list
     ]
 
 
-def weightless_batch(store: TokenStore, samples: IntArray) -> Batch:
+def weightless_batch(source: PackSource, samples: IntArray) -> Batch:
     """A pack that costs what it costs and trains nothing."""
+    return _batch_of(source, samples, Divisors(1, len(samples)), idle=True)
+
+
+def _batch_of(source: PackSource, samples: IntArray, divisors: Divisors, *, idle: bool) -> Batch:
+    found = [source.store[int(i)] for i in samples]
+    numbered = [
+        replace(sample, extra={**sample.extra, NUMBER: np.array([number])})
+        for sample, number in zip(found, samples, strict=True)
+    ]
     return collate(
-        [store[int(i)] for i in samples],
-        normalise="token",
-        num_trained_in_step=1,
-        num_samples_in_step=len(samples),
-        idle=True,
+        numbered,
+        normalise=source.normalise,
+        num_trained_in_step=divisors.num_trained_tokens,
+        num_samples_in_step=divisors.num_samples,
+        idle=idle,
     )

@@ -1,13 +1,13 @@
 """The engine: one optimizer step from the packs of a step, through DeepSpeed.
 
-In: a loss model, a recipe, this rank's batches. Out: the step's exact loss and gradient norm; updated
-weights.
+In: an objective, a recipe, this rank's batches. Out: the step's exact loss, metrics and gradient norm;
+updated weights.
 Invariant: R ranks x M micro-batches take the same step as one process with one batch.
 Trade-off: DeepSpeed also runs for one process (about 1 % of a 135M step), so what is debugged is what is
 scaled.
 
 The divisors. Batch weights already hold the step's divisor (collate), so a rank's loss is its exact share
-and the step's loss is the plain sum over packs and ranks:
+and the step's loss (and each of its metrics) is the plain sum over packs and ranks:
 
     L = sum_r sum_m L_rm          (what we want the gradient of)
 
@@ -26,7 +26,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,9 @@ from sftcore.heap import keep_freed_memory
 from sftcore.model.forward import output_head
 from sftcore.model.kept import kept_pattern, persistent_buffers
 from sftcore.model.loss import TrainedTokenHead
-from sftcore.model.ours import LossModel
 from sftcore.model.quantise import keep_trainable_layout
 from sftcore.model.tied import share_gradient
+from sftcore.objectives import Metrics, Objective
 from sftcore.recipe import deepspeed_file
 from sftcore.train.builds import await_other_builds, finds_library, put_own_programs_first
 from sftcore.train.casting import casting_all_but, keep_float32
@@ -125,7 +125,7 @@ class Engine:
     """DeepSpeed in three verbs: step, save, load."""
 
     def __init__(
-        self, model: LossModel, recipe: Recipe, ds_config: dict[str, Any], *, loads_universal: bool = False
+        self, model: Objective, recipe: Recipe, ds_config: dict[str, Any], *, loads_universal: bool = False
     ) -> None:
         """Wrap `model`; must be called by all ranks after `init_process_group`.
 
@@ -165,12 +165,17 @@ class Engine:
             self._after_backward = sum_head_in_place(self.deepspeed.optimizer, head)
 
     @property
-    def loss_model(self) -> LossModel:
-        """The wrapped model (its parameters are sharded under ZeRO-3)."""
+    def objective(self) -> Objective:
+        """The wrapped objective (its parameters are sharded under ZeRO-3)."""
         return self.deepspeed.module
 
     def step(
-        self, batches: Sequence[Batch], *, seeds: Sequence[int], lr: float, stop: StopAsked = never
+        self,
+        batches: Sequence[Batch],
+        *,
+        seeds: Sequence[int],
+        rates: Mapping[str, float],
+        stop: StopAsked = never,
     ) -> StepResult:
         """Forward and backward over this rank's packs, then one optimizer step over all ranks.
 
@@ -180,7 +185,7 @@ class Engine:
         Args:
             batches: this rank's packs; as many on every rank (idle ones have zero weights).
             seeds: one per pack, for dropout.
-            lr: learning rate of this step.
+            rates: of this step by name: `lr` for the optimizer, all for the objective.
             stop: whether this rank was asked to stop by now.
 
         Raises:
@@ -189,16 +194,21 @@ class Engine:
             NotFinite: the loss or the gradient norm; weights and optimizer are untouched.
         """
         self.deepspeed.train()
+        self.objective.rates = rates
         started = time.perf_counter()
-        losses: list[torch.Tensor] = []
+        rows: list[torch.Tensor] = []
+        names: list[str] = []
         for batch, seed in zip(batches, seeds, strict=True):
-            if (len(losses) + 1) % self._packs_between_looks == 0 and dist.any_rank(stop()):
+            if (len(rows) + 1) % self._packs_between_looks == 0 and dist.any_rank(stop()):
                 raise Abandoned
-            losses.append(self._forward_backward(batch, seed))
-        rank_losses = torch.stack(losses).tolist()
+            loss, metrics = self._forward_backward(batch, seed)
+            names = sorted(metrics)
+            rows.append(_row_of(loss, metrics, is_idle=not batch.num_tokens))
+        rank_losses, *rank_metrics = zip(*torch.stack(rows).tolist(), strict=True)
         seconds = time.perf_counter() - started
-        (loss_sum, seconds_sum), (seconds_max, any_stop, peak) = dist.sums_and_maxima(
-            [sum(rank_losses), seconds], [seconds, float(stop()), dist.peak_memory_bytes()]
+        (loss_sum, seconds_sum, *metric_sums), (seconds_max, any_stop, peak) = dist.sums_and_maxima(
+            [sum(rank_losses), seconds, *map(sum, rank_metrics)],
+            [seconds, float(stop()), dist.peak_memory_bytes()],
         )
         self._packs_between_looks = packs_between_looks(seconds_max, len(batches))
         if not math.isfinite(loss_sum):
@@ -206,10 +216,11 @@ class Engine:
                 f"the loss is {loss_sum}",
                 [number for number, loss in enumerate(rank_losses) if not math.isfinite(loss)],
             )
-        set_learning_rate(self.deepspeed.basic_optimizer.param_groups, lr)
+        set_learning_rate(self.deepspeed.basic_optimizer.param_groups, rates["lr"])
         self.deepspeed.step()  # skips the update, or our hook raises, if the norm is not finite
         return StepResult(
             loss=loss_sum,
+            metrics=dict(zip(names, metric_sums, strict=True)),
             grad_norm=self._finite_grad_norm(),
             stop_requested=bool(any_stop),
             rank_imbalance=seconds_max * dist.world_size() / seconds_sum - 1,
@@ -217,12 +228,13 @@ class Engine:
             peak_memory_bytes=int(peak),
         )
 
-    def rehearse(self, batch: Batch) -> None:
+    def rehearse(self, batch: Batch, *, rates: Mapping[str, float]) -> None:
         """Run a weightless batch ahead of a step's own: it adds zeros to the gradient.
 
         All ranks must call it, before `step`.
         """
         self.deepspeed.train()
+        self.objective.rates = rates
         self._forward_backward(batch, seed=0)
 
     @contextmanager
@@ -245,16 +257,24 @@ class Engine:
         Raises:
             Abandoned: a rank was asked to stop.
         """
-        self.deepspeed.eval()
-        keep_trainable_layout(self.deepspeed.modules())
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with torch.no_grad(), self.autocast():
-            for number, batch in enumerate(batches, 1):
-                total += self.deepspeed(batch.to(self.device))
-                if number % self._packs_between_looks == 0 and dist.any_rank(stop()):
-                    raise Abandoned
+        self.visit(batches, lambda batch: total.add_(self.deepspeed(batch)[0]), stop=stop)
         (loss,), _ = dist.sums_and_maxima([float(total)], [])
         return loss
+
+    def visit(self, batches: Iterable[Batch], see: Callable[[Batch], object], *, stop: StopAsked) -> None:
+        """Hand each batch to `see`, on the device, in eval mode and without gradient.
+
+        Raises:
+            Abandoned: a rank was asked to stop.
+        """
+        self.deepspeed.eval()
+        keep_trainable_layout(self.deepspeed.modules())
+        with torch.no_grad(), self.autocast():
+            for number, batch in enumerate(batches, 1):
+                see(batch.to(self.device))
+                if number % self._packs_between_looks == 0 and dist.any_rank(stop()):
+                    raise Abandoned
 
     def save(self, folder: Path) -> None:
         """Write trained weights and optimizer state below `folder`; all ranks must call it."""
@@ -286,7 +306,7 @@ class Engine:
         one after another; other ranks get none, but must come along to the end: under ZeRO-3 each parameter
         is gathered in turn.
         """
-        model = self.loss_model.causal_lm
+        model = self.objective.causal_lm
         kept = kept_pattern(model)
         for name, parameter in model.named_parameters():
             if self.trains_adapter and not parameter.requires_grad:
@@ -329,13 +349,13 @@ class Engine:
         if dist.world_size() == 1 and not optimizer_reduces:
             self.deepspeed.enable_backward_allreduce = False
 
-    def _forward_backward(self, batch: Batch, seed: int) -> torch.Tensor:
+    def _forward_backward(self, batch: Batch, seed: int) -> tuple[torch.Tensor, Metrics]:
         torch.manual_seed(seed)
         with self.autocast():
-            loss = self.deepspeed(batch.to(self.device))
+            loss, metrics = self.deepspeed(batch.to(self.device))
         self.deepspeed.backward(loss * dist.world_size(), scale_wrt_gas=False)
         self._after_backward()
-        return loss.detach()
+        return loss.detach(), metrics
 
     def autocast(self) -> torch.autocast:
         """How forwards are computed: in bfloat16 from float32 weights at stage 0, else as the weights are."""
@@ -349,7 +369,7 @@ class Engine:
             raise NotFinite("the gradient norm is not finite", [])
         return float(norm)
 
-    def _before_update(self, model: LossModel, max_norm: float) -> None:
+    def _before_update(self, model: Objective, max_norm: float) -> None:
         """At stage 0 gradients are whole on each rank when the optimizer steps: measure and clip them there.
 
         At every stage the norm, the same on all ranks, is known by now: no update follows a bad one.
@@ -358,6 +378,12 @@ class Engine:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
             self._hooked_norm = norm.item()
         self._finite_grad_norm()
+
+
+def _row_of(loss: torch.Tensor, metrics: Metrics, *, is_idle: bool) -> torch.Tensor:
+    """(1 + number of metrics,) float64: the loss, then the metrics by name; 0 for a pack without work."""
+    values = [loss, *(0.0 if is_idle else metrics[name] for name in sorted(metrics))]
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=loss.device).detach() for v in values])
 
 
 def _check_config(complete: dict[str, Any], recipe: Recipe) -> None:

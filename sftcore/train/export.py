@@ -53,7 +53,7 @@ def export_weights(engine: Engine, tokenizer: Any, recipe: Recipe, *, folder: Pa
         TrainingFailed: weights are missing, or what is loaded is not what was trained; likewise. All ranks
             raise what rank 0 has met.
     """
-    if recipe.classifies:
+    if engine.objective.num_outputs:
         tokenizer = _with_pad_token(tokenizer)
     config = _saved_config(engine, tokenizer, recipe)
     trained = observe(engine, config, recipe)
@@ -87,7 +87,7 @@ def _write_and_check(
 
 def _write_texts(engine: Engine, tokenizer: Any, recipe: Recipe, *, config: Any, folder: Path) -> None:
     """All of an export but its weights and its card."""
-    model = engine.loss_model.causal_lm
+    model = engine.objective.causal_lm
     if not engine.trains_adapter:
         config.save_pretrained(folder)
     if model.can_generate():
@@ -149,7 +149,7 @@ def _saved_config(engine: Engine, tokenizer: Any, recipe: Recipe) -> Any:
 
     Never the model's own: its layers ask that one in each forward which attention they are to compute.
     """
-    model = engine.loss_model.causal_lm
+    model = engine.objective.causal_lm
     config = copy.deepcopy(model.config)
     config.use_cache = True
     config.dtype = engine.save_dtype
@@ -159,7 +159,7 @@ def _saved_config(engine: Engine, tokenizer: Any, recipe: Recipe) -> Any:
         vars(config).pop("auto_map", None)  # transformers' own code was trained
     whole = model if recipe.matching.has_plain_classifier else model.get_decoder()
     config.architectures = [type(whole).__name__]
-    if recipe.classifies:
+    if engine.objective.num_outputs:
         config.id2label = dict(enumerate(recipe.matching.labels.en))
         config.label2id = {word: number for number, word in config.id2label.items()}
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -170,7 +170,7 @@ def _write_weights(
     engine: Engine, weights: Iterable[Named], folder: Path, recipe: Recipe, *, notes_digests: bool
 ) -> list[tuple[str, dict[str, str]]]:
     """Write a whole model's weights, or a peft folder; each file's digests, if they are to be noted."""
-    model = engine.loss_model.causal_lm
+    model = engine.objective.causal_lm
     if engine.trains_adapter:
         named = write_adapter(model, dict(weights), folder)
         return [(ADAPTER_WEIGHTS, _digests(named))] if notes_digests else []

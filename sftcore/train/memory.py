@@ -12,7 +12,6 @@ import numpy as np
 
 from sftcore import dist
 from sftcore.amounts import counted, size
-from sftcore.batching.packing import IntArray
 from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
 from sftcore.errors import Problem, TrainingFailed
@@ -21,6 +20,7 @@ from sftcore.precision import torch_dtype
 from sftcore.recipe import deepspeed_file
 from sftcore.train.devices import Device, device_here
 from sftcore.train.ds_config import autocasts, read_ds_config, zero_stage
+from sftcore.train.outcome import PackTooLarge
 
 NUM_REMEDIES = 3
 # Of a rank on CPUs: 0.5 GB of libraries, kernels' scratch space, freed memory that nothing fits into, and the
@@ -119,15 +119,9 @@ def _weight_bytes(recipe: Recipe) -> int:
     return 4 if is_autocast else torch_dtype(recipe.model).itemsize
 
 
-def explain_out_of_memory(
-    error: BaseException, recipe: Recipe, schedule: Schedule, pack: IntArray, *, step: int
-) -> TrainingFailed:
-    """One message: what was being computed, how much was in use, what would save most.
-
-    Args:
-        pack: (num_samples,) sample numbers of the pack that was too much.
-        step: 1-based.
-    """
+def explain_out_of_memory(error: PackTooLarge, recipe: Recipe, schedule: Schedule) -> TrainingFailed:
+    """One message: what was being computed, how much was in use, what would save most."""
+    pack = error.pack
     num_tokens = int(schedule.lengths[pack].sum())
     num_trained = int(schedule.num_trained[pack].sum())
     longest = int(np.max(schedule.lengths[pack]))
@@ -136,7 +130,7 @@ def explain_out_of_memory(
     )
     return TrainingFailed(
         Problem(
-            what=f"out of memory in step {step}: {str(error).strip().splitlines()[0][:160]}",
+            what=f"out of memory in step {error.step}: {str(error).strip().splitlines()[0][:160]}",
             got=f"a pack of {counted(num_tokens, 'token')}, {num_trained:,} of them trained, "
             f"in {counted(len(pack), 'document')}; peak {size(dist.peak_memory_bytes())} on this rank",
             remedy="; or ".join(f"{setting} (saves about {size(saved)})" for setting, saved in remedies),

@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from sftcore.train.tracking import open_trackers
 log = logging.getLogger(__name__)
 LIVE_LINE_SECONDS = 2.0
 METRICS = "metrics.jsonl"
-TRACKED = ("loss", "grad_norm", "lr", "tokens_per_second", "trained_tokens_per_second", "mfu")
+TRACKED = ("loss", "grad_norm", "tokens_per_second", "trained_tokens_per_second", "mfu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,16 +37,19 @@ class StepMetrics:
     """A line of metrics.jsonl; `step` is 1-based, counts are over all ranks.
 
     `elapsed_seconds`, the wall clock since the first step began, joins them when the line is written.
+
+    Args:
+        rates: by name, each a key of the line.
+        metrics: the objective's sums by name, each a key of the line.
     """
 
     step: int
     epoch: int
     loss: float
     grad_norm: float
-    lr: float
+    rates: dict[str, float]
     num_tokens: int
     num_trained_tokens: int
-    num_pad_tokens: int
     num_samples: int
     num_packs: int
     num_samples_by_source: dict[str, int]
@@ -57,6 +61,23 @@ class StepMetrics:
     mfu: float | None
     rank_imbalance: float
     peak_memory_bytes: int
+    metrics: dict[str, float]
+
+    def row(self) -> dict[str, Any]:
+        """What is written.
+
+        Raises:
+            ValueError: an objective's metric or a rate has another number's name.
+        """
+        row: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            parts = value if name in ("rates", "metrics") else {name: value}
+            if taken := row.keys() & parts.keys():
+                raise ValueError(f"metrics.jsonl has numbers of these names already: {sorted(taken)}")
+            row |= parts
+            if name == "num_trained_tokens":
+                row["num_pad_tokens"] = 0  # packs have none; readers of the file count on the key
+        return row
 
 
 class MetricsWriter:
@@ -67,10 +88,11 @@ class MetricsWriter:
         self.path = recipe.run_folder / METRICS
         self.num_steps = num_steps
         self.earlier_seconds = keep_first_steps(self.path, steps_done) if dist.rank() == 0 else 0.0
-        self.started = self.last_line = time.perf_counter()
         self.trackers = open_trackers(recipe, steps_done=steps_done) if dist.rank() == 0 else []
 
     def __enter__(self) -> MetricsWriter:
+        """The first step begins."""
+        self.started = self.last_line = time.perf_counter()
         return self
 
     def __exit__(
@@ -88,9 +110,10 @@ class MetricsWriter:
         """Append a step; show a live line every LIVE_LINE_SECONDS and at the last step."""
         if dist.rank() != 0:
             return
-        row = asdict(metrics)
+        row = metrics.row()
         append_jsonl(self.path, row | {"elapsed_seconds": self.elapsed_seconds})
-        self.track({f"train/{name}": row[name] for name in TRACKED if row[name] is not None}, metrics.step)
+        names = (*TRACKED, *metrics.rates, *metrics.metrics)
+        self.track({f"train/{name}": row[name] for name in names if row[name] is not None}, metrics.step)
         now = time.perf_counter()
         if now - self.last_line >= LIVE_LINE_SECONDS or metrics.step == self.num_steps:
             self.last_line = now

@@ -1,6 +1,6 @@
 """Optimizers: a model's trainable parameters -> groups with their decay and learning rate, and their updates.
 
-In: a loss model (under ZeRO-3 perhaps already sharded), the recipe's train section. Out: a torch optimizer.
+In: an objective (under ZeRO-3 perhaps already sharded), the recipe's train section. Out: a torch optimizer.
 Invariant: weight decay falls on matrices and never on vectors (norms, biases), however they are sharded; one
 `train.lr` means the same size of update for AdamW and Muon.
 Trade-off: Muon keeps 4 bytes of momentum a weight instead of AdamW's 8, and pays for it with about ten

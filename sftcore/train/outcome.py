@@ -1,6 +1,6 @@
 """What a step asks and what comes of it: a result, or a number that is not finite.
 
-In: nothing. Out: the nouns that engine, loop and debugging hand on.
+In: nothing. Out: the nouns that engine and loop hand on.
 Invariant: every rank has the same outcome of a step.
 Trade-off: a module of its own for three nouns, so that the engine can be read at a sitting.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sftcore.batching.packing import IntArray
 from sftcore.errors import TrainingFailed
 
 StopAsked = Callable[[], bool]
@@ -26,6 +27,7 @@ class StepResult:
 
     Args:
         loss: exact loss over all trained tokens of the step.
+        metrics: the objective's sums over the step, by name.
         grad_norm: L2 norm of the step's gradient before clipping.
         rank_imbalance: slowest rank's compute seconds / mean - 1.
         stop_requested: whether any rank was asked to stop.
@@ -34,6 +36,7 @@ class StepResult:
     """
 
     loss: float
+    metrics: dict[str, float]
     grad_norm: float
     rank_imbalance: float
     stop_requested: bool
@@ -50,3 +53,11 @@ class NotFinite(TrainingFailed):
     def __init__(self, what: str, micro_batches: list[int]) -> None:
         super().__init__(what)
         self.micro_batches = micro_batches
+
+
+class PackTooLarge(TrainingFailed):
+    """There was no memory for a pack; its (num_samples,) sample numbers, and the step, 1-based."""
+
+    def __init__(self, what: str, pack: IntArray, step: int) -> None:
+        super().__init__(what)
+        self.pack, self.step = pack, step

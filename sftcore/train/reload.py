@@ -19,22 +19,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sftcore.config import Recipe
 from sftcore.errors import Problem, TrainingFailed
 from sftcore.model.adapters import attach_adapter
 from sftcore.model.classifier import restore_classifier
-from sftcore.model.encoder import EncoderLossModel, padded_logits
-from sftcore.model.forward import pack_arguments
 from sftcore.model.load import load_pretrained
-from sftcore.model.ours import LossModel
-from sftcore.model.proof import bare_batch
 from sftcore.model.quantise import quantisation_settings
-from sftcore.model.sameness import distance, has_room_for, is_same, plain_logits, probe_tokens
+from sftcore.model.sameness import distance, has_room_for, is_same, probe_tokens
 from sftcore.model.vocabulary import grow_vocabulary
+from sftcore.objectives import Objective
 from sftcore.precision import torch_dtype
-from sftcore.settings import NUM_CLASSES
 from sftcore.train.engine import Engine, whole_size
 
 MAX_NAMED = 3
@@ -46,15 +42,15 @@ class Trained:
     """What was trained, as an export has to give it back.
 
     Args:
+        objective: that was trained.
         ids: of a few tokens.
-        separator_id: of an encoder, the id between two texts.
         logits: of these tokens.
         num_bytes: of the whole model in the dtype that it is loaded in.
         digests: of each weight and buffer by name, with its dtype; filled as they are written.
     """
 
+    objective: Objective
     ids: torch.Tensor
-    separator_id: int | None
     logits: torch.Tensor
     num_bytes: int
     digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
@@ -72,13 +68,13 @@ def observe(engine: Engine, config: Any, recipe: Recipe) -> Trained:
     Args:
         config: as it will be saved: the tokens are none that it pads with.
     """
-    ids, separator_id = probe_tokens(config), separator_in(engine.loss_model)
-    model = engine.loss_model.causal_lm
+    ids, objective = probe_tokens(config), engine.objective
+    model = objective.causal_lm
     with engine.autocast(), engine.gathering():
-        logits = logits_of(model, ids, separator_id)
+        logits = objective.probe_logits(model, ids)
     return Trained(
+        objective=objective,
         ids=ids,
-        separator_id=separator_id,
         logits=logits,
         num_bytes=sum(whole_size(p) for p in model.parameters()) * torch_dtype(recipe.model).itemsize,
     )
@@ -90,22 +86,6 @@ def digest_of(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
     digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def logits_of(model: PreTrainedModel, ids: torch.Tensor, separator_id: int | None) -> torch.Tensor:
-    """Float32 logits of a document on the CPU; of an encoder, which has a separator, those of its row."""
-    if separator_id is None:
-        return plain_logits(model, ids, **pack_arguments(bare_batch(ids.to(model.device), [len(ids)])))
-    was_training = model.training
-    with torch.no_grad():
-        logits = padded_logits(model.eval(), [ids.to(model.device)], separator_id)
-    model.train(was_training)
-    return logits.float().cpu()
-
-
-def separator_in(model: LossModel) -> int | None:
-    """Of an encoder, the id between two texts."""
-    return model.separator_id if isinstance(model, EncoderLossModel) else None
 
 
 def fits_again(recipe: Recipe, trained: Trained) -> bool:
@@ -121,31 +101,30 @@ def check_export(folder: Path, recipe: Recipe, trained: Trained) -> None:
         TrainingFailed: it gives another model.
     """
     with torch.random.fork_rng(devices=[]):  # a classifier's layer is drawn before its weights are read
-        model = _load(folder, recipe)
+        model = _load(folder, recipe, trained.objective)
     if wrong := _other_weights(model, trained):
         raise _unequal(f"{len(wrong)} of {len(trained.digests)} weights: {', '.join(wrong[:MAX_NAMED])}")
-    found = logits_of(model, trained.ids, trained.separator_id)
+    found = trained.objective.probe_logits(model, trained.ids)
     share = distance(found, trained.logits, dtype=model.dtype, config=model.config)
     if not is_same(share, model.dtype):
         raise _unequal(f"the weights are right, but logits are off by {share:.2g} of the largest")
 
 
-def _load(folder: Path, recipe: Recipe) -> PreTrainedModel:
+def _load(folder: Path, recipe: Recipe, objective: Objective) -> PreTrainedModel:
     """The model of an export as transformers loads it, on the host."""
     is_adapter = recipe.adapter.kind != "none"
     settings = recipe.model if is_adapter else recipe.model.model_copy(update={"path": str(folder)})
     dtype = torch_dtype(recipe.model)
-    kind = AutoModelForSequenceClassification if recipe.classifies else AutoModelForCausalLM
     options: dict[str, Any] = {}
     if recipe.adapter.kind == "qlora":
         options["quantization_config"] = quantisation_settings(dtype)
-    if is_adapter and recipe.classifies:
-        options["num_labels"] = NUM_CLASSES
-    model = load_pretrained(settings, kind, dtype=dtype, attention="eager", **options)
+    if is_adapter and objective.num_outputs:
+        options["num_labels"] = objective.num_outputs
+    model = load_pretrained(settings, objective.auto_class, dtype=dtype, attention="eager", **options)
     if is_adapter:
         grow_vocabulary(model, settings)
         attach_adapter(model, folder)
-    elif recipe.classifies:
+    elif objective.num_outputs:
         restore_classifier(model, folder)
     return model
 

@@ -22,20 +22,17 @@ from typing import Any
 
 from sftcore import dist
 from sftcore.amounts import duration
-from sftcore.batching.collate import Batch
-from sftcore.batching.schedule import Schedule
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import DAMAGED, append_jsonl, read_jsonl, sync_entry, write_jsonl
-from sftcore.train.batches import Divisors, rank_batches
+from sftcore.train.batches import all_batches, whole_set
 from sftcore.train.engine import Engine
 from sftcore.train.export import export_weights
 from sftcore.train.outcome import StopAsked, never
 
 log = logging.getLogger(__name__)
 VALID, BEST = "valid.jsonl", "best"
-PACKS_PER_RANK = 4  # collated at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +78,8 @@ class Validation:
         dist.barrier()
         if dist.rank() == 0 and rows:
             write_jsonl(self.path, [_row_of(row) for row in self.done])
-        self._schedule = Schedule(
-            lengths=store.lengths,
-            num_trained=store.num_trained,
-            capacity=recipe.batch.capacity,
-            seed=recipe.seed,
-            epochs=1,
-            world=dist.world_size(),
-            tokens_per_step=recipe.batch.capacity * PACKS_PER_RANK * dist.world_size(),
+        self._source = whole_set(
+            store, capacity=recipe.batch.capacity, seed=recipe.seed, normalise=recipe.train.normalise
         )
 
     def _check_whole(self, wanted: int) -> None:
@@ -126,14 +117,13 @@ class Validation:
             Abandoned: a rank was asked to stop; nothing is written.
         """
         started = time.perf_counter()
-        everything = Divisors(int(self.store.num_trained.sum()), len(self.store))
-        loss = engine.evaluate(self._batches(everything), stop=stop)
+        loss = engine.evaluate(all_batches(self._source), stop=stop)
         row = Evaluation(
             step=step,
             epoch=epoch,
             valid_loss=loss,
-            num_samples=everything.num_samples,
-            num_trained_tokens=everything.num_trained_tokens,
+            num_samples=len(self.store),
+            num_trained_tokens=int(self.store.num_trained.sum()),
             seconds=time.perf_counter() - started,
         )
         is_best = loss < self.lowest_loss
@@ -147,12 +137,6 @@ class Validation:
             if not math.isfinite(loss):
                 log.warning("this valid loss is not finite: it is no lowest, whatever follows")
         return row
-
-    def _batches(self, everything: Divisors) -> Iterator[Batch]:
-        """This rank's packs of the whole set, a few at a time."""
-        for number in range(self._schedule.num_steps):
-            step = self._schedule.step(number)
-            yield from rank_batches(self.recipe, self._schedule, self.store, step, everything)[0]
 
     @property
     def best_folder(self) -> Path:

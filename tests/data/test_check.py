@@ -13,7 +13,7 @@ from sftcore.config import Recipe
 from sftcore.data.check import check_store, check_text, draw_check
 from sftcore.data.prepare import prepare_store
 from sftcore.errors import UserInputError
-from sftcore.train.loop import make_schedule
+from sftcore.train.plan import make_schedule
 
 
 @pytest.fixture

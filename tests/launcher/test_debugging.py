@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import BIN, run, steps, weights_hash, write_recipe
 
 from launcher import training
-from launcher.debugging import DebuggedEngine, DebugOptions, NormRecorder, check_overfit
 from launcher.training import overfit_recipe
 from sftcore.data.tokens import Codec
 from sftcore.errors import TrainingFailed, UserInputError
+from sftcore.fsio import read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.train.observers import REHEARSAL, DebugOptions, NormRecorder, observing
+from sftcore.train.overfit import check_overfit
 
 
 @pytest.mark.slow
@@ -43,18 +44,18 @@ def test_one_step_is_learned_or_the_reason_is_told(tiny_recipe, monkeypatch):
     recipe = load_recipe(write_recipe(tiny_recipe, "one"))
     said = overfit_recipe(recipe)
     assert "it can be learned" in said and not Path("runs/one").exists()
-    monkeypatch.setattr("launcher.debugging.OVERFIT_STEPS", 2)
+    monkeypatch.setattr("sftcore.train.overfit.OVERFIT_STEPS", 2)
     with pytest.raises(TrainingFailed, match=r"step 1 was not learned: loss \d.* in 2 repetitions"):
         overfit_recipe(recipe)
     smooth = load_recipe(write_recipe(tiny_recipe, "smooth", train={"label_smoothing": 0.1, "z_loss": 0.1}))
     with pytest.raises(UserInputError, match=r"(?s)label_smoothing.*z_loss"):
-        check_overfit(smooth)
+        check_overfit(smooth.train)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_the_first_tensor_that_is_not_finite_is_named(where):
+def test_the_first_tensor_that_is_not_finite_is_named(where, tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
-    norms = NormRecorder(model)
+    norms = NormRecorder(model, tmp_path)
     if where == "forward":
         model[2].weight.data[0, 1] = float("nan")
         with pytest.raises(RuntimeError, match=r"the output of 2, shape \(4, 1\)"):
@@ -71,10 +72,17 @@ def test_the_first_tensor_that_is_not_finite_is_named(where):
 def test_the_rehearsal_is_looked_at_too(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     model[1].weight.data[0, 1] = float("nan")
-    engine = SimpleNamespace(loss_model=model, rehearse=lambda batch: model(batch))
-    looked_at = DebuggedEngine(engine, tmp_path, DebugOptions(anomaly=True))
-    with pytest.raises(TrainingFailed, match=r"first tensor that is not finite: the output of 1"):
-        looked_at.rehearse(torch.ones(4, 2))
+    with observing(DebugOptions(anomaly=True), model, tmp_path) as observers:
+        (observer,) = observers
+        with pytest.raises(TrainingFailed, match=r"first tensor that is not finite: the output of 1"):
+            with observer(REHEARSAL):
+                model(torch.ones(4, 2))
+        model[1].weight.data[0, 1] = 0.0
+        observers[0].first_bad = ""
+        for step in (REHEARSAL, 7):
+            with observer(step):
+                model(torch.ones(4, 2))
+    assert [row["step"] for row in read_jsonl(tmp_path / "debug/norms.jsonl")] == [7]
 
 
 def test_debugging_options_are_for_one_process(tiny_recipe):

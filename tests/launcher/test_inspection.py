@@ -46,7 +46,7 @@ def test_spaces_of_sentencepiece_are_shown():
     tokenizer = build_spaces_in_front()
     ids = tokenizer("Paris is Paris")["input_ids"]
     labels = np.array([-100] * (len(ids) - 2) + [ids[-1], -100])
-    sample = SimpleNamespace(input_ids=np.array(ids), labels=labels)
+    sample = SimpleNamespace(input_ids=np.array(ids), labels=labels, extra={})
     assert marked_text(sample, tokenizer, ("[", "]")) == "<s> Paris is[ Paris]"
     assert [line.split(maxsplit=2)[2] for line in _token_lines(sample, tokenizer, ("[", "]"))][1:] == [
         "' Paris'",

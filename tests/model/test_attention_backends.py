@@ -26,7 +26,7 @@ from sftcore.model.attention import BACKENDS, ability_table, choose_attention, f
 from sftcore.model.attention.flex import flex_docs_attention
 from sftcore.model.attention.needs import AttentionNeeds, needs_of
 from sftcore.model.attention.sdpa_docs import sdpa_docs_attention
-from sftcore.model.load import load_for_training
+from sftcore.objectives import load_objective
 
 LENGTHS = (5, 9, 5, 1)
 CUDA = {"dtype": "bfloat16", "device": "cuda", "head_size": 64, "value_size": 64}
@@ -255,7 +255,7 @@ def test_models_load_for_training_with_every_backend(tmp_path, monkeypatch, kind
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with torch.no_grad():  # flex on a CPU goes forward only
         losses = [
-            load_for_training(recipe_for(tmp_path, attention=name))(packed(LENGTHS)).item()
+            load_objective(recipe_for(tmp_path, attention=name))(packed(LENGTHS))[0].item()
             for name in (backend, "auto")
         ]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
@@ -268,7 +268,7 @@ def test_a_model_is_proven_where_it_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(load.dist, "device", lambda: torch.device("cuda", 1))
     monkeypatch.setattr(load, "prove_head_and_packs", lambda _: proofs.append(list(places)))
     AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
-    load_for_training(recipe_for(tmp_path))
+    load_objective(recipe_for(tmp_path))
     assert proofs == [["cuda:1"]] and places == ["cuda:1", "cpu"]
 
 
@@ -309,7 +309,7 @@ def packed(lengths) -> Batch:
     for number, length in enumerate(lengths):
         ids = (np.arange(length) * 7 + 11 * number + 1).astype(np.int32) % 300
         labels = np.append(ids[1:], 0 if length == 1 else UNTRAINED).astype(np.int32)
-        made.append(SimpleNamespace(input_ids=ids, labels=labels))
+        made.append(SimpleNamespace(input_ids=ids, labels=labels, extra={}))
     step = {"num_trained_in_step": sum(lengths) - len(lengths) + 1, "num_samples_in_step": len(lengths)}
     return collate(made, normalise="token", **step)
 
@@ -406,11 +406,11 @@ def test_whole_models_compute_packs_as_documents_alone(tmp_path, monkeypatch, na
         pytest.skip("; ".join(why))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load_for_training(recipe_for(tmp_path, attention=name)).cuda()
+    model = load_objective(recipe_for(tmp_path, attention=name)).cuda()
     results = []
     for pack in ([packed(LENGTHS)], unpacked(packed(LENGTHS))):
         model.zero_grad()
-        losses = [model(batch.to("cuda")) for batch in pack]
+        losses = [model(batch.to("cuda"))[0] for batch in pack]
         sum(losses).backward()
         results.append((sum(losses).item(), [p.grad.float() for p in model.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=0.02)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.config import Recipe
-from sftcore.model.classifier import load_classifier_for_training, restore_classifier
+from sftcore.model.classifier import restore_classifier
 from sftcore.model.likelihood import Question, class_logits, load_for_scoring
+from sftcore.objectives import load_objective
 
 LENGTHS, CLASSES = (6, 9, 6, 1, 13), (0, 1, 1, 0, 1)
 STEP = {"normalise": "sample", "num_trained_in_step": 5, "num_samples_in_step": 5}
@@ -26,7 +27,9 @@ def documents():
     for length, number in zip(LENGTHS, CLASSES, strict=True):
         labels = np.full(length, UNTRAINED, np.int32)
         labels[-1] = number
-        made.append(SimpleNamespace(input_ids=rng.integers(1, 300, length).astype(np.int32), labels=labels))
+        made.append(
+            SimpleNamespace(input_ids=rng.integers(1, 300, length).astype(np.int32), labels=labels, extra={})
+        )
     return made
 
 
@@ -51,7 +54,7 @@ def recipe_for(folder, **matching) -> Recipe:
 
 def with_random_output(recipe: Recipe):
     """The loss model; its output layer begins at zero, which would hide every gradient behind it."""
-    model = load_classifier_for_training(recipe)
+    model = load_objective(recipe)
     output = model.causal_lm.score
     output = output.out if recipe.matching.layers == 2 else output
     assert not output.weight.any()
@@ -63,7 +66,7 @@ def test_packed_classes_equal_documents_alone_forward_and_backward(folder):
     ours = with_random_output(recipe_for(folder))
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
     theirs.load_state_dict(ours.causal_lm.state_dict())
-    loss = ours(collate(documents(), **STEP))
+    loss, _ = ours(collate(documents(), **STEP))
     loss.backward()
     expected = sum(
         torch.nn.functional.cross_entropy(
@@ -93,7 +96,7 @@ def test_pooled_classes_equal_documents_alone(folder, pooling, layers):
     recipe = recipe_for(folder, pooling=pooling, layers=layers)
     ours = with_random_output(recipe)
     theirs = with_random_output(recipe).causal_lm
-    loss = ours(collate(documents(), **STEP))
+    loss, _ = ours(collate(documents(), **STEP))
     loss.backward()
     losses = []
     for document, number in zip(documents(), CLASSES, strict=True):

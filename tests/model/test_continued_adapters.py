@@ -17,9 +17,10 @@ from sftcore.errors import UserInputError
 from sftcore.model.adapter_files import read_adapter
 from sftcore.model.demands import check_demands
 from sftcore.model.identity import fingerprint_model
-from sftcore.model.load import load_config, load_for_training
+from sftcore.model.load import load_config
 from sftcore.model.merge import merge_adapter
 from sftcore.model.sameness import plain_logits
+from sftcore.objectives import load_objective
 from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import Engine, init_process_group
@@ -94,7 +95,7 @@ def test_the_first_forward_is_the_saved_adapters_and_so_are_its_exports(base, tm
     assert (wanted - before).abs().max() > 0.01, "the adapter does something"
     kinds = {"rslora": changes.get("use_rslora", False), "dora": changes.get("use_dora", False)}
     recipe = recipe_for(base, tmp_path / "saved", dropout=0.1, **kinds)
-    model = load_for_training(recipe)
+    model = load_objective(recipe)
     assert torch.allclose(packed_logits(model), wanted, atol=1e-5)
     assert sum(p.requires_grad for p in model.parameters()) == len(
         load_file(tmp_path / "saved" / "adapter_model.safetensors")
@@ -115,7 +116,7 @@ def test_files_without_newer_keys_or_with_keys_of_tomorrow_are_read(base, tmp_pa
     assert set(NEWER_KEYS) <= known.keys()
     older = {key: value for key, value in known.items() if key not in NEWER_KEYS and value is not None}
     file.write_text(json.dumps(older | {"key_of_tomorrow": False}))
-    model = load_for_training(recipe_for(base, tmp_path / "saved"))
+    model = load_objective(recipe_for(base, tmp_path / "saved"))
     assert torch.allclose(packed_logits(model), wanted, atol=1e-5)
 
 
@@ -131,7 +132,7 @@ def test_files_without_newer_keys_or_with_keys_of_tomorrow_are_read(base, tmp_pa
 def test_what_the_recipe_says_otherwise_or_can_not_be_trained_on_is_refused(base, tmp_path, changes, message):
     saved_by_peft(base, tmp_path / "saved", **changes)
     with pytest.raises(UserInputError, match=message):
-        load_for_training(recipe_for(base, tmp_path / "saved"))
+        load_objective(recipe_for(base, tmp_path / "saved"))
 
 
 def test_an_adapter_of_a_newer_kind_is_refused(base, tmp_path):
@@ -139,7 +140,7 @@ def test_an_adapter_of_a_newer_kind_is_refused(base, tmp_path):
     file = tmp_path / "saved" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"bends_weights": "twice"}))
     with pytest.raises(UserInputError, match=r"(?s)bends_weights: an adapter of this kind.*got: twice"):
-        load_for_training(recipe_for(base, tmp_path / "saved"))
+        load_objective(recipe_for(base, tmp_path / "saved"))
 
 
 @pytest.mark.parametrize(
@@ -197,10 +198,10 @@ def test_layers_trained_whole_are_refused_where_only_the_model_tells_which(base,
     for tensor, is_own in ((own.model.norm.weight.detach(), True), (norm, False)):
         save_file(load_file(file) | {"base_model.model.model.norm.weight": tensor}, file)
         if is_own:
-            load_for_training(recipe_for(base, tmp_path / "saved"))
+            load_objective(recipe_for(base, tmp_path / "saved"))
             continue
         with pytest.raises(UserInputError, match="(?s)trained whole.*got: model.norm.weight"):
-            load_for_training(recipe_for(base, tmp_path / "saved"))
+            load_objective(recipe_for(base, tmp_path / "saved"))
 
 
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
@@ -214,7 +215,7 @@ def test_the_vocabulary_that_an_adapter_has_trained_is_trained_on(base, tmp_path
     save_file(weights | changed, file)
     recipe = recipe_for(base, tmp_path / "saved")
     check_demands(recipe, load_config(recipe.model))
-    model = load_for_training(recipe)
+    model = load_objective(recipe)
     logits = packed_logits(model)
     assert (logits - wanted).abs().max() > 0.1, "the saved rows are in use"
     trained = {name.split(".")[-2] for name, p in model.causal_lm.named_parameters() if p.requires_grad}
@@ -227,7 +228,7 @@ def test_the_vocabulary_that_an_adapter_has_trained_is_trained_on(base, tmp_path
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[name], changed[name]) for name in whole)
     assert torch.allclose(
-        packed_logits(load_for_training(recipe_for(base, tmp_path / "again"))), logits, atol=1e-5
+        packed_logits(load_objective(recipe_for(base, tmp_path / "again"))), logits, atol=1e-5
     )
 
 
@@ -241,7 +242,7 @@ def test_a_tied_vocabulary_that_was_trained_apart_is_refused(tmp_path):
     with pytest.raises(
         UserInputError, match="(?s)apart, which its base has tied.*embed_tokens.*remedy|do: merge"
     ):
-        load_for_training(recipe_for(tmp_path / "tied", tmp_path / "saved"))
+        load_objective(recipe_for(tmp_path / "tied", tmp_path / "saved"))
 
 
 def test_targets_that_the_recipe_lists_are_compared_and_all_linear_is_said_to_add_none(
@@ -249,7 +250,7 @@ def test_targets_that_the_recipe_lists_are_compared_and_all_linear_is_said_to_ad
 ):
     saved_by_peft(base, tmp_path / "saved")
     with pytest.raises(UserInputError, match=r"(?s)another targets.*got: .*q_proj.*allowed: \['o_proj'\]"):
-        load_for_training(recipe_for(base, tmp_path / "saved", targets=["o_proj"]))
+        load_objective(recipe_for(base, tmp_path / "saved", targets=["o_proj"]))
     with caplog.at_level("INFO", logger="sftcore"):
-        load_for_training(recipe_for(base, tmp_path / "saved", targets="all-linear"))
+        load_objective(recipe_for(base, tmp_path / "saved", targets="all-linear"))
     assert "none are added: q_proj, up_proj, v_proj" in caplog.text

@@ -17,6 +17,7 @@ from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import Record
 from sftcore.errors import UserInputError
 from sftcore.model.encoder import encoder_logits, is_encoder, load_encoder_for_training
+from sftcore.objectives import load_objective
 
 PAIRS = [("a b c", "c b", 0), ("d", "d", 1), ("a b c d e f", "f e d", 1), ("g h", "a a a a a", 0)]
 
@@ -59,19 +60,20 @@ def test_samples_are_what_the_tokenizer_joins(folder):
 
 def test_a_pack_equals_its_pairs_alone_forward_and_backward(folder):
     recipe = recipe_for(folder)
-    ours = load_encoder_for_training(recipe).eval()
+    ours = load_objective(recipe).eval()
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
     theirs.load_state_dict(ours.causal_lm.state_dict())
     theirs.eval()
     tokenizer = bert_tokenizer()
     prompter = Prompter(PromptOptions.of(recipe), tokenizer)
     samples = [
-        SimpleNamespace(input_ids=s.input_ids, labels=s.labels) for s in prompter.sample_batch(records())
+        SimpleNamespace(input_ids=s.input_ids, labels=s.labels, extra={})
+        for s in prompter.sample_batch(records())
     ]
     batch = collate(samples, normalise="sample", num_trained_in_step=4, num_samples_in_step=4)
     assert len(set(batch.document_lengths)) == 4, "rows are padded"
     assert tokenizer("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
-    loss = ours(batch)
+    loss, _ = ours(batch)
     loss.backward()
     alone = [theirs(**tokenizer(a, b, return_tensors="pt")).logits for a, b, _ in PAIRS]
     expected = sum(

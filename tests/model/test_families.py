@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from sftcore.batching.collate import UNTRAINED
 from sftcore.config import Recipe
-from sftcore.model.load import load_for_training
 from sftcore.model.miniature import BEYOND
-from sftcore.model.ours import LossModel
+from sftcore.objectives import load_objective
+from sftcore.objectives.next_token import NextToken
 from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import Engine, init_process_group
@@ -70,15 +70,15 @@ def own_model(folder: Path) -> Any:
 def test_packs_and_steps_are_those_of_documents_alone_in_plain_torch(tmp_path, name):
     save_family(name, tmp_path)
     recipe = recipe_for(tmp_path)
-    ours = load_for_training(recipe)
+    ours = load_objective(recipe)
     own = own_model(tmp_path)
     check_a_pack(ours, own)
     check_steps(ours, own, recipe)
 
 
-def check_a_pack(ours: LossModel, own: Any) -> None:
+def check_a_pack(ours: NextToken, own: Any) -> None:
     ours.train()
-    packed = ours(collated(documents(0)))
+    packed, _ = ours(collated(documents(0)))
     alone = own_loss(own, documents(0))
     assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
     packed.backward()
@@ -88,7 +88,7 @@ def check_a_pack(ours: LossModel, own: Any) -> None:
     own.zero_grad()
 
 
-def check_steps(ours: LossModel, own: Any, recipe: Recipe) -> None:
+def check_steps(ours: NextToken, own: Any, recipe: Recipe) -> None:
     decayed = [p for p in own.parameters() if p.requires_grad]
     update = torch.optim.AdamW(decayed, lr=RATE, betas=recipe.train.betas, eps=1e-3, weight_decay=0.0)
     init_process_group()
@@ -96,7 +96,7 @@ def check_steps(ours: LossModel, own: Any, recipe: Recipe) -> None:
     engine = Engine(ours, recipe, read_ds_config(deepspeed_file(recipe)))
     for number in range(STEPS):
         loss = own_loss(own, documents(number))
-        result = engine.step([collated(documents(number))], seeds=[number], lr=RATE)
+        result = engine.step([collated(documents(number))], seeds=[number], rates={"lr": RATE})
         assert result.loss == pytest.approx(loss.item(), rel=1e-4)
         update.zero_grad()
         loss.backward()

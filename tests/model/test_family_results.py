@@ -12,8 +12,8 @@ from miniature_runs import exported, recipe_for, save_base, take_steps
 from transformers import AutoModelForCausalLM
 
 from sftcore.errors import UserInputError
-from sftcore.model.load import load_for_training
 from sftcore.model.merge import merge_adapter
+from sftcore.objectives import load_objective
 from sftcore.train.engine import Engine
 
 IDS = torch.arange(3, 60)[None]
@@ -36,7 +36,7 @@ def by_speed(names: tuple[str, ...]) -> list[Any]:
 def change_everything(engine: Engine) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
-        for tensor in engine.loss_model.causal_lm.state_dict().values():
+        for tensor in engine.objective.causal_lm.state_dict().values():
             if tensor.is_floating_point():
                 tensor.add_(0.02 * torch.randn_like(tensor))
 
@@ -66,7 +66,7 @@ def test_a_merged_adapter_is_what_peft_makes_of_base_and_adapter(base, tmp_path)
     recipe = recipe_for(base, adapter={"kind": "lora", "r": 4})
     if base.with_name("refused").exists():
         with pytest.raises(UserInputError, match="peft would not find the adapter of these layers"):
-            load_for_training(recipe)
+            load_objective(recipe)
         return
     exported(recipe, tmp_path / "adapter", take_steps)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", recipe.model, quantised=False)

@@ -17,15 +17,16 @@ from sftcore.model.attention.sdpa_docs import group_documents
 from sftcore.model.forward import decode_states
 from sftcore.model.gates import slim_gates
 from sftcore.model.norms import slim_norms
-from sftcore.model.ours import LossModel, install_head
+from sftcore.model.ours import install_head
 from sftcore.model.proof import prove_head_and_packs
 from sftcore.model.tied import share_gradient
+from sftcore.objectives.next_token import NextToken
 
 LENGTHS = (6, 9, 6, 1, 13)
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2}  # on values of order 1
 
 
-def build(kind: str, dtype: torch.dtype) -> LossModel:
+def build(kind: str, dtype: torch.dtype) -> NextToken:
     torch.manual_seed(0)
     config = tiny_config(kind)
     model = AutoModelForCausalLM.from_config(
@@ -37,7 +38,7 @@ def build(kind: str, dtype: torch.dtype) -> LossModel:
     install_head(model, z_loss=0.0, label_smoothing=0.0, kind="chunked")
     prove_head_and_packs(model)
     assert share_gradient(model) == model.config.tie_word_embeddings
-    return LossModel(model)
+    return NextToken(model)
 
 
 def samples() -> list[SimpleNamespace]:
@@ -47,15 +48,15 @@ def samples() -> list[SimpleNamespace]:
         ids = rng.integers(1, 300, length).astype(np.int32)
         labels = np.full(length, UNTRAINED, np.int32)
         labels[length // 2 : -1] = ids[length // 2 + 1 :]
-        made.append(SimpleNamespace(input_ids=ids, labels=labels))
+        made.append(SimpleNamespace(input_ids=ids, labels=labels, extra={}))
     return made
 
 
-def loss_and_gradients(model: LossModel, batches) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: NextToken, batches) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     total = 0.0
     for batch in batches:
-        loss = model(batch)
+        loss, _ = model(batch)
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.float().clone() for name, p in model.named_parameters()}
@@ -111,16 +112,6 @@ def test_equal_documents_share_a_call_and_sorted_packs_are_not_moved():
     assert moved.groups == ((2, 1), (1, 2))
     assert moved.order.tolist() == [1, 2, 0, 3]
     assert moved.order[moved.inverse].tolist() == [0, 1, 2, 3]
-
-
-def test_pads_are_a_document_of_their_own_and_cost_no_loss():
-    model, documents = build("llama", torch.float32), samples()
-    step = {"normalise": "token", "num_trained_in_step": 9, "num_samples_in_step": 5}
-    plain, padded = collate(documents, **step), collate(documents, bucket=16, **step)
-    assert padded.input_ids.shape[1] == 48 and padded.num_tokens == plain.num_tokens == sum(LENGTHS)
-    assert padded.cu_seqlens.tolist() == [0, 6, 15, 21, 22, 35, 48] and padded.max_seqlen == 13
-    assert padded.position_ids[0, -13:].tolist() == list(range(13))
-    torch.testing.assert_close(model(padded), model(plain), rtol=1e-6, atol=0)
 
 
 def test_an_idle_batch_has_no_loss_and_no_gradient():

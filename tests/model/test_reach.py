@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from sftcore.model.adapter_files import is_update
 from sftcore.model.adapters import trained_names
 from sftcore.model.cost import measure_model
-from sftcore.model.load import load_for_training
 from sftcore.model.reach import unreached
+from sftcore.objectives import load_objective
 from sftcore.recipe import deepspeed_file
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import Engine, init_process_group
@@ -26,7 +26,7 @@ def test_a_vision_tower_is_neither_trained_nor_decayed(tmp_path, caplog, stage):
     save_family("gemma3", tmp_path)
     recipe = recipe_for(tmp_path, deepspeed=stage, train={"lr": 1e-2, "weight_decay": 0.5})
     with caplog.at_level(logging.INFO):
-        model = load_for_training(recipe)
+        model = load_objective(recipe)
     assert "frozen, because no text reaches them" in caplog.text and "model.vision_tower (" in caplog.text
     weights = dict(model.causal_lm.named_parameters())
     frozen = {name for name, p in weights.items() if not p.requires_grad}
@@ -35,7 +35,7 @@ def test_a_vision_tower_is_neither_trained_nor_decayed(tmp_path, caplog, stage):
     before = {name: p.detach().clone() for name, p in weights.items()}
     init_process_group()
     engine = Engine(model, recipe, read_ds_config(deepspeed_file(recipe)))
-    engine.step([collated(documents(0))], seeds=[0], lr=1e-2)
+    engine.step([collated(documents(0))], seeds=[0], rates={"lr": 1e-2})
     states = sum(
         t.numel() for state in engine.deepspeed.basic_optimizer.state.values() for t in state.values()
     )
@@ -48,7 +48,7 @@ def test_a_vision_tower_is_neither_trained_nor_decayed(tmp_path, caplog, stage):
 
 def test_adapters_leave_out_what_no_text_reaches(tmp_path):
     save_family("gemma3", tmp_path)
-    model = load_for_training(recipe_for(tmp_path, adapter={"kind": "lora", "r": 4})).causal_lm
+    model = load_objective(recipe_for(tmp_path, adapter={"kind": "lora", "r": 4})).causal_lm
     trained = {name for name in trained_names(model) if is_update(name)}
     assert trained and not any(TOWER in name for name in trained)
 

@@ -12,8 +12,8 @@ from packaged import packaged_model
 from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
-from sftcore.model.load import load_for_training
-from sftcore.model.ours import LossModel
+from sftcore.objectives import load_objective
+from sftcore.objectives.next_token import NextToken
 from sftcore.precision import dtype_here, has_fast_bfloat16
 
 TEXTS = (
@@ -27,7 +27,7 @@ GRADIENT_TOLERANCES = {"float32": 5e-3, "bfloat16": 4e-2}
 LOSS_TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def load(name: str, dtype: str) -> tuple[LossModel, list[SimpleNamespace]]:
+def load(name: str, dtype: str) -> tuple[NextToken, list[SimpleNamespace]]:
     folder = packaged_model(name)
     recipe = Recipe.model_validate(
         {
@@ -43,15 +43,15 @@ def load(name: str, dtype: str) -> tuple[LossModel, list[SimpleNamespace]]:
         ids = np.array(whole, np.int32)
         labels = np.full(len(ids), UNTRAINED, np.int32)
         labels[len(prompt) - 1 : -1] = ids[len(prompt) :]
-        samples.append(SimpleNamespace(input_ids=ids, labels=labels))
-    return load_for_training(recipe), samples
+        samples.append(SimpleNamespace(input_ids=ids, labels=labels, extra={}))
+    return load_objective(recipe), samples
 
 
-def gradients(model: LossModel, batches: list) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(model: NextToken, batches: list) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     total = 0.0
     for batch in batches:
-        loss = model(batch)
+        loss, _ = model(batch)
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.float().clone() for name, p in model.named_parameters()}

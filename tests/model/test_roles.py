@@ -7,7 +7,7 @@ from families import config_of, full_config_of, recipe_for, save_family
 
 from sftcore.config import AdapterSettings
 from sftcore.model.cost import FOUR_BIT_BYTES, measure_model, measure_recipe
-from sftcore.model.load import load_for_training
+from sftcore.objectives import load_objective
 from sftcore.train.optimizers import make_optimizer
 
 QWEN3_30B = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128}
@@ -35,7 +35,7 @@ def test_what_is_held_in_four_bits_is_counted(tmp_path, family):
     pytest.importorskip("bitsandbytes")
     save_family(family, tmp_path)
     recipe = recipe_for(tmp_path, adapter={"kind": "qlora", "r": 4})
-    model = load_for_training(recipe)
+    model = load_objective(recipe)
     held = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
     cost = measure_recipe(recipe)
     assert held and cost.num_quantised_parameters == 2 * sum(p.numel() for p in held)  # two in a byte
@@ -49,7 +49,7 @@ def test_muons_state_is_that_of_the_matrices_it_updates(tmp_path, family, kind):
     save_family(family, tmp_path)
     adapter = {"kind": kind, "r": 4}
     recipe = recipe_for(tmp_path, adapter=adapter, train={"optimizer": "muon"}, deepspeed="zero0")
-    optimizer = make_optimizer(load_for_training(recipe), recipe.train)
+    optimizer = make_optimizer(load_objective(recipe), recipe.train)
     groups = optimizer.param_groups
     moments = sum(p.numel() * (4 if group["use_muon"] else 8) for group in groups for p in group["params"])
     cost = measure_recipe(recipe)

@@ -54,7 +54,7 @@ def test_gradients_are_whole_at_stage_3(tmp_path, monkeypatch, family, recompute
     loss, norm = own_norm(tmp_path)
     init_process_group()
     engine = _make_engine(recipe, read_ds_config(deepspeed_file(recipe)))
-    result = engine.step([collated(documents(0))], seeds=[0], lr=RATE)
+    result = engine.step([collated(documents(0))], seeds=[0], rates={"lr": RATE})
     assert result.loss == pytest.approx(loss, rel=1e-4)
     assert result.grad_norm == pytest.approx(norm, rel=1e-3)
     engine.close()

@@ -13,32 +13,33 @@ from transformers import AutoModelForCausalLM
 
 from sftcore.batching.collate import collate
 from sftcore.model.attention import choose_attention
-from sftcore.model.ours import LossModel, install_head
+from sftcore.model.ours import install_head
 from sftcore.model.tied import add_rows_, share_gradient
+from sftcore.objectives.next_token import NextToken
 
 PAD = 0  # of tiny models; embeddings give its row no gradient
 
 
-def model_of(kind: str, dtype: torch.dtype) -> LossModel:
+def model_of(kind: str, dtype: torch.dtype) -> NextToken:
     torch.manual_seed(0)
     config = tiny_config(kind)
     attention = choose_attention(config, "auto", dtype="float32", device="cpu")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
     install_head(model, z_loss=0.1, label_smoothing=0.1, kind="chunked")
-    return LossModel(model)
+    return NextToken(model)
 
 
 def batch_of(ids: list[int]):
     ids_T = np.array(ids, np.int32)
-    sample = SimpleNamespace(input_ids=ids_T, labels=np.roll(ids_T, -1))
+    sample = SimpleNamespace(input_ids=ids_T, labels=np.roll(ids_T, -1), extra={})
     return collate(
         [sample, sample], normalise="token", num_trained_in_step=2 * len(ids), num_samples_in_step=2
     )
 
 
-def gradients(model: LossModel, *batches) -> dict[str, torch.Tensor]:
+def gradients(model: NextToken, *batches) -> dict[str, torch.Tensor]:
     for batch in batches:
-        model(batch).backward()
+        model(batch)[0].backward()
     return {name: p.grad.float() for name, p in model.named_parameters()}
 
 
@@ -61,7 +62,7 @@ def test_a_sum_takes_both(kind):
     weight = shared.causal_lm.get_output_embeddings().weight
     total = shared.causal_lm.get_output_embeddings().gradient_sum = torch.zeros(weight.shape)
     batch = batch_of([5, 7, 7, 11])
-    shared(batch).backward()
+    shared(batch)[0].backward()
     assert weight.grad is None
     expected = gradients(by_autograd, batch)["causal_lm.model.embed_tokens.weight"]
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-7)

@@ -15,7 +15,7 @@ from sftcore.batching.collate import UNTRAINED, Batch, collate
 from sftcore.config import Recipe
 from sftcore.data.prompts import Sample
 from sftcore.model import ours
-from sftcore.model.load import load_for_training
+from sftcore.objectives import load_objective
 from sftcore.recipe import deepspeed_file
 from sftcore.train import engine as engine_module
 from sftcore.train.ds_config import complete_ds_config, read_ds_config
@@ -63,9 +63,9 @@ def test_a_closed_engine_keeps_no_weight_master_or_gradient_alive(tiny_recipe, n
     monkeypatch.setattr(torch.nn.functional, "linear", linear)  # at stage 3 DeepSpeed puts its own there
     recipe = make_recipe(tiny_recipe, deepspeed=name)
     init_process_group()
-    engine = Engine(load_for_training(recipe), recipe, read_ds_config(deepspeed_file(recipe)))
-    engine.step([make_batch()], seeds=[0], lr=1e-3)
-    model, update = engine.loss_model, engine.deepspeed.basic_optimizer
+    engine = Engine(load_objective(recipe), recipe, read_ds_config(deepspeed_file(recipe)))
+    engine.step([make_batch()], seeds=[0], rates={"lr": 1e-3})
+    model, update = engine.objective, engine.deepspeed.basic_optimizer
     kept = {"model": weakref.ref(model), "engine": weakref.ref(engine.deepspeed)}
     kept |= {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
     for number, state in enumerate(update.state.values()):
@@ -83,16 +83,16 @@ def test_a_closed_engine_keeps_no_weight_master_or_gradient_alive(tiny_recipe, n
 
 def sums_after_two_packs(recipe: Recipe) -> tuple[float, dict[str, torch.Tensor]]:
     """The gradient's norm, and the float32 sums that the update saw."""
-    engine = Engine(load_for_training(recipe), recipe, read_ds_config(deepspeed_file(recipe)))
+    engine = Engine(load_objective(recipe), recipe, read_ds_config(deepspeed_file(recipe)))
     optimizer, seen = engine.deepspeed.optimizer, {}
-    names = {id(p): name for name, p in engine.loss_model.named_parameters()}
+    names = {id(p): name for name, p in engine.objective.named_parameters()}
 
     def keep(*_) -> None:
         for group, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
             seen.update({names[id(p)]: total.clone() for p, total in zip(group, sums, strict=True)})
 
     engine.deepspeed.basic_optimizer.register_step_pre_hook(keep)
-    result = engine.step([make_batch(), make_batch()], seeds=[0, 1], lr=1e-3)
+    result = engine.step([make_batch(), make_batch()], seeds=[0, 1], rates={"lr": 1e-3})
     engine.close()
     return result.grad_norm, seen
 
@@ -121,7 +121,7 @@ def test_deepspeeds_clock_is_off_unless_asked_for(tiny_recipe):
     own = {"throughput": {"enabled": True, "synchronized": False}}
     assert complete_ds_config({"timers": own}, recipe)["timers"] == own
     init_process_group()
-    engine = Engine(load_for_training(recipe), recipe, read_ds_config(deepspeed_file(recipe)))
+    engine = Engine(load_objective(recipe), recipe, read_ds_config(deepspeed_file(recipe)))
     assert not engine.deepspeed.tput_timer.config.enabled
     engine.close()
 
@@ -155,8 +155,8 @@ def test_a_closed_engine_gives_its_gpu_memory_back(tiny_recipe, name, monkeypatc
     init_process_group()
     held = []
     for _ in range(3):
-        engine = Engine(load_for_training(recipe), recipe, read_ds_config(deepspeed_file(recipe)))
-        engine.step([make_batch()], seeds=[0], lr=1e-3)
+        engine = Engine(load_objective(recipe), recipe, read_ds_config(deepspeed_file(recipe)))
+        engine.step([make_batch()], seeds=[0], rates={"lr": 1e-3})
         engine.close()
         gc.collect()
         held.append(torch.cuda.memory_allocated())

@@ -28,7 +28,7 @@ def recipe_of(folder: Path, stage: int, **changes: Any) -> Recipe:
 
 
 def take_three_steps(engine: Engine) -> None:
-    losses = [engine.step([pack_of(0)], seeds=[0], lr=1e-3).loss for _ in range(3)]
+    losses = [engine.step([pack_of(0)], seeds=[0], rates={"lr": 1e-3}).loss for _ in range(3)]
     assert losses[2] < losses[0]
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from sftcore.config import Recipe, TrainSettings
 from sftcore.errors import MissingEnvironmentError, UserInputError
 from sftcore.train import optimizers
-from sftcore.train.loop import learning_rate
 from sftcore.train.optimizers import make_optimizer, set_learning_rate
+from sftcore.train.rates import learning_rate
 from sftcore.train.tracking import RunTracker
 
 

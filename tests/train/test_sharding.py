@@ -40,7 +40,7 @@ def growth(function, *args, **options):
     thread.join()
     return max(peaks) - peaks[0], result
 seen = {}
-load, write = training.load_for_training, training.export_weights
+load, write = training.load_objective, training.export_weights
 def watched_load(*args, **options):
     load(load_recipe(Path(tiny)), **options)  # imports
     before = anonymous_bytes()
@@ -50,7 +50,7 @@ def watched_load(*args, **options):
     return model
 def watched_write(*args, **options):
     seen['export'], _ = growth(write, *args, **options)
-training.load_for_training, training.export_weights = watched_load, watched_write
+training.load_objective, training.export_weights = watched_load, watched_write
 training.train_recipe(load_recipe(Path(path)))
 Path(f'seen-{dist.rank()}.json').write_text(json.dumps(seen))
 """

@@ -21,22 +21,22 @@ STOPPED = """
 import os, signal, sys
 from pathlib import Path
 from launcher import training
-from launcher.debugging import DebugOptions
 from sftcore import dist
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe
-from sftcore.train import engine, stopping
+from sftcore.objectives.next_token import NextToken
+from sftcore.train import stopping
 from sftcore.errors import StoppedOnRequest
 stopping.LOOK_SECONDS = 0  # a look before each pack
 kind, count, who, *paths = sys.argv[1:]
 done = []
-forward = engine.LossModel.forward
+forward = NextToken.forward
 def counted(self, batch):
     done.extend([1] if self.training == (kind == "train") else [])
     if len(done) == int(count) and dist.rank() == int(who):
         os.kill(os.getpid(), signal.SIGUSR1)
     return forward(self, batch)
-engine.LossModel.forward = counted
+NextToken.forward = counted
 setup_logging(rank=dist.rank())
 for path in paths:
     done.clear()
@@ -187,10 +187,10 @@ def test_of_two_ranks_of_which_one_hangs_the_run_ends_as_hung(tiny_recipe):
         "from sftcore import dist\n"
         "from sftcore.train import batches, loop\n"
         "made = loop.rank_batches\n"
-        "def hanging(recipe, schedule, store, step):\n"
+        "def hanging(source, step):\n"
         "    if step.number == 5 and dist.rank() == 1:\n"
         "        time.sleep(600)\n"
-        "    return made(recipe, schedule, store, step)\n"
+        "    return made(source, step)\n"
         "loop.rank_batches = hanging\n"
         f"sys.argv[0] = {WORKER!r}\n"
         f"runpy.run_path({WORKER!r}, run_name='__main__')\n"

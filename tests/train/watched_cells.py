@@ -29,7 +29,7 @@ def digest(*texts: object) -> str:
 
 
 def seen(engine: Engine) -> dict:
-    model = engine.loss_model.causal_lm
+    model = engine.objective.causal_lm
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     tensors = [getattr(p, "ds_tensor", p).detach() for p in model.parameters()] + list(model.buffers())
     return {
