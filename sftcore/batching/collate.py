@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from sftcore.data.seam import UNTRAINED as UNTRAINED
+
 if TYPE_CHECKING:
-    from sftcore.data.seam import UNTRAINED as UNTRAINED
-from sftcore.data.prompts import Sample
+    from sftcore.data.prompts import Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
