@@ -84,7 +84,7 @@ def _first_rejections(parts: Sequence[Part]) -> list[Rejection]:
 def decide(
     parts: Sequence[Part], asked: Hashes, wanted: Hashes | None, *, deduplicate: bool
 ) -> tuple[Outcomes, NDArray[np.bool_]]:
-    """What becomes of each record of the parts.
+    """What becomes of each record of the parts, and of each sample where it gives several.
 
     Args:
         asked: sorted, of the held-out records (`hash_asked`).
@@ -93,14 +93,15 @@ def decide(
     Returns:
         KEPT, NOT_SELECTED, or FIRST_REASON + a reason's position; and which records are kept copies.
     """
-    ids = _joined(parts, "id_hash", np.uint64)
+    ids, begins = _joined(parts, "id_hash", np.uint64), _begins(parts)
     outcomes = np.full(len(ids), KEPT, np.uint8)
     outcomes[_refused(parts)] = _refusals(parts)
     if wanted is not None:
         outcomes[~np.isin(ids, wanted)] = NOT_SELECTED
-    again = repeated(ids)
+    again = begins.copy()
+    again[begins] = repeated(ids[begins])
     del ids
-    first = ~again
+    first = begins & ~again
     places = np.flatnonzero(first)
     earlier, earlier_rows = _earlier(parts)
     is_first = first[earlier_rows]
@@ -120,7 +121,14 @@ def decide(
     for reason, mask in reversed(masks.items()):
         outcomes[places[mask]] = _code(reason)
     outcomes[again] = _code(Reason.DUPLICATE_ID)
+    outcomes = outcomes[np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))]
     return outcomes, copies & (outcomes == KEPT)
+
+
+def _begins(parts: Sequence[Part]) -> NDArray[np.bool_]:
+    """Which lines begin a record: those of another row than the line before."""
+    rows = [part.column("row") for part in parts]
+    return np.concatenate([np.empty(0, bool), *(np.diff(found, prepend=-1) != 0 for found in rows)])
 
 
 def _joined(parts: Sequence[Part], name: str, dtype: Any) -> NDArray[Any]:
@@ -157,7 +165,7 @@ def _code(reason: Reason) -> int:
 def account(parts: Sequence[Part], outcomes: Outcomes, copies: NDArray[np.bool_]) -> Ledger:
     """The ledger of the whole: what the parts noted while reading, and every dropped or altered record."""
     ledger = Ledger()
-    start, others = 0, _otherwise_answered(parts, outcomes)
+    start, others, begins = 0, _otherwise_answered(parts, outcomes), _begins(parts)
     for part in parts:
         rows, about = part.rows(), part.about
         ledger.absorb(
@@ -166,7 +174,7 @@ def account(parts: Sequence[Part], outcomes: Outcomes, copies: NDArray[np.bool_]
             altered=about["altered_by_reason"],
         )
         here = outcomes[start : start + len(rows)]
-        for rejection in _rejections(rows, about["file"], here):
+        for rejection in _rejections(rows, about["file"], here, begins[start : start + len(rows)]):
             ledger.reject(rejection)
         _note(ledger, rows, about["file"], copies[start : start + len(rows)], Change.DUPLICATE_KEPT)
         _note(ledger, rows, about["file"], others[start : start + len(rows)], Change.OTHER_ANSWER)
@@ -175,7 +183,7 @@ def account(parts: Sequence[Part], outcomes: Outcomes, copies: NDArray[np.bool_]
             _note(ledger, rows, about["file"], (changes >> bit & 1).astype(bool) & (here == KEPT), change)
         _count_markers(ledger, rows, (changes >> CHANGES.index(Change.MARKER_IN_TEXT) & 1) & (here == KEPT))
         start += len(rows)
-    ledger.num_not_selected = int(np.count_nonzero(outcomes == NOT_SELECTED))
+    ledger.num_not_selected = int(np.count_nonzero((outcomes == NOT_SELECTED) & begins))
     return ledger
 
 
@@ -206,8 +214,10 @@ def answered_twice(prompts: Hashes, samples: Hashes) -> NDArray[np.bool_]:
     return marks
 
 
-def _rejections(rows: pa.Table, file: str, outcomes: Outcomes) -> Iterator[Rejection]:
-    for i in np.flatnonzero(outcomes >= FIRST_REASON).tolist():
+def _rejections(
+    rows: pa.Table, file: str, outcomes: Outcomes, begins: NDArray[np.bool_]
+) -> Iterator[Rejection]:
+    for i in np.flatnonzero((outcomes >= FIRST_REASON) & begins).tolist():
         reason = REASONS[outcomes[i] - FIRST_REASON]
         is_refusal = rows["refusal"][i].as_py() != NO_REFUSAL
         yield Rejection(

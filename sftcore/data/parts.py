@@ -8,7 +8,7 @@ part needs no other part: any process, on any node, in any order, can write it.
 
     input_ids.bin  int32 ids of all samples, end to end        |s0 s0 s0|s1 s1|s2 s2 s2 s2|
     labels.bin     int32 targets, likewise                      ^0       ^3    ^5
-    rows.arrow     one line a record (`ROWS_SCHEMA`); a sample's offset is the sum of the num_tokens before it
+    rows.arrow     one line a record (`ROWS_SCHEMA`) or sample; its offset is the sum of num_tokens before it
     ledger.jsonl   rows that did not parse, texts that were altered
     part.json      its unit, totals, sizes, checksums
 """
@@ -57,7 +57,8 @@ ROWS_SCHEMA = pa.schema(
         ("sample_hash", pa.uint64()),  # of all of its ids
     ]
 )
-Encode = Callable[[Sequence[Record]], Sequence[Encoded | Refusal | None]]
+Result = Encoded | Refusal | None
+Encode = Callable[[Sequence[Record]], Sequence[Result | tuple[Encoded, ...]]]
 
 
 def part_name(number: int) -> str:
@@ -78,7 +79,8 @@ def write_part(
     Args:
         folder: final name; a part that another process finished meanwhile stays.
         rows: consumed once; 1,024 of them are held at a time.
-        encode: a sample, a refusal, or None for a record that was not selected.
+        encode: a sample, a refusal, or None for a record that was not selected; several samples of one
+            record (a long text) are lines that follow each other with its id and row.
         ledger: of these rows only; takes the rejections.
         about: what part.json says of where the rows come from.
 
@@ -113,20 +115,30 @@ def _write_columns(folder: Path, records: Iterator[Record], encode: Encode) -> d
         pa.ipc.new_file(rows, ROWS_SCHEMA) as writer,
     ):
         while batch := list(islice(records, BATCH_RECORDS)):
-            results = encode(batch)
+            lines, results = _lines(batch, encode(batch))
             samples = [result for result in results if isinstance(result, Encoded)]
             flat = flat_ids(samples)
             ids.write(flat.astype(INT32, copy=False).tobytes())
             labels.write(flat_labels(samples, flat).astype(INT32, copy=False).tobytes())
-            writer.write_batch(_row_batch(batch, results, flat))
-            totals["num_records"] += len(batch)
+            writer.write_batch(_row_batch(lines, results, flat))
+            totals["num_records"] += len(lines)
             totals["num_tokens"] += len(flat)
     return totals
 
 
-def _row_batch(
-    records: list[Record], results: Sequence[Encoded | Refusal | None], flat: NDArray[np.int32]
-) -> pa.RecordBatch:
+def _lines(
+    records: Sequence[Record], results: Sequence[Result | tuple[Encoded, ...]]
+) -> tuple[list[Record], list[Result]]:
+    """A line for each result, and for each sample of a record that gives several."""
+    found = [
+        (record, one)
+        for record, result in zip(records, results, strict=True)
+        for one in (result if isinstance(result, tuple) else (result,))
+    ]
+    return [record for record, _ in found], [one for _, one in found]
+
+
+def _row_batch(records: list[Record], results: Sequence[Result], flat: NDArray[np.int32]) -> pa.RecordBatch:
     hashes = zip(*(hash_row(record.content) for record in records), strict=True)
     refusals = [result if isinstance(result, Refusal) else None for result in results]
     samples = [result if isinstance(result, Encoded) else None for result in results]

@@ -230,6 +230,28 @@ def test_trivial_facts_go_into_the_ledger_and_are_no_fault_of_the_file(recipe, w
     ledger.check(0.0, reasons=READING, num_rows=4)
 
 
+def test_a_record_may_become_several_samples(recipe, bpe, cache, monkeypatch):
+    """As a long text does: its samples follow each other, and it counts once in the account."""
+    alone = Prompter.encode_batch
+
+    def in_pieces(self, contents):
+        return [(one, one, one) if content.subject == "S1" else one
+                for content, one in zip(contents, alone(self, contents), strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(Prompter, "encode_batch", in_pieces)
+    rows = [*FACTS[:4], FACTS[1] | {"id": "copy"}, FACTS[0] | {"id": "train:2"}, FACTS[1] | {"id": "train:2"}]
+    it = recipe(rows, test=[FACTS[3]], max_reject_fraction=0.5)
+    store = prepare_store(it, bpe, cache_root=cache)
+    assert store.ids == ["train:1", *["train:2"] * 3, "train:3", *["copy"] * 3]
+    assert store[1].input_ids.tolist() == store[3].input_ids.tolist() != store[4].input_ids.tolist()
+    found = store.manifest
+    assert found["rejected_by_reason"] == {"leak": 1, "duplicate_id": 2}
+    assert (found["num_rows_read"], found["num_samples"], found["num_rejected"]) == (7, 8, 3)
+    assert store.manifest["altered_by_reason"] == {"duplicate_kept": 1}
+    chosen = prepare_store(it, bpe, only_ids=["train:1", "copy"], cache_root=cache)
+    assert chosen.ids == ["train:1", *["copy"] * 3] and chosen.manifest["num_not_selected"] == 2
+
+
 def test_a_verbatim_prompt_that_spells_out_a_held_out_fact_is_a_leak(recipe, bpe, cache, write):
     held_out = write("held.jsonl", [{"relation": "P36", "subject": "Peru", "answers": ["Lima"]}, FACTS[3]])
     template = {"prompt": "Q: {question}\nA:", "completion": " {answer}"}
