@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sftcore.config import Recipe
+from sftcore.config import DataSettings, Recipe
 from sftcore.data.arrow import identity_of
 from sftcore.data.prompts import PromptOptions, question_patterns
 from sftcore.data.splits import HELD_OUT, sources_of, split_prefixes
@@ -42,7 +42,7 @@ def store_fingerprint(
     """Hash of everything that decides the samples: file contents, template, tokenizer, options, code."""
     data = recipe.data
     problems: list[Problem] = []
-    sources = {split: _sources_identity(recipe, split, digest, problems) for split in ("train", *HELD_OUT)}
+    sources = {split: _sources_identity(data, split, digest, problems) for split in ("train", *HELD_OUT)}
     if problems:
         raise UserInputError(*problems)
     return fingerprint_of(
@@ -66,11 +66,11 @@ def _other_answers(wanted: Wanted) -> dict[str, Any]:
 
 
 def _sources_identity(
-    recipe: Recipe, split: str, digest: Digest, problems: list[Problem]
+    data: DataSettings, split: str, digest: Digest, problems: list[Problem]
 ) -> list[dict[str, Any]]:
-    prefixes = split_prefixes(recipe, split)
+    prefixes = split_prefixes(data, split)
     identities = []
-    for source in sources_of(recipe, split):
+    for source in sources_of(data, split):
         files = []
         for file in source_files(source):
             try:

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from sftcore.config import Recipe
+from sftcore.config import DataSettings, Recipe
 from sftcore.data.digests import KnownDigests
-from sftcore.data.filters import Hashes, hash_asked
+from sftcore.data.filters import Hashes
 from sftcore.data.filters.columns import REASONS, hash_id
 from sftcore.data.fingerprint import Digest, Wanted, as_wanted, store_fingerprint
 from sftcore.data.ledger import PROMPTING, READING, Ledger, Reason
@@ -40,9 +40,8 @@ from sftcore.data.merge import (
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.splits import (
     check_formats,
-    held_out_records,
+    hash_held_out,
     load_records,
-    render_held_out,
     split_prefixes,
 )
 from sftcore.data.store import KEPT, TokenStore
@@ -97,7 +96,7 @@ class _Order:
 
     def workshop(self) -> Workshop:
         """What each worker needs."""
-        prefixes = split_prefixes(self.recipe, "train")
+        prefixes = split_prefixes(self.recipe.data, "train")
         return Workshop(
             recipe=self.recipe,
             prompter=self.prompter,
@@ -134,11 +133,11 @@ def prepare_store(
     with _remembered(cache_root) as known:
         order = _order(recipe, tokenizer, only_ids, cache_root, known.sha256)
         if store := _reusable(order, known.sha256):
-            return _allowed(recipe, store)
+            return _allowed(recipe.data, store)
         lock = cache_root / ".locks" / order.fingerprint
         with folder_lock(lock, purpose="preparing data", wait=True) as is_alone:
             if store := _reusable(order, known.sha256):
-                return _allowed(recipe, store)
+                return _allowed(recipe.data, store)
             began = time.time_ns()
             if order.folder.exists():
                 log.warning("%s is damaged: writing it again", order.folder)
@@ -147,7 +146,7 @@ def prepare_store(
         store = TokenStore.open(order.folder, order.fingerprint)
         files = store.described_files()
         known.learn({file: about["sha256"] for file, about in files.items()}, since=began)
-    return _allowed(recipe, store)
+    return _allowed(recipe.data, store)
 
 
 def prepare_shard(
@@ -208,7 +207,7 @@ def _order(
     digest: Digest,
 ) -> _Order:
     prompter = Prompter(PromptOptions.of(recipe), tokenizer)
-    check_formats(recipe)
+    check_formats(recipe.task, recipe.data)
     return _Order(
         recipe=recipe,
         prompter=prompter,
@@ -231,7 +230,7 @@ def _reusable(order: _Order, digest: Digest) -> TokenStore | None:
     return store
 
 
-def _allowed(recipe: Recipe, store: TokenStore) -> TokenStore:
+def _allowed(data: DataSettings, store: TokenStore) -> TokenStore:
     """`store`, unless this recipe allows fewer dropped rows than the one that it was made for."""
     dropped = store.manifest["rejected_by_reason"]
     if not any(dropped.get(reason) for reason in READING | PROMPTING):
@@ -239,7 +238,7 @@ def _allowed(recipe: Recipe, store: TokenStore) -> TokenStore:
     path, ledger = store.folder / "ledger.jsonl", Ledger()
     ledger.absorb(read_jsonl(path), num_rows_read=store.manifest["num_rows_read"], altered={})
     try:
-        _check_limits(recipe, ledger, len(store))
+        _check_limits(data, ledger, len(store))
     except UserInputError as error:
         raise UserInputError(*error.problems, _listed(ledger, path)) from error
     return store
@@ -282,7 +281,7 @@ def _finish(order: _Order, workshop: Workshop, units: Sequence[Unit], num_worker
     """Make the missing parts and merge all of them; every unusable file is named."""
     problems = write_parts(workshop, units, num_workers=num_workers)
     try:
-        asked = hash_asked(held_out_records(order.recipe), render_held_out(order.recipe))
+        asked = hash_held_out(order.recipe)
     except UserInputError as error:
         problems += error.problems
     done = [unit for unit in units if workshop.is_done(unit)]
@@ -313,7 +312,7 @@ def _merge(order: _Order, parts: Sequence[Part], asked: Hashes) -> None:
     ledger = account(parts, outcomes, copies)
     num_samples = int(np.count_nonzero(outcomes == KEPT))
     try:
-        _check_limits(order.recipe, ledger, num_samples)
+        _check_limits(data, ledger, num_samples)
         if only is not None and (missing := _not_offered(parts, outcomes, only)):
             raise _NeverAStore(_not_found(missing))
         if not num_samples:
@@ -321,13 +320,13 @@ def _merge(order: _Order, parts: Sequence[Part], asked: Hashes) -> None:
     except UserInputError as error:
         path = order.cache_root / f"{order.fingerprint}.ledger.jsonl"
         raise _with_ledger(error, ledger, path) from error
-    names = source_names(order.recipe)
+    names = source_names(data)
     write_merge(order.parts, parts, outcomes, ledger, fingerprint=order.fingerprint, sources=names)
 
 
-def source_names(recipe: Recipe) -> list[str]:
+def source_names(data: DataSettings) -> list[str]:
     """A short name for each training source: its file's name or pattern, with its number if that is taken."""
-    names = [Path(source.path).name for source in recipe.data.train]
+    names = [Path(source.path).name for source in data.train]
     return [name if names.count(name) == 1 else f"{name}#{i}" for i, name in enumerate(names)]
 
 
@@ -351,9 +350,9 @@ def _not_found(ids: Collection[str]) -> Problem:
     )
 
 
-def _check_limits(recipe: Recipe, ledger: Ledger, num_samples: int) -> None:
+def _check_limits(data: DataSettings, ledger: Ledger, num_samples: int) -> None:
     """Refuse data of which more rows were dropped than the recipe allows."""
-    data, rejected = recipe.data, ledger.rejected_by_reason
+    rejected = ledger.rejected_by_reason
     ledger.check(data.max_reject_fraction, reasons=READING, num_rows=ledger.num_rows_read)
     num_offered = num_samples + sum(rejected[reason] for reason in PROMPTING)
     if data.overlength == "error" and rejected[Reason.OVERLENGTH]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sftcore.config import Recipe, Source
+from sftcore.config import DataSettings, Recipe, Source
 from sftcore.data.filters import COMPARED, columns_of, filter_columns, first_reasons, hash_asked
-from sftcore.data.filters.columns import Hashes, Render
+from sftcore.data.filters.columns import Hashes
 from sftcore.data.ledger import READING, TRIVIAL, Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.records import Record, id_prefixes, read_source
 from sftcore.data.wording import PromptOptions, question_patterns
@@ -40,7 +40,7 @@ def load_records(recipe: Recipe, split: str, ledger: Ledger, *, is_measured: boo
     Raises:
         UserInputError: unusable files, formats that the task can't use, too many rejected rows.
     """
-    check_formats(recipe)
+    check_formats(recipe.task, recipe.data)
     records = list(ledger.take(_read_split(recipe, split, ledger)))
     reasons = list(COMPARED) if split == "train" else []
     if is_measured and recipe.data.trivial_facts == "drop":
@@ -52,15 +52,15 @@ def load_records(recipe: Recipe, split: str, ledger: Ledger, *, is_measured: boo
     return records
 
 
-def sources_of(recipe: Recipe, split: str) -> list[Source]:
+def sources_of(data: DataSettings, split: str) -> list[Source]:
     """The sources of a split: "train", "valid", "test" or "ood"."""
-    sources: list[Source] = getattr(recipe.data, split)
+    sources: list[Source] = getattr(data, split)
     return sources
 
 
-def split_prefixes(recipe: Recipe, split: str) -> dict[Path, str]:
+def split_prefixes(data: DataSettings, split: str) -> dict[Path, str]:
     """What ids begin with, for each file of a split."""
-    return id_prefixes([file for source in sources_of(recipe, split) for file in source_files(source)])
+    return id_prefixes([file for source in sources_of(data, split) for file in source_files(source)])
 
 
 def held_out_records(recipe: Recipe) -> Iterator[Record]:
@@ -83,10 +83,14 @@ def held_out_records(recipe: Recipe) -> Iterator[Record]:
         raise UserInputError(*problems)
 
 
-def render_held_out(recipe: Recipe) -> Render:
-    """How held-out facts become prompts: a verbatim training prompt may spell one out."""
+def hash_held_out(recipe: Recipe) -> Hashes:
+    """What leaks are found by: all that is held out; facts also as prompts that verbatim rows may spell out.
+
+    Raises:
+        UserInputError: as `held_out_records`.
+    """
     form = PromptOptions.of(recipe).form(question_patterns(recipe.data.relations))
-    return lambda content: content.rendered(form)
+    return hash_asked(held_out_records(recipe), lambda content: content.rendered(form))
 
 
 def with_valid_as_train(recipe: Recipe) -> Recipe:
@@ -96,21 +100,21 @@ def with_valid_as_train(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": swapped})
 
 
-def check_formats(recipe: Recipe) -> None:
+def check_formats(task: str, data: DataSettings) -> None:
     """Refuse formats that the task can't use.
 
     Raises:
         UserInputError: naming each of them.
     """
-    formats = TASKS[recipe.task].formats
+    formats = TASKS[task].formats
     problems = [
         Problem(
-            what=f"task {recipe.task} can't use format {source.format}",
+            what=f"task {task} can't use format {source.format}",
             where=f"data.{split}.{number}.format",
             allowed=", ".join(formats),
         )
         for split in ("train", *HELD_OUT)
-        for number, source in enumerate(sources_of(recipe, split))
+        for number, source in enumerate(sources_of(data, split))
         if source.format not in formats
     ]
     if problems:
@@ -119,10 +123,10 @@ def check_formats(recipe: Recipe) -> None:
 
 def _read_split(recipe: Recipe, split: str, ledger: Ledger | None) -> Iterator[Record | Rejection]:
     """Rows of all sources of a split; unusable files are named together, after the rows of the others."""
-    prefixes = split_prefixes(recipe, split)
+    prefixes = split_prefixes(recipe.data, split)
     seen: set[str] = set()
     problems: list[Problem] = []
-    for source in sources_of(recipe, split):
+    for source in sources_of(recipe.data, split):
         rows = read_source(
             source,
             split=split,
@@ -162,7 +166,7 @@ def _filtered(
     """Records that no filter drops; exact duplicates stay, and are counted, unless they shall go."""
     asked = NOTHING_ASKED
     if Reason.LEAK in reasons:
-        asked = hash_asked(held_out_records(recipe), render_held_out(recipe))
+        asked = hash_held_out(recipe)
     columns = columns_of(records, asked, finds_trivial=not TRIVIAL.isdisjoint(reasons))
     masks = filter_columns(columns, reasons)
     copies = np.zeros(len(records), bool)

@@ -145,9 +145,10 @@ class PromptOptions:
         Raises:
             UserInputError: an unknown template or wrong placeholders.
         """
+        named = TASKS[recipe.task].templates(recipe.data.template, recipe.matching)
         return cls(
             task=recipe.task,
-            templates=_templates(recipe),
+            templates={language: load_template(name, task=recipe.task) for language, name in named.items()},
             matching=recipe.matching,
             max_length=recipe.max_length,
             overlength=recipe.data.overlength,
@@ -197,12 +198,6 @@ class PromptOptions:
             "today": self.today and self.today.isoformat(),
             "overlength": "trim_prompt" if self.overlength == "trim_prompt" else "reject",
         }
-
-
-def _templates(recipe: Recipe) -> dict[str, Template]:
-    """`data.template`, or what the task takes in its place."""
-    named = TASKS[recipe.task].templates(recipe.data.template, recipe.matching)
-    return {language: load_template(setting, task=recipe.task) for language, setting in named.items()}
 
 
 def question_patterns(relations: str | None = None) -> dict[str, str]:

@@ -179,7 +179,7 @@ def test_parts_stay_when_a_held_out_file_cannot_be_read(recipe, bpe, cache, monk
 
     it = recipe(FACTS, test=FACTS[:1])
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "held_out_records", unreadable)
+        patch.setattr(prepare_module, "hash_held_out", unreadable)
         with pytest.raises(UserInputError, match="Input/output error"):
             prepare_store(it, bpe, cache_root=cache)
     monkeypatch.setattr("sftcore.data.workers.write_part", None)
