@@ -27,7 +27,7 @@ from sftcore.data.records import Record
 from sftcore.data.tokens import load_tokenizer
 from sftcore.data.wording import question_patterns
 from sftcore.fsio import read_jsonl
-from sftcore.model.likelihood import (
+from sftcore.generate.score import (
     PACK_TOKENS,
     Question,
     continuation_scores,

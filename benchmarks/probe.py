@@ -35,9 +35,11 @@ from sftcore.data.contents import Fact
 from sftcore.data.records import Record
 from sftcore.data.tokens import load_tokenizer
 from sftcore.fsio import read_json, read_jsonl, write_json
+from sftcore.generate.api import Decoding, batches_by_length
+from sftcore.generate.decode import decode_batch, stop_ids
+from sftcore.generate.own import OwnGenerator
 from sftcore.knowledge.probe import Probe, Prober
 from sftcore.knowledge.templates import load_relations
-from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
 from sftcore.model.load import load_for_decoding
 from sftcore.precision import DTYPES, dtype_here
 
@@ -153,11 +155,11 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     prompts = [prober.prompts[i] for i in chosen]
     per_batch = options.rows // 10
     batches = [[chosen[p] for p in b] for b in batches_by_length(prompts, prompts_per_batch=per_batch)]
-    ours, peer = load_ours(options), load_peer(options)
-    prober.count_hits(ours, chosen[:2])
+    generator, peer = OwnGenerator(load_ours(options), prober.probe.tokenizer), load_peer(options)
+    prober.count_hits(generator, chosen[:2])
     peer_hits(peer, prober, chosen[:2], options.peer_rows)
     contestants: dict[str, Callable[[], float]] = {
-        "ours": lambda: sum(sum(prober.count_hits(ours, batch)) for batch in batches),
+        "ours": lambda: sum(sum(prober.count_hits(generator, batch)) for batch in batches),
         "generate": lambda: float(peer_hits(peer, prober, chosen, options.peer_rows).sum()),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -190,8 +192,8 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
     """Recall of the same facts by both, 20 trials a fact."""
     records = facts(options.facts)
     prober = make_prober(options, records, templates=2)
-    ours, peer = load_ours(options), load_peer(options)
-    done = {number: prober.count_hits(ours, batch) for number, batch in enumerate(prober.batches)}
+    generator, peer = OwnGenerator(load_ours(options), prober.probe.tokenizer), load_peer(options)
+    done = {number: prober.count_hits(generator, batch) for number, batch in enumerate(prober.batches)}
     torch.manual_seed(SEED)
     both = [prober.collect(done), peer_hits(peer, prober, [*range(len(prober.questions))], options.peer_rows)]
     return compare(*(hits.reshape(len(records), -1).sum(1) / 20 for hits in both), names=("ours", "generate"))
@@ -224,7 +226,9 @@ def greedy(options: argparse.Namespace) -> dict[str, Any]:
     chosen = [fact * 21 + fact % 21 for fact in range(options.prompts)]
     for start in range(0, len(chosen), 16):
         batch = chosen[start : start + 16]
-        found = decode_batch(ours, [prober.prompts[i] for i in batch], max_new_tokens=32, stop_ids=stops)
+        found = decode_batch(
+            ours, [prober.prompts[i] for i in batch], Decoding(max_new_tokens=32, stop_ids=stops)
+        )
         for question, tokens in zip(batch, found, strict=True):
             text = [prober.questions[question].prompt]
             (expected,) = generate_batch(peer, prober.probe.tokenizer, text, do_sample=False)
@@ -235,13 +239,16 @@ def greedy(options: argparse.Namespace) -> dict[str, Any]:
 
 def estimators(options: argparse.Namespace) -> dict[str, Any]:
     """Sampling (21 templates x 10) beside likelihood on the same facts."""
-    records, model = facts(options.facts), load_ours(options)
+    records, generator = (
+        facts(options.facts),
+        OwnGenerator(load_ours(options), load_tokenizer(str(options.model))),
+    )
     recalls, seconds = {}, {}
     for name in ("sampling", "likelihood"):
         prober = make_prober(options, records, estimator=name)
         measure = prober.count_hits if name == "sampling" else prober.expect_hits
         started = time.process_time()
-        done = {number: measure(model, batch) for number, batch in enumerate(prober.batches)}
+        done = {number: measure(generator, batch) for number, batch in enumerate(prober.batches)}
         seconds[name] = time.process_time() - started
         recalls[name] = prober.collect(done).reshape(len(records), -1).sum(1) / 210
     return compare(recalls["sampling"], recalls["likelihood"], names=("sampling", "likelihood")) | {

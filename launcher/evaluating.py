@@ -50,6 +50,7 @@ from sftcore.fsio import (
     write_json,
     write_jsonl,
 )
+from sftcore.generate.own import OwnGenerator
 from sftcore.knowledge.level_files import LEVELS_BY_TEMPLATE, LEVELS_FILE, check_same_facts, read_levels
 from sftcore.knowledge.templates import load_relations
 from sftcore.model.adapters import is_adapter
@@ -308,8 +309,7 @@ def _predict(task: _Task, share: Share) -> list[dict[str, Any]]:
         return pair_rows(records, verdicts, task.prompter)
     return predict(
         records,
-        _load_evaluated(recipe, task.folder),
-        items.tokenizer,
+        OwnGenerator(_load_evaluated(recipe, task.folder), items.tokenizer),
         task.prompter,
         recipe.evaluate,
         levels=items.levels,

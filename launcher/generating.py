@@ -27,10 +27,10 @@ from sftcore.data.turns import parse_message
 from sftcore.data.wording import load_template
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_json
+from sftcore.generate.api import Decoding, complete_all
+from sftcore.generate.own import OwnGenerator
 from sftcore.hub import require_models
-from sftcore.log import progress
 from sftcore.model.adapters import is_adapter
-from sftcore.model.generate import Sampling, batches_by_length, decode_batch, stop_ids
 from sftcore.model.identity import base_of
 from sftcore.model.load import load_for_decoding
 from sftcore.model.positions import position_limit
@@ -178,22 +178,19 @@ def _complete(found: _Found, asked: Sequence[str | Chat], settings: Settings) ->
     quantised = found.recipe is not None and found.recipe.adapter.kind == "qlora" and is_adapter(found.folder)
     model = load_for_decoding(found.settings, quantised=quantised)
     _check_lengths(model, prompts, settings.max_new_tokens)
-    stops = stop_ids(model, codec.tokenizer) | turn_ends
     draws = np.random.default_rng(settings.seed).random((len(prompts), settings.max_new_tokens))
+    decoding = Decoding(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        uniforms=draws,
+        stop_ids=frozenset(turn_ends),
+    )
+    generator = OwnGenerator(model, codec.tokenizer)
     texts = [""] * len(prompts)
-    with progress("generating", len(prompts)) as advance:
-        for batch in batches_by_length(prompts, prompts_per_batch=PROMPTS_PER_BATCH):
-            sampling = Sampling(temperature=settings.temperature, uniforms=draws[batch])
-            completions = decode_batch(
-                model,
-                [prompts[i] for i in batch],
-                max_new_tokens=settings.max_new_tokens,
-                stop_ids=stops,
-                sampling=sampling if settings.temperature else None,
-            )
-            for i, tokens in zip(batch, completions, strict=True):
-                texts[i] = str(codec.tokenizer.decode(tokens, skip_special_tokens=True))
-            advance(len(batch))
+    for i, (reply,) in complete_all(
+        generator, prompts, decoding, prompts_per_batch=PROMPTS_PER_BATCH, label="generating"
+    ):
+        texts[i] = reply.text
     return texts
 
 

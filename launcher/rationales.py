@@ -24,13 +24,13 @@ from sftcore.data.ledger import Ledger
 from sftcore.data.prepare import load_records
 from sftcore.data.rationales import MIN_REASONED_PAIRS, read_reply
 from sftcore.data.records import Record
-from sftcore.data.teacher import Failure, Reply, ReplyCache, ask_all, connect
 from sftcore.data.tokens import codec_of, load_tokenizer
 from sftcore.data.wording import load_template
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import write_json, write_jsonl
-from sftcore.log import progress
-from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
+from sftcore.generate.api import Decoding, Reply, complete_all
+from sftcore.generate.own import OwnGenerator
+from sftcore.generate.server import Failure, ReplyCache, ServerGenerator
 from sftcore.model.load import load_for_decoding
 from sftcore.settings import MatchingSettings, TeacherSettings
 from sftcore.tasks.kinds.pair import label_words, language_of, pair_in
@@ -63,10 +63,12 @@ def write_rationales(recipe: Recipe, to: Path | None = None) -> dict[str, Any]:
         named = {"model": teacher.model or recipe.model.path}
         deciding = {"backend", "temperature", "max_new_tokens"}
         cache = ReplyCache(run / "teacher.jsonl", teacher.model_dump(include=deciding) | named)
+        decoding = Decoding(max_new_tokens=teacher.max_new_tokens, temperature=teacher.temperature)
         if teacher.backend == "server":
-            replies: Replies = ask_all(prompts, connect(teacher), cache, concurrency=teacher.concurrency)
+            found = ServerGenerator(teacher, cache).complete([*prompts.values()], decoding)
+            replies: Replies = {key: reply for key, (reply,) in zip(prompts, found, strict=True)}
         else:
-            replies = _ask_here(recipe, teacher, prompts, cache)
+            replies = _ask_here(recipe, decoding, prompts, cache)
         kept, counts = keep_agreeing(records, replies, recipe.matching)
         summary = summarise(counts, replies, teacher)
         warn_of_failures(summary)
@@ -158,34 +160,25 @@ def warn_of_failures(summary: Mapping[str, Any]) -> None:
 
 
 def _ask_here(
-    recipe: Recipe, teacher: TeacherSettings, prompts: Mapping[str, str], cache: ReplyCache
+    recipe: Recipe, decoding: Decoding, prompts: Mapping[str, str], cache: ReplyCache
 ) -> dict[str, Reply]:
     """Greedy replies of a model in this process, batch by batch into the cache."""
     known = {key: cache.get(prompt) for key, prompt in prompts.items()}
     todo = [key for key, reply in known.items() if reply is None]
     log.info("%s to ask; the other replies are in %s", counted(len(todo), "prompt"), cache.path)
-    settings = recipe.model.model_copy(update={"path": teacher.model or recipe.model.path})
+    teacher = recipe.matching.teacher
+    path = (teacher and teacher.model) or recipe.model.path
+    settings = recipe.model.model_copy(update={"path": path})
     tokenizer = load_tokenizer(settings.path, settings.trust_remote_code)
-    model = load_for_decoding(settings) if todo else None
     ids = _as_asked(tokenizer, [prompts[key] for key in todo])
-    with progress("asking the model", len(todo)) as advance:
-        for batch in batches_by_length(ids, prompts_per_batch=recipe.evaluate.batch_size):
-            assert model is not None
-            completions = decode_batch(
-                model,
-                [ids[i] for i in batch],
-                max_new_tokens=teacher.max_new_tokens,
-                stop_ids=stop_ids(model, tokenizer),
-            )
-            for i, tokens in zip(batch, completions, strict=True):
-                reply = Reply(
-                    text=tokenizer.decode(tokens, skip_special_tokens=True),
-                    num_input_tokens=len(ids[i]),
-                    num_output_tokens=len(tokens),
-                )
-                cache.put(prompts[todo[i]], reply)
-                known[todo[i]] = reply
-            advance(len(batch))
+    if todo:
+        generator = OwnGenerator(load_for_decoding(settings), tokenizer)
+        batch_size = recipe.evaluate.batch_size
+        for i, (reply,) in complete_all(
+            generator, ids, decoding, prompts_per_batch=batch_size, label="asking the model"
+        ):
+            cache.put(prompts[todo[i]], reply)
+            known[todo[i]] = reply
     return {key: reply for key, reply in known.items() if reply is not None}
 
 

@@ -33,12 +33,13 @@ from sftcore.fsio import (
     folder_lock,
     write_json,
 )
+from sftcore.generate.own import OwnGenerator
+from sftcore.generate.vllm import VllmGenerator, load_vllm
 from sftcore.knowledge.level_files import LEVELS_FILE, check_same_facts, holds_levels, is_probed, read_levels
 from sftcore.knowledge.levels import FactLevel, level_counts
 from sftcore.knowledge.permute import num_kept, permuted_answers
 from sftcore.knowledge.probe import Probe, probe_facts, probe_shard
 from sftcore.knowledge.selection import select_facts
-from sftcore.knowledge.vllm_backend import load_vllm
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 from sftcore.precision import dtype_of
@@ -199,9 +200,10 @@ def probe_share(recipe: Recipe, share: Share) -> str:
 
 
 def _load_for_probe(recipe: Recipe) -> Any:
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     if recipe.probe.backend == "vllm":
-        return load_vllm(recipe.model, recipe.probe, seed=recipe.seed)
-    return load_for_decoding(recipe.model)
+        return VllmGenerator(load_vllm(recipe.model, recipe.probe, seed=recipe.seed), tokenizer)
+    return OwnGenerator(load_for_decoding(recipe.model), tokenizer)
 
 
 def _probe(recipe: Recipe, run: Path) -> Probe:

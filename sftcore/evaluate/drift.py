@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from sftcore.data.records import Record
 from sftcore.evaluate.score import FEW_ITEMS
+from sftcore.generate.api import batches_by_length
+from sftcore.generate.rows import lone_or_cached_rows
 from sftcore.knowledge.questions import fact_of
 from sftcore.knowledge.templates import Relation, completion_prompts
-from sftcore.model.generate import batches_by_length
-from sftcore.model.rows import lone_or_cached_rows
 
 NUM_TOKENS = 10
 PROMPTS_PER_BATCH = 32

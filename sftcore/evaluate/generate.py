@@ -12,23 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from sftcore.config import EvaluateSettings
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
 from sftcore.evaluate.few_shot import few_shot_prompts, first_paragraph
 from sftcore.evaluate.replies import Reply, replies_of
+from sftcore.generate.api import Decoding, complete_all
+from sftcore.generate.own import OwnGenerator
 from sftcore.knowledge.containment import AliasTable
-from sftcore.log import progress
-from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
 from sftcore.shares import WHOLE, Share
 
 
 def predict(
     records: Sequence[Record],
-    model: PreTrainedModel,
-    tokenizer: Any,
+    generator: OwnGenerator,
     prompter: Prompter,
     settings: EvaluateSettings,
     *,
@@ -44,30 +41,30 @@ def predict(
         examples: solved before each prompt (few-shot); then only a completion's first paragraph counts.
     """
     replies = [reply if isinstance(reply, Reply) else None for reply in replies_of(records, prompter)]
-    stops = stop_ids(model, tokenizer) | {reply.stop_id for reply in replies if reply}
     if examples:
         prompts = few_shot_prompts(records, examples, prompter)
     else:
         prompts = prompter.prompt_ids_batch(records)
-    texts: dict[int, str] = {}
-    batches = share.of(batches_by_length(prompts, prompts_per_batch=settings.batch_size))
-    with progress("evaluating", sum(map(len, batches))) as advance:
-        for batch in batches:
-            completions = decode_batch(
-                model,
-                [prompts[i] for i in batch],
-                max_new_tokens=settings.max_new_tokens,
-                stop_ids=stops,
-            )
-            for i, tokens in zip(batch, completions, strict=True):
-                text = tokenizer.decode(tokens, skip_special_tokens=True)
-                texts[i] = first_paragraph(text) if examples else text
-            advance(len(batch))
+    decoding = Decoding(
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=frozenset(reply.stop_id for reply in replies if reply),
+    )
+    texts = {
+        i: first_paragraph(reply.text) if examples else reply.text
+        for i, (reply,) in complete_all(
+            generator,
+            prompts,
+            decoding,
+            prompts_per_batch=settings.batch_size,
+            label="evaluating",
+            share=share,
+        )
+    }
     aliases = AliasTable.load()
     return [
         {
             "id": records[i].id,
-            "prompt": tokenizer.decode(prompts[i]),
+            "prompt": generator.tokenizer.decode(prompts[i]),
             "prediction": texts[i],
             "split": records[i].split,
             **records[i].content.graded(texts[i], replies[i], form=prompter.form, aliases=aliases),

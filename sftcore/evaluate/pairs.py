@@ -22,12 +22,12 @@ from sftcore.data.ledger import Ledger, Reason, Rejection, printable
 from sftcore.data.prompts import Prompter
 from sftcore.data.records import Record
 from sftcore.evaluate.few_shot import first_paragraph
-from sftcore.log import progress
+from sftcore.generate.api import Decoding, complete_all
+from sftcore.generate.own import OwnGenerator
+from sftcore.generate.score import Question, class_logits, load_for_scoring
 from sftcore.model.adapters import is_adapter
 from sftcore.model.encoder import encoder_logits
-from sftcore.model.generate import batches_by_length, decode_batch, stop_ids
 from sftcore.model.identity import base_of
-from sftcore.model.likelihood import Question, class_logits, continuation_scores, load_for_scoring
 from sftcore.model.load import load_config, load_for_decoding
 from sftcore.model.positions import position_limit
 from sftcore.settings import MATCHING_FILE
@@ -173,40 +173,34 @@ def _text_margins(
     model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, share: Share, *, stops: bool
 ) -> list[float | None]:
     prompts, answers = prompter.prompt_ids_batch(records), prompter.label_ids_batch(records, stops=stops)
-    mean = prompter.options.matching.normalise == "mean"
-    questions = [
-        Question(prompt=prompt, continuations=both) for prompt, both in zip(prompts, answers, strict=True)
-    ]
-    scored = continuation_scores(model, questions, share=share)
-    return [
-        None if pair is None else _normalised(pair[1], mean) - _normalised(pair[0], mean) for pair in scored
-    ]
+    scored = OwnGenerator(model, prompter.codec.tokenizer).score(prompts, answers, share=share)
+    if prompter.options.matching.normalise == "mean":  # which does not punish the longer label
+        return [
+            found and _margin(found, [len(ids) for ids in both])
+            for found, both in zip(scored, answers, strict=True)
+        ]
+    return [found and _margin(found, (1, 1)) for found in scored]
 
 
-def _normalised(token_scores: Sequence[float], mean: bool) -> float:
-    """Sum of the tokens' log-likelihoods, or their mean, which does not punish the longer label."""
-    return sum(token_scores) / (len(token_scores) if mean else 1)
+def _margin(scores: Sequence[float], sizes: Sequence[int]) -> float:
+    """By how much label 1's text is likelier."""
+    return scores[1] / sizes[1] - scores[0] / sizes[0]
 
 
 def _generated(
     recipe: Recipe, model: PreTrainedModel, records: Sequence[Record], prompter: Prompter, share: Share
 ) -> list[Verdict | None]:
-    prompts, tokenizer = prompter.prompt_ids_batch(records), prompter.codec.tokenizer
     verdicts: list[Verdict | None] = [None] * len(records)
-    batches = share.of(batches_by_length(prompts, prompts_per_batch=recipe.evaluate.batch_size))
-    with progress("evaluating", sum(map(len, batches))) as advance:
-        for batch in batches:
-            completions = decode_batch(
-                model,
-                [prompts[i] for i in batch],
-                max_new_tokens=recipe.evaluate.max_new_tokens,
-                stop_ids=stop_ids(model, tokenizer),
-            )
-            for i, tokens in zip(batch, completions, strict=True):
-                text = tokenizer.decode(tokens, skip_special_tokens=True)
-                text = first_paragraph(text) if recipe.matching.examples else text
-                verdicts[i] = Verdict(label=_said(text, records[i], prompter), text=text, score=None)
-            advance(len(batch))
+    for i, (reply,) in complete_all(
+        OwnGenerator(model, prompter.codec.tokenizer),
+        prompter.prompt_ids_batch(records),
+        Decoding(max_new_tokens=recipe.evaluate.max_new_tokens),
+        prompts_per_batch=recipe.evaluate.batch_size,
+        label="evaluating",
+        share=share,
+    ):
+        text = first_paragraph(reply.text) if recipe.matching.examples else reply.text
+        verdicts[i] = Verdict(label=_said(text, records[i], prompter), text=text, score=None)
     return verdicts
 
 

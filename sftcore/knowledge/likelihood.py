@@ -18,15 +18,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
 
 from sftcore.data.contents import Fact
 from sftcore.data.seam import Draft, encode_drafts
 from sftcore.data.tokens import Codec
+from sftcore.generate.api import Scorer
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher, is_unspaced
 from sftcore.knowledge.written_forms import written_forms
-
-ROWS_PER_FORWARD = 32  # their logits are 270 MB for 8 tokens of a 262,144-word vocabulary
 
 
 def accepted_names(fact: Fact, aliases: AliasTable) -> list[str]:
@@ -49,7 +47,7 @@ def _forms(name: str) -> list[str]:
 
 
 def answer_likelihoods(
-    model: PreTrainedModel,
+    scorer: Scorer,
     codec: Codec,
     prompts: Sequence[str],
     names: Sequence[Sequence[str]],
@@ -68,23 +66,15 @@ def answer_likelihoods(
         one in [0, 1] for each prompt.
     """
     spellings = _spellings(codec, prompts, names, max_new_tokens)
-    prompt_ids = codec.encode_prompts(prompts)
-    order = sorted(
-        range(len(spellings)), key=lambda i: len(prompt_ids[spellings[i][0]]) + len(spellings[i][1])
-    )
-    totals = [0.0] * len(prompts)
-    for start in range(0, len(order), ROWS_PER_FORWARD):
-        batch = [spellings[i] for i in order[start : start + ROWS_PER_FORWARD]]
-        chances = _chances(model, [(prompt_ids[p], ids) for p, ids in batch], temperature)
-        for (prompt, _), chance in zip(batch, chances, strict=True):
-            totals[prompt] += chance
+    scores = scorer.score(codec.encode_prompts(prompts), spellings, temperature=temperature)
+    totals = [sum(torch.tensor(found).exp().tolist(), 0.0) for found in scores]
     return [min(total, 1.0) for total in totals]
 
 
 def _spellings(
     codec: Codec, prompts: Sequence[str], names: Sequence[Sequence[str]], max_tokens: int
-) -> list[tuple[int, tuple[int, ...]]]:
-    """(number of its prompt, token ids) of each name after its prompt, as a trained answer would be encoded.
+) -> list[list[tuple[int, ...]]]:
+    """Token ids of each prompt's names after it, as a trained answer would be encoded.
 
     One that begins with another's is left out: it adds nothing.
     """
@@ -99,7 +89,7 @@ def _spellings(
     for (p, _), sample in zip(texts, encoded, strict=True):
         if sample and sample.num_trained <= max_tokens:
             found.setdefault(p, set()).add(tuple(sample.ids[sample.num_prompt :]))
-    return [(p, ids) for p, spellings in found.items() for ids in _without_longer(spellings)]
+    return [_without_longer(found.get(p, set())) for p in range(len(prompts))]
 
 
 def _separators(prompt: str, name: str) -> tuple[str, ...]:
@@ -121,32 +111,3 @@ def _without_longer(spellings: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """
     found = sorted(spellings, key=lambda ids: (len(ids), ids))
     return [ids for i, ids in enumerate(found) if not any(ids[: len(s)] == s for s in found[:i])]
-
-
-@torch.inference_mode()
-def _chances(
-    model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float
-) -> list[float]:
-    """Probability of each continuation after its prompt.
-
-    Rows are padded on the left, so that the continuations end in the same column and only their columns need
-    logits.
-    """
-    width, longest = max(len(p) + len(c) for p, c in rows), max(len(c) for _, c in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for row, (prompt, continuation) in enumerate(rows):
-        ids[row, width - len(prompt) - len(continuation) :] = torch.tensor([*prompt, *continuation])
-        mask[row, width - len(prompt) - len(continuation) :] = 1
-    logits = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(model.device),
-        use_cache=False,
-        logits_to_keep=longest + 1,
-    ).logits[:, :-1]
-    tempered = logits.float() / temperature
-    targets = ids[:, width - longest :].to(model.device)
-    picked = tempered.gather(-1, targets[..., None])[..., 0] - tempered.logsumexp(-1)
-    counted = torch.tensor([[longest - i <= len(c) for i in range(longest)] for _, c in rows])
-    return picked.masked_fill(~counted.to(model.device), 0.0).sum(-1).exp().tolist()

@@ -14,18 +14,19 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from sftcore.config import ProbeSettings
 from sftcore.data.records import Record
 from sftcore.data.tokens import Codec, codec_of
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import fingerprint_of, write_json, write_jsonl
+from sftcore.generate.api import Decoding, Generator, Ids, IsDone, Reply, Scorer, batches_by_length
+from sftcore.generate.vllm import seed_of
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.knowledge.level_files import (
     LEVELS_BY_TEMPLATE,
@@ -38,14 +39,12 @@ from sftcore.knowledge.levels import CODE_VERSION, FactLevel
 from sftcore.knowledge.likelihood import accepted_names, answer_likelihoods
 from sftcore.knowledge.questions import Question, Trial, distinct_questions, fact_of, make_trials
 from sftcore.knowledge.templates import Relation, load_relations
-from sftcore.knowledge.vllm_backend import complete_with_vllm
 from sftcore.log import progress
-from sftcore.model.generate import Sampling, batches_by_length, decode_batch, stop_ids
 from sftcore.shares import SHARDS, Partial, Share, partials
 
 log = logging.getLogger(__name__)
 PARTIAL = "levels.partial.jsonl"
-Loader = Callable[[], Any]  # a PreTrainedModel, or vLLM's engine
+Loader = Callable[[], Any]  # a generator; a scorer, where likelihoods are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +130,7 @@ def probe_facts(probe: Probe, load_model: Loader, *, run: Path, merge_only: bool
     """Probe every fact; levels.jsonl appears whole at the end, until then levels.partial.jsonl grows.
 
     Args:
-        load_model: called only if there is something left to measure.
+        load_model: a generator (see sftcore.generate); called only if there is something left to measure.
         run: where the files go; batches that shards have done (`probe_shard`) are found there.
         merge_only: measure nothing: all shards must have been done.
 
@@ -222,12 +221,12 @@ class Prober:
         if not numbers:
             return {}
         partial.start()
-        model, done = load_model(), {}
+        generator, done = load_model(), {}
         hits_of = self.count_hits if self.probe.settings.estimator == "sampling" else self.expect_hits
         with progress("probing (batches)", num_done + len(numbers)) as advance:
             advance(num_done)
             for number in numbers:
-                done[number] = hits_of(model, self.batches[number])
+                done[number] = hits_of(generator, self.batches[number])
                 partial.append({"batch": number, "hits": done[number]})
                 advance(1)
         return done
@@ -243,9 +242,8 @@ class Prober:
         """Trial numbers of a batch's questions, question by question."""
         return [trial for i in batch for trial in self.questions[i].trials]
 
-    def count_hits(self, model: Any, batch: Sequence[int]) -> list[float]:
-        """Hits of each trial of one batch, by decoding all its completions with the probe's backend."""
-        n = self.probe.settings.samples
+    def count_hits(self, generator: Generator[Ids, Reply], batch: Sequence[int]) -> list[float]:
+        """Hits of each trial of one batch, by all its completions."""
         decode = self.probe.tokenizer.batch_decode
         matchers = [[self.matchers[self.trials[t].fact] for t in self.questions[i].trials] for i in batch]
 
@@ -256,33 +254,20 @@ class Prober:
                 for place, text in zip(places, texts, strict=True)
             ]
 
-        settings = self.probe.settings
-        if settings.backend == "vllm":
-            prompts = [(self.questions[i].prompt, self.prompts[i]) for i in batch]
-            completions = complete_with_vllm(model, prompts, settings, seed=self.probe.seed)
-        else:
-            completions = decode_batch(
-                model,
-                [self.prompts[i] for i in batch],
-                max_new_tokens=settings.max_new_tokens,
-                stop_ids=stop_ids(model, self.probe.tokenizer),
-                completions_per_prompt=n,
-                sampling=Sampling(temperature=settings.temperature, uniforms=self._uniforms(batch)),
-                is_done=are_settled,
-            )
-        texts = decode(completions, skip_special_tokens=True)
+        decoding = self._decoding(batch, are_settled)
+        replies = generator.complete([self.prompts[i] for i in batch], decoding)
         return [
-            sum(matcher.matches(text) for text in texts[place * n : place * n + n])
+            sum(matcher.matches(reply.text) for reply in replies[place])
             for place in range(len(batch))
             for matcher in matchers[place]
         ]
 
-    def expect_hits(self, model: PreTrainedModel, batch: Sequence[int]) -> list[float]:
+    def expect_hits(self, scorer: Scorer, batch: Sequence[int]) -> list[float]:
         """Expected hits of each trial of one batch, from the likelihood of its answers."""
         aliases = AliasTable.load()
         trials = self.trials_of(batch)
         likelihoods = answer_likelihoods(
-            model,
+            scorer,
             self.codec,
             [self.trials[t].prompt for t in trials],
             [accepted_names(fact_of(self.probe.records[self.trials[t].fact]), aliases) for t in trials],
@@ -291,13 +276,21 @@ class Prober:
         )
         return [likelihood * self.probe.settings.samples for likelihood in likelihoods]
 
-    def _uniforms(self, batch: Sequence[int]) -> np.ndarray:
-        """(completions of the batch, max_new_tokens)."""
+    def _decoding(self, batch: Sequence[int], is_done: IsDone) -> Decoding:
+        """How a batch is completed; its draws follow from the prompts' texts."""
         seed, settings = self.probe.seed, self.probe.settings
-        prompts = [self.questions[i].prompt for i in batch for _ in range(settings.samples)]
-        samples = [*range(settings.samples)] * len(batch)
-        pairs = zip(prompts, samples, strict=True)
-        return np.stack([uniforms_of(seed, *pair, count=settings.max_new_tokens) for pair in pairs])
+        prompts = [self.questions[i].prompt for i in batch]
+        decoding = Decoding(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            completions_per_prompt=settings.samples,
+            is_done=is_done,
+        )
+        if settings.backend == "vllm":
+            return replace(decoding, seeds=[seed_of(seed, prompt) for prompt in prompts])
+        pairs = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
+        uniforms = [uniforms_of(seed, *pair, count=settings.max_new_tokens) for pair in pairs]
+        return replace(decoding, uniforms=np.stack(uniforms))
 
 
 def uniforms_of(seed: int, prompt: str, sample: int, *, count: int) -> np.ndarray:

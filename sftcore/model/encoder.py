@@ -18,8 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from sftcore.config import Recipe
 from sftcore.data.tokens import load_tokenizer
 from sftcore.errors import Problem, UserInputError
+from sftcore.generate.api import batches_by_length
 from sftcore.log import progress
-from sftcore.model.generate import batches_by_length
 from sftcore.model.load import load_config, load_for_decoding, load_pretrained
 from sftcore.model.positions import position_limit
 from sftcore.precision import torch_dtype

@@ -12,11 +12,13 @@ from sftcore.config import ModelSettings, ProbeSettings
 from sftcore.data.contents import Fact
 from sftcore.data.records import Record
 from sftcore.data.tokens import codec_of, load_tokenizer
+from sftcore.generate.api import Decoding
+from sftcore.generate.decode import decode_batch
+from sftcore.generate.own import OwnGenerator
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.knowledge.likelihood import _spellings, accepted_names, answer_likelihoods
 from sftcore.knowledge.probe import Probe, probe_facts
 from sftcore.knowledge.written_forms import written_forms
-from sftcore.model.generate import Sampling, decode_batch
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 
@@ -28,8 +30,7 @@ def parts(tiny_model_folder):
 
 
 def coded(parts):
-    model, tokenizer = parts
-    return model, codec_of(tokenizer)
+    return OwnGenerator(*parts), codec_of(parts[1])
 
 
 def chance_by_hand(model, tokenizer, prompt: str, name: str) -> float:
@@ -62,24 +63,24 @@ def test_names_that_do_not_fit_count_nothing(parts):
 
 def test_a_spelling_that_begins_with_another_is_left_out(parts):
     rome = tuple(parts[1](" Rome")["input_ids"])
-    assert _spellings(codec_of(parts[1]), ["It is"], [["Romeo", "Rome", "Rome"]], 8) == [(0, rome)]
+    assert _spellings(codec_of(parts[1]), ["It is"], [["Romeo", "Rome", "Rome"]], 8) == [[rome]]
 
 
 def test_no_space_stands_between_unspaced_scripts():
     tokenizer = build_bpe()
     found = _spellings(codec_of(tokenizer), ["中国的首都是", "Its capital is"], [["北京"], ["北京"]], 32)
     bare, spaced = (tuple(tokenizer(text)["input_ids"]) for text in ("北京", " 北京"))
-    assert bare != spaced and found[0] == (0, bare)
-    assert {ids for p, ids in found if p == 1} == {bare, spaced}, "the prompt is spaced, the name is not"
+    assert bare != spaced and found[0] == [bare]
+    assert set(found[1]) == {bare, spaced}, "the prompt is spaced, the name is not"
 
 
 def test_a_tokenizer_that_puts_a_space_in_front_itself_puts_none_before_a_name():
     tokenizer = build_spaces_in_front()
     codec = codec_of(tokenizer)
     assert len(tokenizer(" Paris", add_special_tokens=False)["input_ids"]) == 2, "alone, it has two spaces"
-    ((_, ids),) = _spellings(codec, ["Where is"], [["Paris"]], 32)
+    ((ids,),) = _spellings(codec, ["Where is"], [["Paris"]], 32)
     assert tokenizer.convert_ids_to_tokens(ids) == ["▁Paris"]
-    ((_, glued),) = _spellings(codec, ["北京"], [["上海"]], 32)
+    ((glued,),) = _spellings(codec, ["北京"], [["上海"]], 32)
     assert tokenizer.convert_ids_to_tokens(glued) == ["上", "海"]
     assert codec.encode_prompts(["Where is"])[0] + list(ids) == tokenizer("Where is Paris")["input_ids"]
 
@@ -94,10 +95,13 @@ def test_likelihood_is_the_share_of_samples_that_begin_with_the_answer(parts):
     drawn = decode_batch(
         model,
         [tokenizer(prompt)["input_ids"]],
-        max_new_tokens=1,
-        stop_ids=frozenset(),
-        completions_per_prompt=n,
-        sampling=Sampling(temperature=0.7, uniforms=uniforms),
+        Decoding(
+            max_new_tokens=1,
+            stop_ids=frozenset(),
+            completions_per_prompt=n,
+            temperature=0.7,
+            uniforms=uniforms,
+        ),
     )
     share = np.mean([tokens == tokenizer(f" {name}")["input_ids"] for tokens in drawn])
     assert chance > 1e-4 and abs(share - chance) < 4 * np.sqrt(chance / n)
@@ -185,7 +189,7 @@ def test_levels_by_likelihood_say_so_and_count_expected_hits(parts, tiny_model_f
     )
     fingerprint = fingerprint_model(str(tiny_model_folder))
     probe = Probe.of([record], tokenizer, settings, seed=1, model_fingerprint=fingerprint, dtype="float32")
-    level = probe_facts(probe, lambda: model, run=tmp_path)[0]
+    level = probe_facts(probe, lambda: OwnGenerator(*parts), run=tmp_path)[0]
     prompts = [trial.prompt for trial in probe.trials()]
     names = [["Rome", "the Rome"]] * 2
     chances = answer_likelihoods(*coded(parts), prompts, names, temperature=0.7, max_new_tokens=4)

@@ -15,6 +15,9 @@ from sftcore.data.contents import Fact, Pair
 from sftcore.data.records import Record
 from sftcore.data.tokens import load_tokenizer
 from sftcore.errors import UserInputError
+from sftcore.generate.api import Decoding
+from sftcore.generate.decode import decode_batch
+from sftcore.generate.own import OwnGenerator
 from sftcore.knowledge.containment import AliasTable, AnswerMatcher
 from sftcore.knowledge.level_files import is_probed
 from sftcore.knowledge.probe import (
@@ -27,7 +30,6 @@ from sftcore.knowledge.probe import (
     uniforms_of,
 )
 from sftcore.knowledge.questions import make_trials
-from sftcore.model.generate import Sampling, decode_batch
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 from sftcore.shares import Share
@@ -64,7 +66,9 @@ def make_probe(parts, records=None, settings=SETTINGS, dtype="float32") -> Probe
 
 
 def run_probe(parts, run: Path, records=None, settings=SETTINGS, **options):
-    return probe_facts(make_probe(parts, records, settings), lambda: parts[0], run=run, **options)
+    return probe_facts(
+        make_probe(parts, records, settings), lambda: OwnGenerator(*parts[:2]), run=run, **options
+    )
 
 
 def contents(run: Path) -> list[bytes]:
@@ -97,9 +101,7 @@ def test_hits_equal_a_recount_prompt_by_prompt(parts, tmp_path):
             tokens = decode_batch(
                 model,
                 [tokenizer(trial.prompt)["input_ids"]],
-                max_new_tokens=6,
-                stop_ids=frozenset([0]),
-                sampling=Sampling(temperature=0.7, uniforms=uniforms),
+                Decoding(max_new_tokens=6, stop_ids=frozenset([0]), temperature=0.7, uniforms=uniforms),
             )[0]
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             hits[trial.fact, trial.template] += AnswerMatcher(answers, aliases).matches(text)
@@ -152,7 +154,9 @@ def test_killed_and_resumed_writes_the_same_file(parts, tmp_path, monkeypatch):
 def test_shards_give_the_same_files_as_one_probe(parts, tmp_path, monkeypatch):
     run_probe(parts, tmp_path / "whole")
     run, probe = tmp_path / "shards", make_probe(parts)
-    done = [probe_shard(probe, lambda: parts[0], run=run, share=Share(job, 2)) for job in (0, 1)]
+    done = [
+        probe_shard(probe, lambda: OwnGenerator(*parts[:2]), run=run, share=Share(job, 2)) for job in (0, 1)
+    ]
     assert done == [(3, 5), (2, 5)]
     decoded = count_batches(monkeypatch)
     run_probe(parts, run, merge_only=True)
@@ -163,7 +167,7 @@ def test_merging_waits_for_every_shard_and_a_plain_probe_measures_the_rest(parts
     run_probe(parts, tmp_path / "whole")
     run = tmp_path / "shards"
     for _ in range(2):  # the second time there is nothing left to do
-        probe_shard(make_probe(parts), lambda: parts[0], run=run, share=Share(0, 2))
+        probe_shard(make_probe(parts), lambda: OwnGenerator(*parts[:2]), run=run, share=Share(0, 2))
     assert (run / "shards" / "0-of-2" / PARTIAL).is_file()
     with pytest.raises(UserInputError, match="2 of 5 batches were not probed yet"):
         run_probe(parts, run, merge_only=True)
@@ -173,7 +177,9 @@ def test_merging_waits_for_every_shard_and_a_plain_probe_measures_the_rest(parts
 
 
 def test_shards_of_another_probe_do_not_count(parts, tmp_path):
-    probe_shard(make_probe(parts, facts(["u"])), lambda: parts[0], run=tmp_path, share=Share(0, 1))
+    probe_shard(
+        make_probe(parts, facts(["u"])), lambda: OwnGenerator(*parts[:2]), run=tmp_path, share=Share(0, 1)
+    )
     with pytest.raises(UserInputError, match="5 of 5 batches were not probed yet"):
         run_probe(parts, tmp_path, merge_only=True)
 

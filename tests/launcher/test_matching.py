@@ -34,8 +34,8 @@ from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl
+from sftcore.generate.score import continuation_scores
 from sftcore.knowledge.templates import load_relations
-from sftcore.model.likelihood import continuation_scores
 from sftcore.recipe import ASSETS, load_recipe
 
 
@@ -526,7 +526,7 @@ def test_a_folder_that_another_version_wrote_is_one_message(tmp_path, monkeypatc
 def test_an_example_behind_the_answer_is_not_read(recipe, monkeypatch):
     """A model without training goes on with an example of its own, which may conclude otherwise."""
     shown = [{"a": "Ann 1", "b": "Bob 1", "label": 0, "rationale": "Ann is not Bob"}]
-    monkeypatch.setattr("sftcore.evaluate.pairs.decode_batch", lambda *_, **__: [[0]] * 12)
+    monkeypatch.setattr("sftcore.generate.own.decode_batch", lambda *_, **__: [[0]] * 12)
     matching = {"rationale": "before", "examples": shown}
     loaded = load_recipe(Path(save(recipe, matching=matching, evaluate={"batch_size": 12})))
     said = " one name\nConclusion: same\n\nText 1: x\nMeaning: why\nConclusion: different"
@@ -543,7 +543,7 @@ def test_only_a_model_that_we_trained_is_asked_for_its_stop_token(recipe, monkey
         asked[Path(model.name_or_path).name] = questions[0].continuations
         return continuation_scores(model, questions, **options)
 
-    monkeypatch.setattr("sftcore.evaluate.pairs.continuation_scores", note)
+    monkeypatch.setattr("sftcore.generate.score.continuation_scores", note)
     path = Path(save(recipe, evaluate={"few_shot": 2}))
     train_recipe(load_recipe(path))
     evaluate(load_recipe(path))

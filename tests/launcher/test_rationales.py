@@ -21,9 +21,10 @@ from tiny_tokenizers import CHATML, build_bpe
 from launcher.rationales import _as_asked, keep_agreeing, summarise, warn_of_failures, write_rationales
 from sftcore.data.contents import Pair
 from sftcore.data.records import Record
-from sftcore.data.teacher import Failure, Reply
 from sftcore.errors import MissingEnvironmentError
 from sftcore.fsio import read_json, read_jsonl
+from sftcore.generate.api import Reply
+from sftcore.generate.server import Failure
 from sftcore.recipe import load_recipe
 from sftcore.settings import MatchingSettings, TeacherSettings
 

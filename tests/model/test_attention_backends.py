@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, PreTrai
 from sftcore.batching.collate import UNTRAINED, Batch, collate
 from sftcore.config import Recipe
 from sftcore.errors import UserInputError
-from sftcore.model import load, saved, shared_prefix
+from sftcore.generate import prefix_cache
+from sftcore.model import load, saved
 from sftcore.model.attention import BACKENDS, ability_table, choose_attention, flash, torch_varlen, tree
 from sftcore.model.attention.flex import flex_docs_attention
 from sftcore.model.attention.needs import AttentionNeeds, needs_of
@@ -321,7 +322,7 @@ def test_registered_names_mean_nothing_to_transformers(monkeypatch):
         choose_attention(tiny_config("llama"), backend, dtype="bfloat16", device="cuda")
         for backend in BACKENDS
     ]
-    names += [tree.NAME, shared_prefix.NAME, saved.COUNTED]
+    names += [tree.NAME, prefix_cache.NAME, saved.COUNTED]
     assert len(set(names)) == len(BACKENDS) + 3
     for name in names:
         assert not any(part in name for part in ("flash", "sdpa", "flex_attention", "paged", "eager"))
@@ -355,7 +356,7 @@ def test_what_an_attention_would_drop_is_refused_at_the_call(name, wanted, reaso
 def call_attention(name, wanted):
     attention = {
         "tree": partial(tree.tree_attention, tree=None),
-        "shared_prefix": partial(shared_prefix.shared_prefix_attention, prefix_cache=None),
+        "shared_prefix": partial(prefix_cache.shared_prefix_attention, prefix_cache=None),
     }.get(name) or BACKENDS[name][0]
     (q, k, v), document = inputs()
     module = torch.nn.Module()

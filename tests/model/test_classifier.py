@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sftcore.batching.collate import UNTRAINED, collate
 from sftcore.config import Recipe
+from sftcore.generate.score import Question, class_logits, load_for_scoring
 from sftcore.model.classifier import restore_classifier
-from sftcore.model.likelihood import Question, class_logits, load_for_scoring
 from sftcore.objectives import load_objective
 
 LENGTHS, CLASSES = (6, 9, 6, 1, 13), (0, 1, 1, 0, 1)

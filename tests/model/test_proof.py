@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftcore.config import ModelSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.generate.score import load_for_scoring
 from sftcore.model import proof
 from sftcore.model.attention import choose_attention, needs
 from sftcore.model.classifier import load_classifier_for_training
 from sftcore.model.cost import measure_model
 from sftcore.model.forward import decode_states
-from sftcore.model.likelihood import load_for_scoring
 from sftcore.model.load import load_for_training
 from sftcore.model.ours import install_head
 from sftcore.model.proof import probe_ids, prove_head_and_packs

@@ -1,8 +1,8 @@
 """Decoding in batches, for the probe (sampled) and for evaluation (greedy).
 
 In: prompts as token ids, uniform random numbers if sampling. Out: completions as token ids.
-Invariant: a completion depends on its prompt, its own uniforms and the batch it is in; batches are a pure
-function of the list of prompts (`batches_by_length`), so ranks, shards and resumed runs decode the same.
+Invariant: a completion depends on its prompt, its own uniforms and the batch it is in; in float32 not even on
+that.
 Trade-off: completions of a prompt are one row until they part (of 10 by SmolLM2 at temperature 0.7, there are
 4 rows after one token and 9 after four), so rows have to be regrouped at every token; that and early stops
 save 12 % of the forwards. Sampling inverts the cumulative distribution, one uniform a completion and token.
@@ -10,7 +10,7 @@ save 12 % of the forwards. Sampling inverts the cumulative distribution, one uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,25 +18,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sftcore.model.rows import decoding_rows
-from sftcore.model.shared_prefix import arrange
+from sftcore.generate.api import Decoding, Ids, IsDone
+from sftcore.generate.prefix_cache import arrange
+from sftcore.generate.rows import decoding_rows
 
 ROWS_PER_CHUNK = 32  # of logits that are sampled from at once: 6 MB in float32 for 49,152 tokens
 TOKENS_PER_BLOCK = 256
-IsDone = Callable[[Sequence[int], Sequence[list[int]]], Sequence[bool]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How to sample.
-
-    Args:
-        temperature: divides the logits.
-        uniforms: (num_completions, max_new_tokens) float64 in [0, 1), one row per completion.
-    """
-
-    temperature: float
-    uniforms: np.ndarray
 
 
 @dataclass(slots=True)
@@ -56,16 +43,6 @@ class _Branch:
     members: list[int] = field(default_factory=list)
 
 
-def batches_by_length(prompts: Sequence[Sequence[int]], *, prompts_per_batch: int) -> list[list[int]]:
-    """Prompt numbers, shortest first, in batches; equal lengths keep their order.
-
-    >>> batches_by_length([[1, 2, 3], [1], [1, 2]], prompts_per_batch=2)
-    [[1, 2], [0]]
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    return [order[i : i + prompts_per_batch] for i in range(0, len(order), prompts_per_batch)]
-
-
 def stop_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """Token ids that end a text: the tokenizer's and the generation configuration's end-of-text."""
     configured = model.generation_config.eos_token_id
@@ -74,50 +51,37 @@ def stop_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
 
 
 @torch.inference_mode()
-def decode_batch(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    completions_per_prompt: int = 1,
-    sampling: Sampling | None = None,
-    is_done: IsDone | None = None,
-) -> list[list[int]]:
-    """Complete each prompt `completions_per_prompt` times; greedy without `sampling`.
+def decode_batch(model: PreTrainedModel, prompts: Sequence[Ids], decoding: Decoding) -> list[list[int]]:
+    """Complete each prompt as `decoding` says, which has to name all tokens that end a text.
 
     Args:
         prompts: (num_prompts,) lists of token ids, none empty.
-        stop_ids: a completion ends before the first of these.
-        is_done: is_done(prompt numbers, tokens so far) says which of these end early; called after every
-            token, once for all completions that have gone the same way.
 
     Returns:
         num_prompts * completions_per_prompt lists of token ids, a prompt's completions side by side.
     """
-    n = completions_per_prompt
+    n = decoding.completions_per_prompt
     completions: list[list[int]] = [[] for _ in range(len(prompts) * n)]
     branches = [_Branch(p, p, [], list(range(p * n, p * n + n))) for p in range(len(prompts))]
-    sizes = {"max_rows": len(completions), "max_new_tokens": max_new_tokens}
+    sizes = {"max_rows": len(completions), "max_new_tokens": decoding.max_new_tokens}
     with decoding_rows(model, prompts, **sizes) as rows:
-        for step in range(max_new_tokens):
-            grown = [b for b in _grow(branches, rows.logits, sampling, step) if b.tokens[-1] not in stop_ids]
+        for step in range(decoding.max_new_tokens):
+            grown = _grow(branches, rows.logits, decoding, step)
+            grown = [branch for branch in grown if branch.tokens[-1] not in decoding.stop_ids]
             for branch in grown:
                 for member in branch.members:
                     completions[member] = branch.tokens
-            going = _going_on(grown, is_done)
-            if not going or step + 1 == max_new_tokens:
+            going = _going_on(grown, decoding.is_done)
+            if not going or step + 1 == decoding.max_new_tokens:
                 break
             branches = [going[i] for i in arrange([branch.source for branch in going])]
             rows.advance([branch.source for branch in branches], [branch.tokens[-1] for branch in branches])
     return [list(tokens) for tokens in completions]
 
 
-def _grow(
-    branches: Sequence[_Branch], logits: torch.Tensor, sampling: Sampling | None, step: int
-) -> list[_Branch]:
+def _grow(branches: Sequence[_Branch], logits: torch.Tensor, decoding: Decoding, step: int) -> list[_Branch]:
     """Give every completion its next token; branches part where the tokens differ."""
-    if sampling is None:
+    if not decoding.temperature:
         tokens = logits.argmax(-1).tolist()
         return [
             _Branch(row, branch.prompt, [*branch.tokens, token], branch.members)
@@ -125,7 +89,8 @@ def _grow(
         ]
     row_of = [row for row, branch in enumerate(branches) for _ in branch.members]
     members = [member for branch in branches for member in branch.members]
-    picked = pick_tokens(logits, sampling.temperature, sampling.uniforms[members, step], row_of)
+    assert decoding.uniforms is not None, "what it is sampled by"
+    picked = pick_tokens(logits, decoding.temperature, decoding.uniforms[members, step], row_of)
     grown: dict[tuple[int, int], _Branch] = {}
     for member, row, token in zip(members, row_of, picked, strict=True):
         if (row, token) not in grown:

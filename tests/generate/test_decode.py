@@ -8,8 +8,9 @@ import torch
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from sftcore.model import generate
-from sftcore.model.generate import Sampling, batches_by_length, decode_batch, pick_tokens
+from sftcore.generate import decode
+from sftcore.generate.api import Decoding, batches_by_length
+from sftcore.generate.decode import decode_batch, pick_tokens
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 NEVER = frozenset([299])
@@ -23,7 +24,7 @@ def build(kind: str):
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3"])
 def test_greedy_equals_generate_prompt_by_prompt(kind):
     model = build(kind)
-    found = decode_batch(model, PROMPTS, max_new_tokens=8, stop_ids=NEVER)
+    found = decode_batch(model, PROMPTS, Decoding(max_new_tokens=8, stop_ids=NEVER))
     for prompt, tokens in zip(PROMPTS, found, strict=True):
         ids = torch.tensor([prompt])
         expected = model.generate(
@@ -35,16 +36,16 @@ def test_greedy_equals_generate_prompt_by_prompt(kind):
 
 def test_prompts_of_one_token_need_no_prefix():
     model = build("llama")
-    together = decode_batch(model, PROMPTS, max_new_tokens=5, stop_ids=NEVER)
-    assert decode_batch(model, [[8]], max_new_tokens=5, stop_ids=NEVER) == [together[1]]
+    together = decode_batch(model, PROMPTS, Decoding(max_new_tokens=5, stop_ids=NEVER))
+    assert decode_batch(model, [[8]], Decoding(max_new_tokens=5, stop_ids=NEVER)) == [together[1]]
 
 
 def test_a_row_is_the_same_whatever_the_other_rows_do():
     model = build("llama")
     uniforms = np.random.default_rng(3).random((24, 8))
-    sampling = Sampling(temperature=1.5, uniforms=uniforms)
-    options = {"max_new_tokens": 8, "stop_ids": NEVER, "completions_per_prompt": 6, "sampling": sampling}
-    free = decode_batch(model, PROMPTS, **options)
+    options = {"max_new_tokens": 8, "stop_ids": NEVER, "completions_per_prompt": 6}
+    options |= {"temperature": 1.5, "uniforms": uniforms}
+    free = decode_batch(model, PROMPTS, Decoding(**options))
     assert len({tuple(tokens) for tokens in free}) > 12, "completions part"
 
     def is_cut(prompt: int, tokens: list[int]) -> bool:
@@ -53,7 +54,7 @@ def test_a_row_is_the_same_whatever_the_other_rows_do():
     def cut(prompts, tokens):
         return [is_cut(*pair) for pair in zip(prompts, tokens, strict=True)]
 
-    cut_short = decode_batch(model, PROMPTS, **options, is_done=cut)
+    cut_short = decode_batch(model, PROMPTS, Decoding(**options, is_done=cut))
     for row, (some, whole) in enumerate(zip(cut_short, free, strict=True)):
         length = next((n for n in range(1, 9) if is_cut(row // 6, whole[:n])), 8)
         assert some == whole[:length]
@@ -68,16 +69,16 @@ def test_completions_of_a_prompt_are_asked_about_once_while_they_go_the_same_way
         return [False] * len(prompts)
 
     decode_batch(
-        model, PROMPTS, max_new_tokens=3, stop_ids=NEVER, completions_per_prompt=5, is_done=look
+        model, PROMPTS, Decoding(max_new_tokens=3, stop_ids=NEVER, completions_per_prompt=5, is_done=look)
     )  # greedy: the five never part
     assert [len(step) for step in asked] == [4, 4, 4] and len(set(asked[0])) == 4
 
 
 def test_a_completion_ends_before_its_stop_token():
     model = build("llama")
-    whole = decode_batch(model, PROMPTS, max_new_tokens=8, stop_ids=NEVER)
+    whole = decode_batch(model, PROMPTS, Decoding(max_new_tokens=8, stop_ids=NEVER))
     stop = whole[0][3]
-    stopped = decode_batch(model, PROMPTS, max_new_tokens=8, stop_ids=frozenset([stop]))
+    stopped = decode_batch(model, PROMPTS, Decoding(max_new_tokens=8, stop_ids=frozenset([stop])))
     assert stopped[0] == whole[0][: whole[0].index(stop)]
     assert all(stop not in tokens for tokens in stopped)
 
@@ -94,7 +95,7 @@ def test_uniforms_pick_tokens_in_proportion_to_the_tempered_softmax():
 def test_a_pick_is_where_the_cumulative_distribution_passes_the_uniform(vocabulary):
     """Several picks a row, more rows than a chunk holds, against one plain cumulative sum in float64."""
     random = np.random.default_rng(0)
-    logits = torch.from_numpy(random.normal(size=(generate.ROWS_PER_CHUNK + 9, vocabulary)) * 3).float()
+    logits = torch.from_numpy(random.normal(size=(decode.ROWS_PER_CHUNK + 9, vocabulary)) * 3).float()
     row_of = np.sort(random.integers(len(logits), size=4000))
     uniforms = random.random(4000)
     cumulative = torch.softmax(logits.double() / 0.7, -1).cumsum(-1).numpy()
@@ -119,19 +120,13 @@ def test_sampling_depends_on_the_rows_own_uniforms_only():
     model = build("llama")
     uniforms = np.random.default_rng(0).random((4, 6))
     together = decode_batch(
-        model,
-        PROMPTS,
-        max_new_tokens=6,
-        stop_ids=NEVER,
-        sampling=Sampling(temperature=0.7, uniforms=uniforms),
+        model, PROMPTS, Decoding(max_new_tokens=6, stop_ids=NEVER, temperature=0.7, uniforms=uniforms)
     )
     for row, prompt in enumerate(PROMPTS):
         alone = decode_batch(
             model,
             [prompt],
-            max_new_tokens=6,
-            stop_ids=NEVER,
-            sampling=Sampling(temperature=0.7, uniforms=uniforms[row : row + 1]),
+            Decoding(max_new_tokens=6, stop_ids=NEVER, temperature=0.7, uniforms=uniforms[row : row + 1]),
         )
         assert alone[0] == together[row]
 

@@ -1,6 +1,6 @@
-"""A teacher at an OpenAI-compatible server: prompts -> replies, kept as they come.
+"""A model at an OpenAI-compatible server: prompts -> replies, kept as they come.
 
-In: prompts by key, where the server is. Out: replies by key; a cache file that a killed run goes on from.
+In: prompts as texts, where the server is. Out: replies; a cache file that a killed run goes on from.
 Invariant: each prompt ends as one reply or one failure, and the counts say so; a reply with a text is on disk
 before it counts; the key comes from the environment and is written nowhere.
 Trade-off: retries are the client's (429, 5xx and lost connections, after 0.5 s to 8 s or as long as the
@@ -15,31 +15,23 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sftcore.amounts import counted
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import append_jsonl, fingerprint_of, write_jsonl
+from sftcore.generate.api import Decoding, Reply
 from sftcore.log import progress
 from sftcore.settings import TeacherSettings
 
 log = logging.getLogger(__name__)
 GARBLED = "no chat completion in the answer"
 FAILURES_IN_A_ROW = 20  # of a server that is gone: stop instead of waiting for all the rest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """What a teacher wrote, and what it counted."""
-
-    text: str
-    num_input_tokens: int = 0
-    num_output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +43,7 @@ class Failure:
 
 ROW_KEYS = {"key", *(field.name for field in fields(Reply))}
 Ask = Callable[[str], Awaitable[Reply | Failure]]
+Key = TypeVar("Key")
 
 
 class ReplyCache:
@@ -100,7 +93,27 @@ def _reply_in(row: Mapping[str, Any]) -> Reply:
     return Reply(text=row["text"], **counts)
 
 
-def connect(settings: TeacherSettings) -> AbstractAsyncContextManager[Ask]:
+@dataclass(frozen=True, slots=True)
+class ServerGenerator:
+    """A server's model.
+
+    Args:
+        settings: where it is, and how often it is asked.
+        cache: of its replies, by all that decides them.
+    """
+
+    settings: TeacherSettings
+    cache: ReplyCache
+
+    def complete(self, prompts: Sequence[str], decoding: Decoding) -> list[list[Reply | Failure]]:
+        """The reply to each prompt, or why there is none."""
+        assert decoding.completions_per_prompt == 1, "a prompt has one reply in the cache"
+        server = connect(self.settings, decoding)
+        found = ask_all(dict(enumerate(prompts)), server, self.cache, concurrency=self.settings.concurrency)
+        return [[found[number]] for number in range(len(prompts))]
+
+
+def connect(settings: TeacherSettings, decoding: Decoding) -> AbstractAsyncContextManager[Ask]:
     """What opens a connection to the server and yields a function that asks it once (with its retries).
 
     Raises:
@@ -113,7 +126,7 @@ def connect(settings: TeacherSettings) -> AbstractAsyncContextManager[Ask]:
         raise MissingEnvironmentError(
             Problem(what="a teacher on a server needs the openai package", remedy=remedy)
         ) from error
-    return _connection(openai, settings, _key(settings.key_variable))
+    return _connection(openai, settings, decoding, _key(settings.key_variable))
 
 
 def _key(variable: str) -> str:
@@ -126,15 +139,17 @@ def _key(variable: str) -> str:
 
 
 @asynccontextmanager
-async def _connection(openai: Any, settings: TeacherSettings, key: str) -> AsyncIterator[Ask]:
+async def _connection(
+    openai: Any, settings: TeacherSettings, decoding: Decoding, key: str
+) -> AsyncIterator[Ask]:
     async def ask(prompt: str) -> Reply | Failure:
         try:
             async with asyncio.timeout(settings.timeout_seconds):
                 answer = await client.chat.completions.with_raw_response.create(
                     model=settings.model,
                     messages=[{"role": "user", "content": prompt}],
-                    temperature=settings.temperature,
-                    max_tokens=settings.max_new_tokens,
+                    temperature=decoding.temperature,
+                    max_tokens=decoding.max_new_tokens,
                 )
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise _refused(settings, f"HTTP {error.status_code}") from error
@@ -206,17 +221,18 @@ def _count(value: Any) -> int:
 
 
 def ask_all(
-    prompts: Mapping[str, str],
+    prompts: Mapping[Key, str],
     server: AbstractAsyncContextManager[Ask],
     cache: ReplyCache,
     *,
     concurrency: int,
-) -> dict[str, Reply | Failure]:
+) -> dict[Key, Reply | Failure]:
     """Ask what the cache does not know, `concurrency` prompts at a time.
 
     Args:
         prompts: by the caller's key.
         server: from `connect`, for this call alone.
+        cache: of replies by prompt; what comes is put into it.
 
     Returns:
         a reply or a failure for every key.
@@ -226,7 +242,7 @@ def ask_all(
         UserInputError: the server refuses the key or the model.
     """
     known = {key: cache.get(prompt) for key, prompt in prompts.items()}
-    results: dict[str, Reply | Failure] = {
+    results: dict[Key, Reply | Failure] = {
         k: reply for k, reply in known.items() if reply and not _fault(reply)
     }
     todo = {key: prompt for key, prompt in prompts.items() if key not in results}
@@ -243,9 +259,9 @@ def ask_all(
 
 
 async def _ask_missing(
-    todo: Mapping[str, str],
+    todo: Mapping[Key, str],
     server: AbstractAsyncContextManager[Ask],
-    results: dict[str, Reply | Failure],
+    results: dict[Key, Reply | Failure],
     cache: ReplyCache,
     concurrency: int,
     advance: Callable[[int], Any],
@@ -271,12 +287,12 @@ def _fault(result: Reply | Failure) -> str:
 
 
 async def _as_they_come(
-    prompts: Mapping[str, str], ask: Ask, concurrency: int
-) -> AsyncGenerator[tuple[str, Reply | Failure], None]:
+    prompts: Mapping[Key, str], ask: Ask, concurrency: int
+) -> AsyncGenerator[tuple[Key, Reply | Failure], None]:
     """Results by key; no more than `concurrency` calls are under way, and none when this ends."""
     todo = iter(prompts)
 
-    def start(count: int) -> dict[asyncio.Future[Reply | Failure], str]:
+    def start(count: int) -> dict[asyncio.Future[Reply | Failure], Key]:
         return {asyncio.ensure_future(ask(prompts[key])): key for key in islice(todo, count)}
 
     running = start(concurrency)
@@ -292,7 +308,7 @@ async def _as_they_come(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def _gone(results: Mapping[str, Reply | Failure], cache: ReplyCache) -> MissingEnvironmentError:
+def _gone(results: Mapping[Key, Reply | Failure], cache: ReplyCache) -> MissingEnvironmentError:
     whys = sorted({fault for result in results.values() if (fault := _fault(result))})
     num_replies = sum(not _fault(result) for result in results.values())
     return MissingEnvironmentError(

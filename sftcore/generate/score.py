@@ -22,10 +22,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sftcore.config import ModelSettings
 from sftcore.errors import Problem, SftError, UserInputError
+from sftcore.generate.api import Ids
 from sftcore.heap import is_out_of_memory
 from sftcore.log import progress
 from sftcore.model.adapters import CLASSIFIER, is_adapter
 from sftcore.model.attention.needs import needs_of
+from sftcore.model.attention.tree import NAME as TREE
 from sftcore.model.attention.tree import Fork, Tree, lacks, register_tree_attention
 from sftcore.model.classifier import restore_classifier
 from sftcore.model.identity import base_of
@@ -38,8 +40,8 @@ from sftcore.precision import dtype_of
 from sftcore.shares import WHOLE, Share
 
 PACK_TOKENS = 2048
+ROWS_PER_FORWARD = 32  # their logits are 270 MB for 8 tokens of a 262,144-word vocabulary
 PROBE_TOLERANCE = 5e-2  # of logits, relative to the largest: bfloat16's rounding
-Ids = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +218,68 @@ def _vocabulary_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Te
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def score_questions(
+    model: PreTrainedModel, questions: Sequence[Question], *, temperature: float = 1.0, share: Share = WHOLE
+) -> list[Any]:
+    """Per question: the log-likelihood of each continuation, in nats; None in another job's share.
+
+    In packs where the model was loaded for that (`load_for_scoring`), else in padded rows, which are not
+    shared.
+
+    Args:
+        temperature: divides the logits.
+    """
+    if model.config._attn_implementation != TREE:
+        assert share == WHOLE, share
+        return padded_scores(model, questions, temperature)
+    assert temperature == 1, "packs are scored as they are"
+    found = continuation_scores(model, questions, share=share)
+    return [None if scores is None else [sum(tokens) for tokens in scores] for scores in found]
+
+
+def padded_scores(
+    model: PreTrainedModel, questions: Sequence[Question], temperature: float
+) -> list[list[float]]:
+    """As `score_questions`, a row each prompt and continuation, next to others of like length."""
+    rows = [(question.prompt, c) for question in questions for c in question.continuations]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    found = [0.0] * len(rows)
+    for start in range(0, len(order), ROWS_PER_FORWARD):
+        batch = order[start : start + ROWS_PER_FORWARD]
+        for i, score in zip(batch, _padded(model, [rows[i] for i in batch], temperature), strict=True):
+            found[i] = score
+    scores = iter(found)
+    return [[next(scores) for _ in question.continuations] for question in questions]
+
+
+@torch.inference_mode()
+def _padded(model: PreTrainedModel, rows: Sequence[tuple[Ids, Ids]], temperature: float) -> list[float]:
+    """Log-likelihood of each continuation after its prompt.
+
+    Rows are padded on the left, so that the continuations end in the same column and only their columns need
+    logits.
+    """
+    width, longest = max(len(p) + len(c) for p, c in rows), max(len(c) for _, c in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for row, (prompt, continuation) in enumerate(rows):
+        ids[row, width - len(prompt) - len(continuation) :] = torch.tensor([*prompt, *continuation])
+        mask[row, width - len(prompt) - len(continuation) :] = 1
+    logits = model(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(model.device),
+        use_cache=False,
+        logits_to_keep=longest + 1,
+    ).logits[:, :-1]
+    tempered = logits.float() / temperature
+    targets = ids[:, width - longest :].to(model.device)
+    picked = tempered.gather(-1, targets[..., None])[..., 0] - tempered.logsumexp(-1)
+    counted = torch.tensor([[longest - i <= len(c) for i in range(longest)] for _, c in rows])
+    scores: list[float] = picked.masked_fill(~counted.to(model.device), 0.0).sum(-1).tolist()
+    return scores
+
+
 def continuation_scores(
     model: PreTrainedModel,
     questions: Sequence[Question],
@@ -223,7 +287,7 @@ def continuation_scores(
     capacity: int = PACK_TOKENS,
     share: Share = WHOLE,
 ) -> list[Any]:
-    """Per question and continuation: the log-likelihood of each of its tokens, in nats.
+    """Per question and continuation: the log-likelihood of each of its tokens, in nats, in packs.
 
     A question in another job's share gets None.
     """

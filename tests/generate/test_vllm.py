@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from sftcore.config import ModelSettings, ProbeSettings, Recipe
 from sftcore.errors import MissingEnvironmentError, UserInputError
-from sftcore.knowledge.vllm_backend import complete_with_vllm, load_vllm, seed_of
+from sftcore.generate.api import Decoding
+from sftcore.generate.vllm import VllmGenerator, load_vllm, seed_of
 
 SETTINGS = ProbeSettings(backend="vllm", samples=3, max_new_tokens=5, temperature=0.7)
 
@@ -70,10 +71,19 @@ def test_completions_are_seeded_by_their_prompt_and_lie_side_by_side(vllm, tiny_
     assert (engine.model, engine.dtype, engine.enable_prefix_caching) == (path, "bfloat16", True)
     context = AutoConfig.from_pretrained(path).max_position_embeddings
     assert engine.max_model_len == min(context, 512 + 5)
-    with pytest.raises(UserInputError, match="too long a prompt"):
-        complete_with_vllm(engine, [("one", [1] * 513)], SETTINGS, seed=17)
-    found = complete_with_vllm(engine, [("one", [11, 1]), ("two", [12])], SETTINGS, seed=17)
-    assert found == [[11, 0], [11, 1], [11, 2], [12, 0], [12, 1], [12, 2]]
+    tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
+    generator = VllmGenerator(engine, tokenizer)
+    seeds = [seed_of(17, "one"), seed_of(17, "two")]
+    options = {"temperature": 0.7, "completions_per_prompt": 3, "seeds": seeds}
+    decoding = Decoding(max_new_tokens=5, **options)
+    with pytest.raises(UserInputError, match=r"(?s)too long a prompt.*got: 1 1 1"):
+        generator.complete([[1] * 513], decoding)
+    found = generator.complete([[11, 1], [12]], decoding)
+    assert [[reply.text for reply in of_prompt] for of_prompt in found] == [
+        ["11 0", "11 1", "11 2"],
+        ["12 0", "12 1", "12 2"],
+    ]
+    assert [of_prompt[0].num_input_tokens for of_prompt in found] == [2, 1]
     for (prompt, params), (text, ids) in zip(engine.asked, [("one", [11, 1]), ("two", [12])], strict=True):
         assert prompt == {"prompt_token_ids": ids}
         assert (params.n, params.max_tokens, params.temperature) == (3, 5, 0.7)
@@ -122,9 +132,10 @@ def test_greedy_completions_are_transformers_own():
     engine = load_vllm(ModelSettings(path=str(folder), dtype="float32"), settings, seed=1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["The capital of France is", "The chemical symbol of gold is"]
-    prompts = [(text, tokenizer(text)["input_ids"]) for text in texts]
-    found = complete_with_vllm(engine, prompts, settings, seed=1)
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    decoding = Decoding(max_new_tokens=8, temperature=1e-6, seeds=[1, 1])
+    found = VllmGenerator(engine, tokenizer).complete(prompts, decoding)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for (_, ids), completion in zip(prompts, found, strict=True):
+    for ids, (reply,) in zip(prompts, found, strict=True):
         whole = theirs.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0].tolist()
-        assert completion == whole[len(ids) :]
+        assert reply.text == tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)

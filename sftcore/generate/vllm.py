@@ -1,6 +1,6 @@
 """vLLM as what draws a probe's completions: the same prompts, settings and hits, another engine.
 
-In: a model folder, prompts as token ids. Out: completions as token ids.
+In: a model folder, prompts as token ids. Out: replies.
 Invariant: each prompt's completions are seeded by its own text, so that a shard or a resumed probe asks for
 the same ones; they are the same but for the last bits of logits, which in vLLM depend on what else runs.
 Trade-off: a completion goes on after its hit (vLLM has no call back), which our own engine ends at once; on
@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import AutoConfig
 
 from sftcore.config import ModelSettings, ProbeSettings
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
+from sftcore.generate.api import Decoding, Ids, Reply, reply_of
 from sftcore.precision import dtype_of
 
 ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
@@ -72,41 +75,42 @@ def _context(model: ModelSettings) -> int:
     return length
 
 
-def complete_with_vllm(
-    engine: Any, prompts: Sequence[tuple[str, Sequence[int]]], settings: ProbeSettings, *, seed: int
-) -> list[list[int]]:
-    """`settings.samples` completions of each prompt, a prompt's side by side.
+@dataclass(frozen=True, slots=True)
+class VllmGenerator:
+    """vLLM's engine, as `load_vllm` gives it, and the model's tokenizer."""
 
-    Args:
-        engine: of `load_vllm`.
-        prompts: text, from which the seed follows, and token ids.
+    engine: Any
+    tokenizer: Any
 
-    Raises:
-        UserInputError: a prompt is longer than MAX_PROMPT_TOKENS.
-    """
-    if too_long := next((text for text, ids in prompts if len(ids) > MAX_PROMPT_TOKENS), None):
-        remedy = "set probe.backend: hf"
-        allowed = f"at most {MAX_PROMPT_TOKENS} tokens"
-        raise UserInputError(
-            Problem(what="too long a prompt", got=too_long[:100], allowed=allowed, remedy=remedy)
-        )
-    from vllm import SamplingParams
+    def complete(self, prompts: Sequence[Ids], decoding: Decoding) -> list[list[Reply]]:
+        """The replies to each prompt, drawn by its seed.
 
-    parameters = [
-        SamplingParams(
-            n=settings.samples,
-            temperature=settings.temperature,
-            max_tokens=settings.max_new_tokens,
-            seed=seed_of(seed, text),
-            detokenize=False,
-        )
-        for text, _ in prompts
-    ]
-    asked = [{"prompt_token_ids": list(ids)} for _, ids in prompts]
-    outputs = engine.generate(asked, parameters, use_tqdm=False)
-    return [
-        list(one.token_ids) for output in outputs for one in sorted(output.outputs, key=lambda o: o.index)
-    ]
+        Raises:
+            UserInputError: a prompt is longer than MAX_PROMPT_TOKENS.
+        """
+        if too_long := next((ids for ids in prompts if len(ids) > MAX_PROMPT_TOKENS), None):
+            got, allowed = self.tokenizer.decode(too_long)[:100], f"at most {MAX_PROMPT_TOKENS} tokens"
+            remedy = "set probe.backend: hf"
+            raise UserInputError(Problem(what="too long a prompt", got=got, allowed=allowed, remedy=remedy))
+        from vllm import SamplingParams
+
+        asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        parameters = [
+            SamplingParams(
+                n=decoding.completions_per_prompt,
+                temperature=decoding.temperature,
+                max_tokens=decoding.max_new_tokens,
+                seed=seed,
+                detokenize=False,
+            )
+            for seed in decoding.seeds or repeat(None, len(prompts))
+        ]
+        outputs = self.engine.generate(asked, parameters, use_tqdm=False)
+        in_order = [sorted(output.outputs, key=lambda one: one.index) for output in outputs]
+        return [
+            [reply_of(self.tokenizer, ids, list(one.token_ids)) for one in found]
+            for ids, found in zip(prompts, in_order, strict=True)
+        ]
 
 
 def seed_of(seed: int, prompt: str) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from sftcore.model.shared_prefix import (
+from sftcore.generate.prefix_cache import (
     CachedRows,
     SharedPrefixRows,
     _own_attention,
@@ -95,7 +95,7 @@ def test_a_model_with_soft_caps_falls_back(caplog):
 
 
 def test_a_model_that_would_differ_is_found_out(monkeypatch):
-    import sftcore.model.shared_prefix as module
+    import sftcore.generate.prefix_cache as module
 
     assert proves_equal(build("llama"))
     right = module._by_row
@@ -104,7 +104,7 @@ def test_a_model_that_would_differ_is_found_out(monkeypatch):
 
 
 def test_places_count_rows_of_each_prompt():
-    from sftcore.model.shared_prefix import _places
+    from sftcore.generate.prefix_cache import _places
 
     per_prompt, places = _places(np.array([2, 0, 2, 2]), 3)
     assert per_prompt == 3 and places.tolist() == [6, 0, 7, 8]

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from sftcore.config import ModelSettings
 from sftcore.errors import UserInputError
-from sftcore.model.generate import decode_batch
-from sftcore.model.likelihood import Question, continuation_scores, load_for_scoring
+from sftcore.generate.api import Decoding
+from sftcore.generate.decode import decode_batch
+from sftcore.generate.prefix_cache import CachedRows
+from sftcore.generate.rows import lone_or_cached_rows
+from sftcore.generate.score import Question, continuation_scores, load_for_scoring
 from sftcore.model.miniature import build, shrink
-from sftcore.model.rows import lone_or_cached_rows
-from sftcore.model.shared_prefix import CachedRows
 from sftcore.model.trial import bound_length
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [8], [9, 10, 11], [21, 22, 23]]
@@ -37,7 +38,7 @@ def greedy(model, prompt: list[int], count: int) -> list[int]:
 
 
 def check_decoding(model, count: int = 5) -> None:
-    together = decode_batch(model, PROMPTS, max_new_tokens=count, stop_ids=NEVER)
+    together = decode_batch(model, PROMPTS, Decoding(max_new_tokens=count, stop_ids=NEVER))
     assert together == [greedy(model, prompt, count) for prompt in PROMPTS]
 
 

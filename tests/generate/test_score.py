@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sftcore.config import ModelSettings
 from sftcore.errors import UserInputError
-from sftcore.model.likelihood import (
+from sftcore.generate.score import (
     Question,
     class_logits,
     continuation_scores,

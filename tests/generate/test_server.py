@@ -11,8 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sftcore.data.teacher import FAILURES_IN_A_ROW, Failure, Reply, ReplyCache, ask_all, connect
 from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.generate.api import Decoding, Reply
+from sftcore.generate.server import (
+    FAILURES_IN_A_ROW,
+    Failure,
+    ReplyCache,
+    ServerGenerator,
+    ask_all,
+    connect,
+)
 from sftcore.settings import TeacherSettings
 
 SLOW_SECONDS = 4.5
@@ -135,13 +143,18 @@ def settings(base_url: str, **more) -> TeacherSettings:
     return TeacherSettings.model_validate(given | more)
 
 
+def reach(base_url: str, **more):
+    asked = settings(base_url, **more)
+    return connect(asked, Decoding(max_new_tokens=asked.max_new_tokens))
+
+
 def test_every_prompt_is_a_reply_or_a_failure_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MOODY", "sk-secret")
     moods = ("fine", "busy", "broken", "slow", "page", "torn", "mute")
     prompts = {f"{mood}-{i}": f"{mood} {i}" for mood in moods for i in range(2)}
     cache = ReplyCache(tmp_path / "replies.jsonl", {"model": "m"})
     with moody_server() as url:
-        results = ask_all(prompts, connect(settings(url)), cache, concurrency=4)
+        results = ask_all(prompts, reach(url), cache, concurrency=4)
         assert Moody.asked["busy 0"] == 3 and Moody.asked["broken 0"] == 3, "retried twice"
         assert results.keys() == prompts.keys()
         whys = {key: result.why for key, result in results.items() if isinstance(result, Failure)}
@@ -153,9 +166,7 @@ def test_every_prompt_is_a_reply_or_a_failure_and_the_run_goes_on(tmp_path, monk
             f"mute-{i}": "" for i in range(2)
         }
         before = Moody.asked.copy()
-        again = ask_all(
-            prompts, connect(settings(url)), ReplyCache(cache.path, {"model": "m"}), concurrency=4
-        )
+        again = ask_all(prompts, reach(url), ReplyCache(cache.path, {"model": "m"}), concurrency=4)
         new = Moody.asked - before
         asked_again = {prompt.split()[0] for prompt in new}
         assert asked_again == {"broken", "slow", "page", "torn", "mute"}, "only replies with a text stay"
@@ -173,7 +184,7 @@ def test_every_prompt_is_a_reply_or_a_failure_and_the_run_goes_on(tmp_path, monk
 def test_an_answer_of_the_wrong_shape_is_a_failure_or_read_as_far_as_it_goes(tmp_path):
     cache = ReplyCache(tmp_path / "replies.jsonl", {})
     with moody_server() as url:
-        results = ask_all({mood: mood for mood in MALFORMED}, connect(settings(url)), cache, concurrency=4)
+        results = ask_all({mood: mood for mood in MALFORMED}, reach(url), cache, concurrency=4)
     assert results == {
         mood: Reply(text=READABLE[mood]) if mood in READABLE else GARBLED for mood in MALFORMED
     }
@@ -184,7 +195,7 @@ def test_an_answer_of_the_wrong_shape_is_a_failure_or_read_as_far_as_it_goes(tmp
 def test_a_reply_in_drips_and_a_silent_server_cost_the_time_out_once(tmp_path):
     prompts = {mood: f"{mood} 1" for mood in ("drip", "slow", "fine")}
     with moody_server() as url:
-        connection = connect(settings(url, timeout_seconds=0.5, max_retries=6))
+        connection = reach(url, timeout_seconds=0.5, max_retries=6)
         results = ask_all(prompts, connection, ReplyCache(tmp_path / "replies.jsonl", {}), concurrency=3)
         assert Moody.asked == {"drip 1": 1, "slow 1": 1, "fine 1": 1}
     late = Failure(why="no whole reply in 0.5 s")
@@ -196,7 +207,7 @@ def test_a_reply_in_drips_and_a_silent_server_cost_the_time_out_once(tmp_path):
 def test_a_key_is_stripped_and_an_empty_one_is_none(tmp_path, monkeypatch, key, sent):
     monkeypatch.setenv("MOODY", key)
     with moody_server() as url:
-        ask_all({"a": "fine 1"}, connect(settings(url)), ReplyCache(tmp_path / "r.jsonl", {}), concurrency=1)
+        ask_all({"a": "fine 1"}, reach(url), ReplyCache(tmp_path / "r.jsonl", {}), concurrency=1)
     assert Moody.keys == {f"Bearer {sent}"}
 
 
@@ -204,21 +215,21 @@ def test_a_key_is_stripped_and_an_empty_one_is_none(tmp_path, monkeypatch, key, 
 def test_a_key_that_no_header_holds_is_refused_by_its_variable(monkeypatch, key):
     monkeypatch.setenv("MOODY", key)
     with pytest.raises(MissingEnvironmentError, match=r"\$MOODY: .*printable ASCII") as caught:
-        connect(settings("http://127.0.0.1:1/v1"))
+        reach("http://127.0.0.1:1/v1")
     assert "sk-" not in str(caught.value)
 
 
 def test_a_refused_key_stops_at_once_with_a_remedy(tmp_path):
     cache = ReplyCache(tmp_path / "replies.jsonl", {})
     with moody_server() as url, pytest.raises(UserInputError, match=r"HTTP 401\n.*\$MOODY"):
-        ask_all({"a": "refused 1"}, connect(settings(url)), cache, concurrency=2)
+        ask_all({"a": "refused 1"}, reach(url), cache, concurrency=2)
 
 
 def test_a_server_that_is_gone_stops_the_run_and_keeps_what_it_said(tmp_path):
     cache = ReplyCache(tmp_path / "replies.jsonl", {})
     prompts = {str(i): f"{'fine' if i < 5 else 'broken'} {i}" for i in range(100)}
     with moody_server() as url:
-        ask = connect(settings(url, max_retries=0))
+        ask = reach(url, max_retries=0)
         with pytest.raises(
             MissingEnvironmentError, match="20 times in a row: InternalServerError\n.*5 replies"
         ):
@@ -269,7 +280,7 @@ def test_empty_replies_of_an_earlier_version_are_asked_again(tmp_path):
     cache = ReplyCache(tmp_path / "replies.jsonl", {})
     cache.put("fine 1", Reply(text=""))
     with moody_server() as url:
-        results = ask_all({"a": "fine 1"}, connect(settings(url)), cache, concurrency=1)
+        results = ask_all({"a": "fine 1"}, reach(url), cache, concurrency=1)
     assert results == {"a": Reply(text="1 enif", num_input_tokens=7, num_output_tokens=5)}
     assert ReplyCache(cache.path, {}).get("fine 1") == results["a"]
 
@@ -280,4 +291,14 @@ def test_a_server_that_says_nothing_stops_the_run(tmp_path):
         moody_server() as url,
         pytest.raises(MissingEnvironmentError, match="20 times in a row: empty reply"),
     ):
-        ask_all({str(i): f"mute {i}" for i in range(50)}, connect(settings(url)), cache, concurrency=1)
+        ask_all({str(i): f"mute {i}" for i in range(50)}, reach(url), cache, concurrency=1)
+
+
+def test_as_a_generator_it_answers_each_prompt_in_order(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.jsonl", {})
+    with moody_server() as url:
+        generator = ServerGenerator(settings(url, max_retries=0), cache)
+        found = generator.complete(["fine 1", "broken 1", "fine 1", "fine 2"], Decoding(max_new_tokens=5))
+    fine = Reply(text="1 enif", num_input_tokens=7, num_output_tokens=5)
+    other = Reply(text="2 enif", num_input_tokens=7, num_output_tokens=5)
+    assert found == [[fine], [Failure(why="InternalServerError")], [fine], [other]]

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
+from sftcore.generate.prefix_cache import CachedRows, SharedPrefixRows, agree, shared_prefix
 from sftcore.model.loss import CHUNK_ELEMENTS
 from sftcore.model.miniature import BREAKS
-from sftcore.model.shared_prefix import CachedRows, SharedPrefixRows, agree, shared_prefix
 from sftcore.model.trial import bound_length
 
 log = logging.getLogger(__name__)
