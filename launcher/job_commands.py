@@ -225,6 +225,8 @@ def load(
     recipe = with_run(recipe, run)
     if not is_run:
         check_beside_recipe(recipe.run_folder, [path])
-    if machines is None or machines.on != "slurm":
+    on = machines.on if machines else "debug"
+    if on != "slurm":
         require_hub([recipe])
-    return settle(recipe, machines, has_gpu=has_gpu, resume=resume)
+    has_gpu = has_gpu or (machines is not None and machines.has_gpus)
+    return settle(recipe, on=on, has_gpu=has_gpu, resume=resume)

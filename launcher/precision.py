@@ -24,7 +24,6 @@ from sftcore.fsio import read_object
 from sftcore.recipe import changed
 
 if TYPE_CHECKING:
-    from launcher.ways_in import Machines
     from sftcore.study.grid import StudyRun
 
 log = logging.getLogger("sftcore.precision")
@@ -32,13 +31,7 @@ AUTO = "auto"
 STATE = "state.json"  # of a checkpoint; its module imports DeepSpeed
 
 
-def settle(
-    recipe: Recipe,
-    machines: Machines | None = None,
-    *,
-    has_gpu: bool = False,
-    resume: str = AUTO,
-) -> Recipe:
+def settle(recipe: Recipe, *, on: str = "debug", has_gpu: bool = False, resume: str = AUTO) -> Recipe:
     """The recipe with its model's dtype decided, by its run folder if that has begun, else by the hardware.
 
     A checkpoint that is named decides before the hardware.
@@ -46,21 +39,21 @@ def settle(
     A learning rate that the recipe leaves to us stays that of a run folder that has begun, too.
 
     Args:
-        machines: where the run goes; None: here.
-        has_gpu: it is planned for a GPU, whatever this machine has.
+        on: debug (this process), node (ranks of this machine) or slurm.
+        has_gpu: it goes to GPUs, or is planned for some, whatever this machine has.
         resume: auto, never, or the checkpoint to go on from.
     """
     recipe = with_kept_rate(recipe)
     if recipe.model.dtype == AUTO:
         named = None if resume in (AUTO, "never") else dtype_of_checkpoint(Path(resume))
-        return with_dtype(recipe, _kept(recipe) or named or _by_hardware(machines, has_gpu=has_gpu))
-    is_said_here = machines is None or machines.on == "debug"  # by rank 0 of several, not by who starts them
+        return with_dtype(recipe, _kept(recipe) or named or _by_hardware(on, has_gpu=has_gpu))
+    is_said_here = on == "debug"  # by rank 0 of several, not by who starts them
     if recipe.model.dtype == "bfloat16" and is_said_here and not has_gpu:
         _warn_if_slow()
     return recipe
 
 
-def settle_runs(runs: Sequence[StudyRun], machines: Machines | None = None) -> list[StudyRun]:
+def settle_runs(runs: Sequence[StudyRun], *, on: str = "here", has_gpu: bool = False) -> list[StudyRun]:
     """The runs of a study, each model's in one dtype: that of a run that has begun, if any has."""
     runs = [replace(run, recipe=with_kept_rate(run.recipe)) for run in runs]
     kept: dict[str, str] = {}
@@ -68,7 +61,7 @@ def settle_runs(runs: Sequence[StudyRun], machines: Machines | None = None) -> l
     for recipe in undecided:
         if recipe.model.path not in kept and (dtype := _kept(recipe)):
             kept[recipe.model.path] = dtype
-    here = _by_hardware(machines) if undecided else AUTO
+    here = _by_hardware(on, has_gpu=has_gpu) if undecided else AUTO
     return [
         replace(run, recipe=with_dtype(run.recipe, kept.get(run.recipe.model.path, here)))
         if run.recipe.model.dtype == AUTO
@@ -137,18 +130,14 @@ def _dtype_in(owner: dict[str, Any] | None) -> str | None:
     return None if dtype == AUTO else str(dtype)
 
 
-def _by_hardware(machines: Machines | None, *, has_gpu: bool = False) -> str:
-    if has_gpu or (machines is not None and machines.gpus_per_node):
+def _by_hardware(on: str, *, has_gpu: bool) -> str:
+    if has_gpu:
         return "bfloat16"
-    if not _goes_here(machines):
+    if on == "slurm":
         return AUTO
     from sftcore.precision import dtype_here
 
     return dtype_here()
-
-
-def _goes_here(machines: Machines | None) -> bool:
-    return machines is None or machines.on != "slurm"
 
 
 def _warn_if_slow() -> None:

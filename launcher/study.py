@@ -96,8 +96,9 @@ def load_study(
     """
     settings = read_study(path)
     where = Path(folder or f"runs/{settings.name}").resolve()
-    runs = settle_runs(expand(settings, where), machines)
-    if machines is None or machines.on != "slurm":
+    on = machines.on if machines else "here"
+    runs = settle_runs(expand(settings, where), on=on, has_gpu=machines is not None and machines.has_gpus)
+    if on != "slurm":
         require_hub(run.recipe for run in runs)
     return Study(settings=settings, folder=where, runs=runs, rank_options=rank_options)
 

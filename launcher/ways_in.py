@@ -47,6 +47,11 @@ class Machines:
     options: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def has_gpus(self) -> bool:
+        """Whether GPUs were asked for."""
+        return bool(self.gpus_per_node)
+
+    @property
     def num_ranks_per_node(self) -> int:
         """Ranks per machine; on this one as many as it has GPUs, if nothing was said."""
         said = self.gpus_per_node or self.ranks_per_node

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from launcher.cli import app
 from launcher.precision import check_dtype, settle, settle_runs
 from launcher.study import load_study
-from launcher.ways_in import machines_of
 from sftcore import precision
 from sftcore.config import ModelSettings
 from sftcore.errors import UserInputError
@@ -103,9 +102,9 @@ def test_a_cluster_decides_where_it_computes(tiny_recipe, monkeypatch):
     """GPUs of its nodes are asked for by name; the login node's CPU decides nothing."""
     pretend(monkeypatch, "float32")
     recipe = load_recipe(written(auto(tiny_recipe)))
-    assert settle(recipe, machines_of("slurm", gpus_per_node=8)).model.dtype == "bfloat16"
-    assert settle(recipe, machines_of("slurm", ranks_per_node=2)).model.dtype == "auto"
-    assert settle(recipe, machines_of("node", ranks_per_node=2)).model.dtype == "float32"
+    assert settle(recipe, on="slurm", has_gpu=True).model.dtype == "bfloat16"
+    assert settle(recipe, on="slurm").model.dtype == "auto"
+    assert settle(recipe, on="node").model.dtype == "float32"
     assert settle(recipe, has_gpu=True).model.dtype == "bfloat16"
 
 
@@ -140,8 +139,8 @@ def test_a_slow_dtype_that_was_asked_for_is_named(tiny_recipe, monkeypatch, capl
         with caplog.at_level(logging.WARNING):
             assert settle(recipe).model.dtype == "bfloat16"
             settle(recipe, has_gpu=True)
-            settle(recipe, machines_of("slurm", gpus_per_node=8))
-            settle(recipe, machines_of("node", ranks_per_node=2))
+            settle(recipe, on="slurm", has_gpu=True)
+            settle(recipe, on="node")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("RANK", "1")
                 settle(recipe)
