@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.ranks import agreed_code, forget_codes, read_codes, worker_parser
-from launcher.run_folder import with_run
 from sftcore.errors import EXIT_DONE, Problem, SftError, TrainingFailed, UserInputError
 from sftcore.fsio import append_jsonl, read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.runs.claim import with_run
 from sftcore.stages.stage import STAGES
 
 log = logging.getLogger("sftcore.attempts")

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -113,8 +114,8 @@ def prepare(
     prepared = run_shared(STAGES["prepare"], loaded, shares, num_workers=workers)
     if prepared is None:
         return
-    from launcher.stages import write_check
     from sftcore.data.check import describe_store
+    from sftcore.stages.prepare import write_check
 
     _, store = prepared
     if as_json:
@@ -143,8 +144,8 @@ def plan(
 
 def _show_plan(recipe: Recipe, world: int, device: DeviceOptions, *, as_json: bool = False) -> None:
     """Print the plan of a recipe; what would not train is refused after it."""
-    from launcher.outlook import look_ahead, outlook_table
-    from launcher.preflight import plan_table
+    from sftcore.planning.outlook import look_ahead, outlook_table
+    from sftcore.planning.preflight import plan_table
     from sftcore.train.devices import choose_device
 
     chosen = choose_device(device.gpu, memory_gigabytes=device.gpu_memory, teraflops=device.gpu_tflops)
@@ -181,7 +182,7 @@ def train(
     if dry_run:
         _show_plan(loaded, 1, DeviceOptions())
         return
-    from launcher.training import overfit_recipe, train_recipe
+    from sftcore.stages.train import overfit_recipe, train_recipe
     from sftcore.train.observers import DebugOptions
 
     if debug.overfit_one_step:
@@ -213,7 +214,7 @@ def rationales(
 ) -> None:
     """Ask a teacher why training pairs match or not; keep the pairs on whose label it agrees."""
     loaded = load(recipe, changes.set_, changes.run)
-    from launcher.rationales import in_a_sentence, write_rationales
+    from sftcore.stages.rationales import in_a_sentence, write_rationales
 
     summary = write_rationales(loaded, to)
     print(json.dumps(summary, indent=1, ensure_ascii=False) if as_json else in_a_sentence(summary))
@@ -234,7 +235,7 @@ def match(
 ) -> None:
     """Score the pairs of a file: how much the model prefers "same"."""
     require_folder(model, "match")
-    from launcher.matching import match_pairs
+    from sftcore.stages.match import match_pairs
 
     num_pairs = match_pairs(model, pairs, to, columns=(a, b), overwrite=overwrite)
     print(f"{counted(num_pairs, 'pair')} scored: {to}")
@@ -248,7 +249,7 @@ def export(
 ) -> None:
     """Copy what a run trained to a folder; with --merge as a whole model, one shard after another."""
     require_folder(run, "export")
-    from launcher.exporting import export_run
+    from sftcore.stages.export import export_run
 
     export_run(run, to, merge=merge)
     print(to)
@@ -265,7 +266,7 @@ def restore(
     ] = None,
 ) -> None:
     """Put the Q percent of weights that training changed most back to their base values."""
-    from launcher.restoring import restore_model
+    from sftcore.stages.restore import restore_model
 
     for line in restore_model(base, tuned, to, fraction=fraction, sweep=sweep):
         print(line)
@@ -300,9 +301,12 @@ def run(
     machines = Place(on="node", ranks=ranks).machines()
     loaded = load(recipe, changes.set_, changes.run)
     begin_stage(loaded.run_folder, "run", shared=shared)
-    from launcher.whole_run import run_whole
+    from launcher.ways_in import train_by_ranks
+    from sftcore.stages.whole_run import run_whole
 
-    print(run_whole(loaded, shared=shared, machines=machines if ranks != Ranks() else None))
+    is_alone = ranks == Ranks() or machines.require_ranks() == 1
+    train = None if is_alone else partial(train_by_ranks, machines=machines)
+    print(run_whole(loaded, shared=shared, train=train))
 
 
 def _refuse(on: str, **options: bool | int | None) -> None:

@@ -19,14 +19,14 @@ import typer
 from launcher.attempts import begin_stage
 from launcher.given import require_run
 from launcher.options import MAX_SHARDS, Changes, DryRun, Nodes, Place, Ranks, RecipePath, Shares, Slurm
-from launcher.precision import settle
-from launcher.run_folder import with_run
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.hub import require_hub
 from sftcore.paths import folder_fault
 from sftcore.recipe import load_recipe
 from sftcore.run_recipe import RECIPE, check_beside_recipe, read_run_recipe
+from sftcore.runs.claim import with_run
+from sftcore.runs.settle import settle
 from sftcore.shares import share_of
 from sftcore.stages.stage import STAGES, Stage
 
@@ -42,7 +42,7 @@ def probe(
     loaded = load(recipe, changes.set_, changes.run, machines=machines)
     levels = run_shared(STAGES["probe"], loaded, shares, machines=machines, dry_run=dry_run)
     if levels is not None:
-        from launcher.stages import describe_levels
+        from sftcore.stages.prepare import describe_levels
 
         print(describe_levels(levels))
 

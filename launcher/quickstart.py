@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.evaluating import evaluate
-from launcher.precision import settle
-from launcher.preflight import describe_plan, plan_table
-from launcher.run_folder import with_run
-from launcher.stages import describe_levels, prepare, probe
-from launcher.training import train_recipe
 from sftcore.amounts import counted
 from sftcore.model.cost import measure_recipe
 from sftcore.model.pull import pull_model
+from sftcore.planning.preflight import describe_plan, plan_table
 from sftcore.recipe import load_recipe
+from sftcore.runs.claim import with_run
+from sftcore.runs.settle import settle
+from sftcore.stages.evaluate import evaluate
+from sftcore.stages.prepare import describe_levels, prepare, probe
+from sftcore.stages.train import train_recipe
 from sftcore.study.report import write_report
 from sftcore.train.devices import device_here
 from sftcore.train.plan import make_schedule

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launcher.run_folder import open_run, with_run
 from launcher.slurm import shared_stage, submit_recipe
 from launcher.ways_in import Machines, scripts_of
 from sftcore.amounts import counted
@@ -30,6 +29,7 @@ from sftcore.errors import (
     error_of_code,
 )
 from sftcore.fsio import tail_of
+from sftcore.runs.claim import open_run, with_run
 from sftcore.train.stopping import WITH_INTERRUPT, handling
 
 log = logging.getLogger("sftcore.shares")

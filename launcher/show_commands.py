@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """Print samples with trained tokens coloured, packs drawn, the first step explained."""
     loaded = load(recipe, changes.set_, changes.run)
-    from launcher.inspection import inspect_recipe
+    from sftcore.planning.inspection import inspect_recipe
 
     for line in inspect_recipe(loaded, num_samples=n, colour=sys.stdout.isatty(), with_ids=ids):
         print(line)
@@ -86,7 +86,7 @@ def generate(
     if (prompt is None) == (file is None):
         raise UserInputError(Problem(what="give exactly one of --prompt and --file", where="generate"))
     require_folder(folder, "generate")
-    from launcher.generating import Settings, generate_rows, generate_text
+    from sftcore.stages.generate import Settings, generate_rows, generate_text
 
     settings = Settings(**asdict(decoding))
     if prompt is not None:

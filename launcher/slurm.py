@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.notice import SIGNAL, notice_seconds, with_notice
-from launcher.run_folder import open_run
 from sftcore.config import Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import atomic_file
+from sftcore.runs.claim import open_run
 from sftcore.stages.stage import Stage, wanted
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"

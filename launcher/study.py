@@ -23,10 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from launcher.notice import longest_notice, with_notice
-from launcher.precision import settle_runs
-from launcher.run_folder import FINISHED
 from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
-from launcher.whole_run import is_finished
 from sftcore.amounts import counted, duration
 from sftcore.errors import (
     EXIT_DONE,
@@ -41,6 +38,9 @@ from sftcore.errors import (
 from sftcore.fsio import atomic_file, is_locked, read_object, tail_of, write_json
 from sftcore.hub import require_hub
 from sftcore.recipe import dump_recipe
+from sftcore.runs.claim import FINISHED
+from sftcore.runs.settle import settle_runs
+from sftcore.stages.whole_run import is_finished
 from sftcore.study.grid import StudyRun, StudySettings, expand, read_study
 from sftcore.study.loss_study import format_loss, losses_of
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
@@ -145,7 +145,7 @@ def _estimates(study: Study, pending: Sequence[StudyRun]) -> list[float]:
     """Seconds that each will take; none if that can't be known."""
     if not pending:
         return []
-    from launcher.estimate import estimate_seconds
+    from sftcore.planning.estimate import estimate_seconds
 
     try:
         return estimate_seconds([run.recipe for run in pending], study.folder / "shared") or []

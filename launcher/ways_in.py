@@ -9,6 +9,7 @@ way each is for.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ from typing import Any
 
 from launcher.hosts import check_hosts, read_hostfile
 from launcher.node import node_command, train_on_node
-from launcher.run_folder import open_run, with_run
 from launcher.slurm import Job, Resources, recipe_jobs, submit_recipe, train_job
 from sftcore.config import Recipe
-from sftcore.errors import EXIT_DONE, Problem, UserInputError
+from sftcore.errors import EXIT_DONE, Problem, UserInputError, error_of_code
 from sftcore.model.weight_files import check_weight_files
+from sftcore.runs.claim import open_run, with_run
 
 log = logging.getLogger("sftcore.ways")
 RANKS_WAYS = ("debug", "node", "slurm")  # of a command that ranks or shares can do
@@ -140,6 +141,22 @@ def train_elsewhere(recipe: Recipe, machines: Machines, more: Sequence[str], *, 
     if hosts:
         check_hosts(hosts, recipe.run_folder)
     return train_on_node(recipe, command, num_ranks=total, first_host=next(iter(hosts), None))
+
+
+def train_by_ranks(recipe: Recipe, machines: Machines) -> None:
+    """Train in processes of their own, whose exit code comes back as its error.
+
+    Raises:
+        SftError: as the ranks ended.
+    """
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # what the probe's model took; does nothing on CPUs
+    code = train_elsewhere(recipe, machines, [], dry_run=False)
+    if code:
+        what = f"{machines.require_ranks()} ranks ended with {code}; see {recipe.run_folder / 'logs'}"
+        raise error_of_code(code, what)
 
 
 def _is_done(recipe: Recipe) -> bool:

@@ -62,7 +62,10 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.train",
     "sftcore.evaluate",
     "sftcore.study",
+    "sftcore.runs",
+    "sftcore.planning.preflight",
     "sftcore.stages",
+    "sftcore.planning",
     "launcher",
 ]
 TORCH_FREE = [

@@ -163,7 +163,9 @@ def workplace(tmp_path, monkeypatch) -> Path:
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launcher.outlook.may_have_async_io", lambda: False)  # a compiler's run, each time
+    monkeypatch.setattr(
+        "sftcore.planning.outlook.may_have_async_io", lambda: False
+    )  # a compiler's run, each time
     torch.manual_seed(0)
     config = tiny_config("llama")
     config.vocab_size = 400
@@ -334,7 +336,7 @@ def outcome_of(text: str, overrides: list[str]) -> tuple[str, str]:
     Returns:
         planned | refused (by the loading) | unplannable.
     """
-    from launcher.outlook import look_ahead
+    from sftcore.planning.outlook import look_ahead
     from sftcore.train.devices import choose_device
 
     Path("fuzzed.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")

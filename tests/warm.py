@@ -178,7 +178,7 @@ if __name__ == "__main__":
     from transformers.models.auto import modeling_auto  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import launcher.training  # noqa: F401
+    import sftcore.stages.train  # noqa: F401
 
     _end_with_parent()
     gc.freeze()

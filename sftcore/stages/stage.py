@@ -123,8 +123,8 @@ PROBED = ("data.train", "data.trivial_facts", "data.relations", "probe", "seed",
 ROWS = (
     Stage(
         name="probe",
-        run=Named("launcher.stages:probe"),
-        share=Named("launcher.stages:probe_share"),
+        run=Named("sftcore.stages.prepare:probe"),
+        share=Named("sftcore.stages.prepare:probe_share"),
         keys=PROBED,
         files=("levels.*", "shards/*"),
         finished=("levels.manifest.json",),
@@ -134,7 +134,7 @@ ROWS = (
     ),
     Stage(
         name="select",
-        run=Named("launcher.stages:select"),
+        run=Named("sftcore.stages.prepare:select"),
         keys=(*PROBED, "select", "task", "matching"),
         files=("selection.jsonl",),
         under_other_keys="ignored",  # drawn again by each prepare
@@ -144,14 +144,14 @@ ROWS = (
     ),
     Stage(
         name="prepare",
-        run=Named("launcher.stages:prepare"),
-        share=Named("launcher.stages:prepare_share"),
+        run=Named("sftcore.stages.prepare:prepare"),
+        share=Named("sftcore.stages.prepare:prepare_share"),
         under_other_keys="ignored",  # a store's folder is named by its content
         within="train",
     ),
     Stage(
         name="train",
-        run=Named("launcher.training:train_recipe"),
+        run=Named("sftcore.stages.train:train_recipe"),
         spares=("evaluate",),
         until_done=HELD_OUT,  # training leaves out what they ask
         files=("metrics.jsonl", "checkpoints/*", "best", "model", "adapter"),
@@ -161,8 +161,8 @@ ROWS = (
     ),
     Stage(
         name="evaluate",
-        run=Named("launcher.evaluating:evaluate"),
-        share=Named("launcher.evaluating:evaluate_share"),
+        run=Named("sftcore.stages.evaluate:evaluate"),
+        share=Named("sftcore.stages.evaluate:evaluate_share"),
         keys=(*PROBED, "task", "matching", "evaluate", "batch", *HELD_OUT),
         files=("eval/*",),
         under_other_keys="made again",

@@ -11,12 +11,6 @@ from tiny import TINY, write_lines
 from tiny_tokenizers import CHATML, build_bpe
 from transformers import AutoTokenizer, GenerationConfig
 
-from launcher.evaluating import evaluate
-from launcher.exporting import export_run
-from launcher.generating import Settings, generate_rows, generate_text
-from launcher.held_out import check_scorable
-from launcher.stages import recipe_tokenizer
-from launcher.whole_run import run_whole
 from sftcore.data.ledger import Ledger
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.splits import load_records
@@ -24,6 +18,12 @@ from sftcore.errors import UserInputError
 from sftcore.evaluate.replies import Reply, replies_of
 from sftcore.fsio import read_json, read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.stages.evaluate import evaluate
+from sftcore.stages.export import export_run
+from sftcore.stages.generate import Settings, generate_rows, generate_text
+from sftcore.stages.held_out import check_scorable
+from sftcore.stages.prepare import recipe_tokenizer
+from sftcore.stages.whole_run import run_whole
 
 
 def chat(*turns: str, **more) -> dict:

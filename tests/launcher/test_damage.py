@@ -14,15 +14,15 @@ from launching import weights_hash
 from tiny import write_lines
 
 from launcher.cli import app
-from launcher.evaluating import evaluate
 from launcher.terminal import explained
-from launcher.whole_run import run_whole
 from sftcore.errors import SftError, UserInputError
 from sftcore.fsio import read_json, read_jsonl, write_json
 from sftcore.knowledge.level_files import read_levels
 from sftcore.model.weight_files import check_unchanged, check_weight_files, write_checksums
 from sftcore.recipe import load_recipe
 from sftcore.settings import CHECKSUMS
+from sftcore.stages.evaluate import evaluate
+from sftcore.stages.whole_run import run_whole
 
 HOWS = ("empty", "cut", "flipped", "garbage", "folder", "link")
 COMMANDS = ("train", "evaluate", "report")

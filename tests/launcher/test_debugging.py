@@ -9,12 +9,12 @@ import pytest
 import torch
 from launching import BIN, run, steps, weights_hash, write_recipe
 
-from launcher import training
-from launcher.training import overfit_recipe
 from sftcore.data.tokens import Codec
 from sftcore.errors import TrainingFailed, UserInputError
 from sftcore.fsio import read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.stages import train as training
+from sftcore.stages.train import overfit_recipe
 from sftcore.train.observers import REHEARSAL, DebugOptions, NormRecorder, observing
 from sftcore.train.overfit import check_overfit
 

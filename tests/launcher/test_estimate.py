@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher import estimate
-from launcher.estimate import estimate_seconds, probe_seconds
-from launcher.whole_run import shared_name
 from sftcore.config import Recipe
 from sftcore.knowledge.level_files import LEVEL_FILES
+from sftcore.planning import estimate
+from sftcore.planning.estimate import estimate_seconds, probe_seconds
 from sftcore.precision import matmul_rate
 from sftcore.recipe import load_recipe
+from sftcore.stages.whole_run import shared_name
 from sftcore.train.devices import choose_device
 
 RATE = 1e6  # FLOP a second: a machine so slow that a tiny model's work outweighs the constants

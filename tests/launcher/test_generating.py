@@ -10,12 +10,12 @@ import pytest
 from launcher_commands import save, sftcore
 from tiny import write_lines
 
-from launcher.evaluating import evaluate
-from launcher.generating import Settings, generate_rows, generate_text
-from launcher.training import train_recipe
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_jsonl
 from sftcore.recipe import dump_recipe, load_recipe
+from sftcore.stages.evaluate import evaluate
+from sftcore.stages.generate import Settings, generate_rows, generate_text
+from sftcore.stages.train import train_recipe
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
 SHORT = Settings(max_new_tokens=4)

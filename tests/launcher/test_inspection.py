@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from launcher_commands import save
 from tiny import write_lines
 
-from launcher.inspection import inspect_recipe
-from launcher.stages import prepare
+from sftcore.planning.inspection import inspect_recipe
 from sftcore.recipe import load_recipe
+from sftcore.stages.prepare import prepare
 
 
 def test_each_token_has_a_line_with_its_id(tiny_recipe):
@@ -41,7 +41,7 @@ def test_spaces_of_sentencepiece_are_shown():
     import numpy as np
     from tiny_tokenizers import build_spaces_in_front
 
-    from launcher.inspection import _token_lines, marked_text
+    from sftcore.planning.inspection import _token_lines, marked_text
 
     tokenizer = build_spaces_in_front()
     ids = tokenizer("Paris is Paris")["input_ids"]

@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.lease import Lease, read_lease, take_over, write_lease
+from sftcore.runs.lease import Lease, read_lease, take_over, write_lease
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from launcher import lease
+from sftcore.runs import lease
 from sftcore.fsio import folder_lock
 lease.LEASE_SECONDS = lease.WATCH_SECONDS = 0.1
 run = Path(sys.argv[1])
@@ -31,7 +31,7 @@ with folder_lock(run, purpose="training"), lease.Watch([]) as watch:
 ORPHAN = """
 import signal, sys, time
 import psutil
-from launcher import lease
+from sftcore.runs import lease
 lease.WATCH_SECONDS = 0.1
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 with lease.Watch([psutil.Process(int(sys.argv[1]))]):

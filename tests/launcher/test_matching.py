@@ -25,18 +25,18 @@ from transformers import (
     GPT2Config,
 )
 
-from launcher.evaluating import evaluate
-from launcher.inspection import inspect_recipe
-from launcher.matching import match_pairs, recipe_of
-from launcher.stages import prepare
-from launcher.training import train_recipe
 from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.data.records import read_source
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl
 from sftcore.generate.score import continuation_scores
 from sftcore.knowledge.templates import load_relations
+from sftcore.planning.inspection import inspect_recipe
 from sftcore.recipe import ASSETS, load_recipe
+from sftcore.stages.evaluate import evaluate
+from sftcore.stages.match import match_pairs, recipe_of
+from sftcore.stages.prepare import prepare
+from sftcore.stages.train import train_recipe
 
 
 def sftcore(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,9 +13,15 @@ import pytest
 from families import REFUSED, config_of
 from launcher_commands import save, sftcore
 
-from launcher.outlook import describe_stop, look_ahead, outlook_table, predict_hours, why_not_trainable
 from sftcore.errors import MissingEnvironmentError, SftError, UserInputError
 from sftcore.model.load import load_for_training
+from sftcore.planning.outlook import (
+    describe_stop,
+    look_ahead,
+    outlook_table,
+    predict_hours,
+    why_not_trainable,
+)
 from sftcore.recipe import load_recipe
 from sftcore.train.devices import Device, choose_device
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.stages import prepare, probe
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.stages.prepare import prepare, probe
 
 
 def trained_answers(recipe) -> dict[str, str]:

@@ -14,13 +14,13 @@ import yaml
 from typer.testing import CliRunner
 
 from launcher.cli import app
-from launcher.precision import check_dtype, settle, settle_runs
 from launcher.study import load_study
 from sftcore import precision
 from sftcore.config import ModelSettings
 from sftcore.errors import UserInputError
 from sftcore.model.load import load_for_decoding
 from sftcore.recipe import load_recipe
+from sftcore.runs.settle import check_dtype, settle, settle_runs
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 

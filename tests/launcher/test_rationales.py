@@ -18,7 +18,6 @@ from launching import BIN, ENVIRONMENT
 from packaged import packaged_model
 from tiny_tokenizers import CHATML, build_bpe
 
-from launcher.rationales import _as_asked, keep_agreeing, summarise, warn_of_failures, write_rationales
 from sftcore.data.contents import Pair
 from sftcore.data.records import Record
 from sftcore.errors import MissingEnvironmentError
@@ -27,6 +26,7 @@ from sftcore.generate.api import Reply
 from sftcore.generate.server import Failure
 from sftcore.recipe import load_recipe
 from sftcore.settings import MatchingSettings, TeacherSettings
+from sftcore.stages.rationales import _as_asked, keep_agreeing, summarise, warn_of_failures, write_rationales
 
 NUM_PAIRS = 8
 
@@ -127,7 +127,7 @@ def test_a_summary_that_fails_leaves_no_pairs_file(tiny_model_folder, tmp_path, 
     def fail(*_):
         raise RuntimeError
 
-    monkeypatch.setattr("launcher.rationales.summarise", fail)
+    monkeypatch.setattr("sftcore.stages.rationales.summarise", fail)
     with pytest.raises(RuntimeError):
         write_rationales(load_recipe(teacher_recipe(tiny_model_folder, backend="local")))
     assert not Path("runs/asked/rationales.jsonl").exists()

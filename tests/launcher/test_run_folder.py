@@ -12,15 +12,15 @@ import yaml
 from launcher_commands import save, sftcore
 from tiny import SUBJECTS, write_lines
 
-from launcher.evaluating import evaluate
-from launcher.run_folder import claim, record_seconds
-from launcher.stages import probe
-from launcher.training import train_recipe
-from launcher.whole_run import is_finished, run_whole
 from sftcore.config import Recipe
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.runs.claim import claim, record_seconds
+from sftcore.stages.evaluate import evaluate
+from sftcore.stages.prepare import probe
+from sftcore.stages.train import train_recipe
+from sftcore.stages.whole_run import is_finished, run_whole
 
 RUN = Path("runs/tiny")
 

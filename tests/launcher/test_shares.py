@@ -13,13 +13,13 @@ from launcher_commands import save, sftcore
 from tiny import SUBJECTS, write_lines
 from tiny_bert import write_bert
 
-from launcher.evaluating import evaluate, evaluate_share
 from launcher.shares import _run_processes
 from sftcore.config import Recipe
 from sftcore.errors import SftError, UserInputError
 from sftcore.fsio import read_json
 from sftcore.recipe import load_recipe
 from sftcore.shares import Share, share_of
+from sftcore.stages.evaluate import evaluate, evaluate_share
 
 PREDICTED = ("predictions.jsonl", "scores.json", "manifest.json")
 

@@ -11,14 +11,14 @@ import pytest
 import yaml
 from tiny import SUBJECTS, write_lines
 
-from launcher.evaluating import evaluate
-from launcher.stages import probe, select
-from launcher.whole_run import _files_identity, _probe_once, is_finished, shared_name
 from sftcore.config import Recipe, SelectSettings
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, read_jsonl, write_json
 from sftcore.knowledge.containment import AliasRow, AliasTable
 from sftcore.recipe import load_recipe
+from sftcore.stages.evaluate import evaluate
+from sftcore.stages.prepare import probe, select
+from sftcore.stages.whole_run import _files_identity, _probe_once, is_finished, shared_name
 
 LEVELS = Path("runs/tiny/levels.jsonl")
 KNOWN = 4
@@ -157,7 +157,7 @@ def test_levels_and_scores_of_other_aliases_or_code_are_not_found_again(recipe, 
         edit_aliases(monkeypatch)
     else:
         monkeypatch.setattr("sftcore.knowledge.probe.CODE_VERSION", 0)
-        monkeypatch.setattr("launcher.evaluating.CODE_VERSION", 0)
+        monkeypatch.setattr("sftcore.stages.evaluate.CODE_VERSION", 0)
         monkeypatch.setattr("sftcore.knowledge.levels.CODE_VERSION", 0)
     assert both() == (0, 0) and both() == (1, 1)
     now = shared_name("levels", recipe), shared_name("base", recipe)

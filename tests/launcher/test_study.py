@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ from warm import Process
 from launcher.notice import notice_seconds
 from launcher.slurm import Job, Resources
 from launcher.study import conclude, load_study, state_of, status_table, submit_study, summarise
-from launcher.ways_in import Machines
-from launcher.whole_run import run_whole, too_few_reasons
+from launcher.ways_in import Machines, train_by_ranks
 from sftcore.errors import RankLost, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import folder_lock, read_jsonl
+from sftcore.stages.whole_run import run_whole, too_few_reasons
 
 ALL_LEVELS = [0, 1, 2, 3, 4]
 
@@ -270,5 +271,5 @@ def test_the_exit_code_of_a_runs_ranks_comes_back_as_an_error(tiny_recipe, monke
     recipe = load_study(Path(write_study(tiny_recipe, grid={"train.epochs": [1]}))).runs[0].recipe
     machines = Machines(on="node", ranks_per_node=2)
     with pytest.raises(kind or SftError, match=f"2 ranks ended with {code}; see .*logs") as caught:
-        run_whole(recipe, machines=machines)
+        run_whole(recipe, train=partial(train_by_ranks, machines=machines))
     assert caught.value.exit_code == (code if code < 128 else 1)

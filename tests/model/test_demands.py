@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
 
-from launcher.outlook import why_not_trainable
-from launcher.training import train_recipe
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, write_json
 from sftcore.model.demands import check_demands
 from sftcore.model.load import load_config, load_for_training
+from sftcore.planning.outlook import why_not_trainable
 from sftcore.recipe import load_recipe
+from sftcore.stages.train import train_recipe
 from sftcore.train.devices import Device
 
 CPUS = Device(name="CPUs", is_gpu=False, memory_bytes=8 * 10**9)

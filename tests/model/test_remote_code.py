@@ -11,9 +11,9 @@ from launching import run_cells, write_recipe
 from tiny import tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.exporting import export_run
 from sftcore.fsio import read_json, write_json
 from sftcore.model.code import copy_code
+from sftcore.stages.export import export_run
 
 CONFIGURATION = (
     "from transformers import LlamaConfig\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"

@@ -10,9 +10,9 @@ import torch
 from families import RATE, collated, documents, recipe_for, save_family
 from transformers import AutoModelForCausalLM
 
-from launcher.training import _make_engine
 from sftcore.batching.collate import UNTRAINED
 from sftcore.recipe import DS_CONFIGS, deepspeed_file
+from sftcore.stages.train import _make_engine
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import init_process_group
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.run_folder import claim
 from launcher.slurm import Resources, recipe_jobs
-from launcher.whole_run import shared_name
 from sftcore.errors import UserInputError
 from sftcore.recipe import load_recipe
+from sftcore.runs.claim import claim
 from sftcore.stages import stage as table
 from sftcore.stages.stage import ROWS, STAGES, Named, Stage, begun, command_of, commands, maker_of, wanted
+from sftcore.stages.whole_run import shared_name
 
 
 def keys_of(recipe: dict, before: str = "") -> list[str]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from launcher import training
 from sftcore import dist
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe
+from sftcore.stages import train as training
 
 if __name__ == "__main__":
     setup_logging(rank=dist.rank())

@@ -10,13 +10,13 @@ from launching import BIN, run, run_cells, steps, weights_hash, write_recipe
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from launcher.evaluating import evaluate
-from launcher.exporting import export_run
 from sftcore.config import AdapterSettings, ModelSettings
 from sftcore.errors import TrainingFailed, UserInputError
 from sftcore.model.adapters import add_adapter, check_complete, trained_names
 from sftcore.model.load import load_for_decoding
 from sftcore.recipe import load_recipe
+from sftcore.stages.evaluate import evaluate
+from sftcore.stages.export import export_run
 
 KINDS = {
     "lora": {"kind": "lora", "alpha": 32},

@@ -15,10 +15,10 @@ import torch
 from launching import run_cells, steps, weights_hash, write_recipe
 
 from launcher.attempts import newest_step
-from launcher.training import train_recipe
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, write_json
 from sftcore.recipe import load_recipe
+from sftcore.stages.train import train_recipe
 from sftcore.train.checkpoint import (
     COMMITTED,
     MANIFEST,

@@ -99,7 +99,7 @@ def test_exports_of_several_files_are_whole(base, tmp_path, monkeypatch):
 SCRIPT = """
 import sys
 from pathlib import Path
-from launcher import training
+from sftcore.stages import train as training
 from sftcore.recipe import load_recipe
 from sftcore.errors import SftError
 from sftcore.train import export

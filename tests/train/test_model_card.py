@@ -15,8 +15,8 @@ from tiny import SUBJECTS, TINY, write_lines
 from tiny_tokenizers import CHATML, build_bpe
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from launcher.exporting import export_run
 from sftcore.model.origin import base_licence, base_name
+from sftcore.stages.export import export_run
 
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 

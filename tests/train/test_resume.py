@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from launching import BIN, run, run_cells, steps, weights, write_recipe
 
-from launcher.training import train_recipe
 from sftcore.errors import UserInputError
 from sftcore.fsio import write_json
 from sftcore.recipe import load_recipe
+from sftcore.stages.train import train_recipe
 
 SIZES = {
     "full0": {"deepspeed": "zero0"},

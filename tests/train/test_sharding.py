@@ -18,7 +18,7 @@ SCRIPT = """
 import json, sys, threading
 from pathlib import Path
 import torch
-from launcher import training
+from sftcore.stages import train as training
 from sftcore import dist
 from sftcore.recipe import load_recipe
 from sftcore.train import engine, export

@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_names_step_pack_and_samples(tiny_recipe):
         "from pathlib import Path\n"
         "from sftcore.errors import TrainingFailed\n"
         "from sftcore.objectives.next_token import NextToken\n"
-        "from launcher import training\n"
+        "from sftcore.stages import train as training\n"
         "from sftcore.recipe import load_recipe\n"
         "from sftcore.log import setup_logging\n"
         "from sftcore import dist\n"

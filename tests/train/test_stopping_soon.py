@@ -20,7 +20,7 @@ STAGES = ((0, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32"))
 STOPPED = """
 import os, signal, sys
 from pathlib import Path
-from launcher import training
+from sftcore.stages import train as training
 from sftcore import dist
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe
@@ -137,7 +137,7 @@ def test_a_notice_that_is_too_short_is_warned_of_once_by_name(caplog, monkeypatc
 NAN = """
 import json, math, sys
 from pathlib import Path
-from launcher import training
+from sftcore.stages import train as training
 from sftcore.recipe import load_recipe
 from sftcore.train.engine import Engine
 from sftcore.log import setup_logging

@@ -11,13 +11,13 @@ import torch
 from launching import ROOT, run, run_cells, steps, weights, weights_hash, write_recipe
 from transformers import AutoModelForCausalLM
 
-from launcher.training import train_recipe
 from sftcore.data.prepare import prepare_store
 from sftcore.data.splits import with_valid_as_train
 from sftcore.data.tokens import load_tokenizer
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_jsonl
 from sftcore.recipe import load_recipe
+from sftcore.stages.train import train_recipe
 from sftcore.train.checkpoint import checkpoint_folder, read_state
 from sftcore.train.validate import is_exhausted
 

@@ -10,12 +10,12 @@ from launching import run_cells, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.evaluating import evaluate
-from launcher.exporting import export_run
 from sftcore.config import ModelSettings
 from sftcore.model.load import load_for_decoding
 from sftcore.model.vocabulary import new_token_ids
 from sftcore.recipe import load_recipe
+from sftcore.stages.evaluate import evaluate
+from sftcore.stages.export import export_run
 
 NEW = ["<|fact|>", "<|end_of_fact|>"]
 TEMPLATE = {"prompt": "<|fact|>{question}<|end_of_fact|>", "completion": "{answer}"}

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from launcher import training
 from sftcore import dist
 from sftcore.errors import StoppedOnRequest
 from sftcore.fsio import append_jsonl
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe
+from sftcore.stages import train as training
 from sftcore.train.engine import Engine
 
 STOPPED_STEP = 3

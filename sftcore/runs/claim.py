@@ -223,7 +223,7 @@ def describe_origin(recipe: Recipe) -> dict[str, Any]:
 
 def _commit() -> str:
     """Commit of the checkout that this code runs from, with + if it has changes; empty outside a checkout."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     if not (root / ".git").exists():
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.run_folder import open_run, record_seconds
 from sftcore.amounts import counted
 from sftcore.config import Recipe, SelectSettings
 from sftcore.data.check import check_store, check_text, draw_check
@@ -43,6 +42,7 @@ from sftcore.knowledge.selection import select_facts
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 from sftcore.precision import dtype_of
+from sftcore.runs.claim import open_run, record_seconds
 from sftcore.shares import Share, share_done
 from sftcore.tasks import TASKS
 

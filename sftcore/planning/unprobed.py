@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.estimate import probe_seconds
-from launcher.stages import MEASURED, recipe_tokenizer, usable_records
 from sftcore.amounts import counted, duration
 from sftcore.config import Recipe
 from sftcore.data.prepare import prepare_store
@@ -22,6 +20,8 @@ from sftcore.knowledge.level_files import holds_levels
 from sftcore.knowledge.levels import MAX_LEVEL, FactLevel
 from sftcore.knowledge.questions import fact_of
 from sftcore.knowledge.selection import select_facts
+from sftcore.planning.estimate import probe_seconds
+from sftcore.stages.prepare import MEASURED, recipe_tokenizer, usable_records
 from sftcore.train.devices import Device
 
 Row = dict[str, Any]

@@ -15,10 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from launcher.held_out import check_scorable
-from launcher.preflight import describe_plan
-from launcher.stages import prepare
-from launcher.unprobed import awaits_probe, describe_probe, prepare_any_facts, probe_note
 from sftcore.amounts import counted, duration, size, work
 from sftcore.config import ADAPTER_LR, FULL_LR, Recipe
 from sftcore.data.chat import turn_ends
@@ -34,8 +30,12 @@ from sftcore.model.proof import NOT_PACKED, refusing
 from sftcore.model.quantise import require_bitsandbytes
 from sftcore.model.trial import Way, try_code
 from sftcore.objectives import objective_of
+from sftcore.planning.preflight import describe_plan
+from sftcore.planning.unprobed import awaits_probe, describe_probe, prepare_any_facts, probe_note
 from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
+from sftcore.stages.held_out import check_scorable
+from sftcore.stages.prepare import prepare
 from sftcore.train.devices import Device
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import check_engine, may_have_async_io

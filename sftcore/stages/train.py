@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,12 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.lease import Lease, Watch, launchers_above, take_over, write_lease
-from launcher.precision import check_dtype, with_dtype
-from launcher.preflight import describe_plan
-from launcher.ranks import listed_pid
-from launcher.run_folder import open_run, record_seconds
-from launcher.stages import prepare, prepare_valid
 from sftcore import dist
 from sftcore.amounts import counted
 from sftcore.batching.schedule import Schedule
@@ -32,11 +25,7 @@ from sftcore.config import Recipe
 from sftcore.data.check import describe_store
 from sftcore.data.store import TokenStore
 from sftcore.errors import (
-    EXIT_DONE,
-    EXIT_RANK_LOST,
-    EnoughSteps,
     Problem,
-    SftError,
     StoppedOnRequest,
     UserInputError,
 )
@@ -48,8 +37,13 @@ from sftcore.model.ours import checkpoint_activations
 from sftcore.model.proof import prove_head_and_packs
 from sftcore.model.weight_files import check_weight_files
 from sftcore.objectives import load_objective, objective_of
+from sftcore.planning.preflight import describe_plan
 from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
+from sftcore.runs.claim import open_run, record_seconds
+from sftcore.runs.lease import Lease, Watch, launchers_above, take_over, write_lease
+from sftcore.runs.settle import check_dtype, with_dtype
+from sftcore.stages.prepare import prepare, prepare_valid
 from sftcore.train.batches import PackSource
 from sftcore.train.checkpoint import (
     agreed_checkpoint,
@@ -94,39 +88,6 @@ class TrainRequest:
     debug: DebugOptions
     max_steps: int | None
     signals: Sequence[signal.Signals]
-
-
-def run_rank(recipe: Recipe, *, resume: str, restart_schedule: bool, max_steps: int | None = None) -> int:
-    """Train as one of several ranks; returns the exit code."""
-    for number in SIGNALS:  # what holds outside of the blocks below, and until the process ends
-        signal.signal(number, _pass_over)
-    is_listed = dist.rank() == dist.local_rank()  # on rank 0's machine
-    try:
-        with listed_pid(recipe.run_folder) if is_listed else nullcontext():
-            train_recipe(
-                recipe,
-                resume=resume,
-                restart_schedule=restart_schedule,
-                max_steps=max_steps,
-                is_launched=True,
-            )
-            return EXIT_DONE
-    except EnoughSteps as enough:
-        log.info("%s", enough)
-        return enough.exit_code
-    except SftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except RuntimeError as error:
-        if not dist.is_about_a_lost_rank(error):
-            raise
-        what = f"another rank ended or can't be reached: {str(error).splitlines()[0][:200]}"
-        print(f"error: {what}; start again to go on from the newest checkpoint", file=sys.stderr)
-        return EXIT_RANK_LOST
-
-
-def _pass_over(number: int, frame: FrameType | None) -> None:
-    """Handle a stop signal by doing nothing: this rank has already agreed with the others on its end."""
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:

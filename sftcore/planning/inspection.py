@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from launcher.stages import prepare
 from sftcore.amounts import counted
 from sftcore.batching.collate import UNTRAINED
 from sftcore.batching.schedule import Schedule, Step
 from sftcore.config import Recipe
 from sftcore.data.store import TokenStore
 from sftcore.model.cost import measure_recipe
+from sftcore.stages.prepare import prepare
 from sftcore.train.plan import make_schedule
 from sftcore.train.rates import learning_rate
 

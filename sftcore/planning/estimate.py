@@ -17,8 +17,6 @@ from statistics import mean
 
 import torch
 
-from launcher.stages import recipe_tokenizer
-from launcher.whole_run import shared_name
 from sftcore.config import Recipe
 from sftcore.data.ledger import Ledger
 from sftcore.data.prompts import Prompter, PromptOptions, Sample
@@ -27,6 +25,8 @@ from sftcore.knowledge.level_files import holds_levels
 from sftcore.model.cost import measure_recipe
 from sftcore.precision import dtype_of, matmul_rate
 from sftcore.recipe import source_files
+from sftcore.stages.prepare import recipe_tokenizer
+from sftcore.stages.whole_run import shared_name
 from sftcore.tasks import TASKS
 from sftcore.train.devices import Device
 

@@ -19,9 +19,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from launcher.held_out import fitting, scorable_records
-from launcher.run_folder import open_run, record_seconds
-from launcher.stages import recipe_tokenizer
 from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.ledger import Ledger
@@ -58,8 +55,11 @@ from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 from sftcore.model.weight_files import check_unchanged
 from sftcore.precision import dtype_of
+from sftcore.runs.claim import open_run, record_seconds
 from sftcore.settings import MatchingSettings
 from sftcore.shares import SHARDS, WHOLE, Share, Vouched, shard_folders, share_done, whole_set
+from sftcore.stages.held_out import fitting, scorable_records
+from sftcore.stages.prepare import recipe_tokenizer
 from sftcore.tasks import TASKS
 
 log = logging.getLogger("sftcore.evaluating")

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.run_folder import open_run
 from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.data.bounded import bounded
@@ -32,6 +31,7 @@ from sftcore.generate.api import Decoding, Reply, complete_all
 from sftcore.generate.own import OwnGenerator
 from sftcore.generate.server import Failure, ReplyCache, ServerGenerator
 from sftcore.model.load import load_for_decoding
+from sftcore.runs.claim import open_run
 from sftcore.settings import MatchingSettings, TeacherSettings
 from sftcore.tasks.kinds.pair import label_words, language_of, pair_in
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.stages import recipe_tokenizer, usable_records
 from sftcore.config import Recipe
 from sftcore.data.ledger import REMEDIES, Ledger, Reason
 from sftcore.data.prompts import Prompter, PromptOptions
@@ -23,6 +22,7 @@ from sftcore.data.tokens import Tokenizer
 from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate.pairs import reject_overlong
 from sftcore.evaluate.replies import reject_unscorable
+from sftcore.stages.prepare import recipe_tokenizer, usable_records
 
 log = logging.getLogger("sftcore.evaluating")
 

@@ -11,24 +11,22 @@ kilobytes to megabytes, so that each folder still explains itself.
 
 from __future__ import annotations
 
-import gc
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.run_folder import FINISHED, differences, open_run, owner_of
 from sftcore.config import Recipe
 from sftcore.data.digests import KnownDigests
 from sftcore.data.ledger import Ledger
 from sftcore.data.rationales import MIN_REASONED_PAIRS
 from sftcore.data.splits import load_records
-from sftcore.errors import Problem, UserInputError, error_of_code
+from sftcore.errors import Problem, UserInputError
 from sftcore.evaluate import score
 from sftcore.fsio import atomic_file, atomic_folder, fingerprint_of, folder_lock, read_object, write_json
 from sftcore.knowledge import levels
@@ -37,24 +35,24 @@ from sftcore.knowledge.level_files import LEVEL_FILES
 from sftcore.model.identity import model_files
 from sftcore.model.weight_files import check_weight_files
 from sftcore.recipe import changed, source_files
+from sftcore.runs.claim import FINISHED, differences, open_run, owner_of
 from sftcore.stages.stage import NUMBERLESS, STAGES, is_within, rescored_keys, wanted
 from sftcore.study.matching_study import NOT_RUN, NOT_RUN_STATE
 from sftcore.tasks import TASKS
-
-if TYPE_CHECKING:
-    from launcher.ways_in import Machines
 
 log = logging.getLogger("sftcore.whole_run")
 DIGESTS = Path(".cache/digests.json")
 
 
-def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines | None = None) -> str:
+def run_whole(
+    recipe: Recipe, *, shared: Path | None = None, train: Callable[[Recipe], object] | None = None
+) -> str:
     """Probe (if facts are selected by level), train, evaluate (if there is held-out data), report.
 
     Args:
         shared: folder for what several runs of a study have in common; one of them makes it, the others copy
             it. An arm with too few reasons is then not run; alone it is, with a warning.
-        machines: this machine's ranks, which train; None: this process does. It does all other stages.
+        train: instead of this process, which does all other stages.
 
     Returns:
         The report's table, or why the run was left out.
@@ -64,7 +62,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
             held-out data could be scored.
         SftError: of the stage that failed; what was done before it is kept and found again.
     """
-    from launcher.held_out import check_scorable
+    from sftcore.stages.held_out import check_scorable
     from sftcore.study.report import write_report
 
     run, started = recipe.run_folder, time.perf_counter()
@@ -79,7 +77,7 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
         (run / NOT_RUN).unlink(missing_ok=True)
         own_ways = {
             "probe": lambda: _probe_once(recipe, shared),
-            "train": lambda: _train(recipe, machines),
+            "train": lambda: (train or STAGES["train"].run)(recipe),
             "evaluate": lambda: _evaluate_once(recipe, shared),
         }
         for stage in wanted(recipe):
@@ -91,25 +89,6 @@ def run_whole(recipe: Recipe, *, shared: Path | None = None, machines: Machines 
         identity = {"recipe": recipe.model_dump(mode="json"), **_files_identity(recipe)}
         write_json(run / FINISHED, {**identity, "seconds": seconds})
     return result.table
-
-
-def _train(recipe: Recipe, machines: Machines | None) -> None:
-    """In this process, or by ranks in processes of their own, whose exit code comes back as its error."""
-    if machines is None or machines.require_ranks() == 1:
-        from launcher.training import train_recipe
-
-        train_recipe(recipe)
-        return
-    import torch
-
-    from launcher.ways_in import train_elsewhere
-
-    gc.collect()
-    torch.cuda.empty_cache()  # what the probe's model took; does nothing on CPUs
-    code = train_elsewhere(recipe, machines, [], dry_run=False)
-    if code:
-        what = f"{machines.require_ranks()} ranks ended with {code}; see {recipe.run_folder / 'logs'}"
-        raise error_of_code(code, what)
 
 
 def too_few_reasons(recipe: Recipe) -> str:
@@ -215,7 +194,7 @@ def _digests(recipe: Recipe) -> list[str]:
 
 def _probe_once(recipe: Recipe, shared: Path | None) -> None:
     """Memory levels in the run folder: probed there, or copied from the folder of runs that share them."""
-    from launcher.stages import is_probed_now, probe
+    from sftcore.stages.prepare import is_probed_now, probe
 
     run = recipe.run_folder
     if shared is None:
