@@ -8,39 +8,46 @@ Trade-off: a reader is made once a file, so that label words and names are looke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from sftcore.data.contents import Fields, label_numbers, parse_fact, parse_pair, parse_question
-from sftcore.data.examples import parse_example
-from sftcore.data.metadata import leave_out
-from sftcore.data.tables import OTHERS
 from sftcore.settings import LabelWords
 from sftcore.sources import Columns
 from sftcore.tasks.kinds.content import Content
 
+if TYPE_CHECKING:  # the kinds of contents are made by these, and are read here
+    from sftcore.data.contents import Fields
+
 FACT_NAMES = frozenset(["relation", "subject", "answers", "question"])
-Parse = Callable[[Fields], Content]
+Parse = Callable[["Fields"], Content]
 Reader = Callable[[Columns, LabelWords], Parse]
 
 
 def questions(columns: Columns, labels: LabelWords) -> Parse:
     """EntityQuestions: a question with its answers."""
+    from sftcore.data.contents import parse_question
+
     return _without_others(parse_question, "fact", columns)
 
 
 def facts(columns: Columns, labels: LabelWords) -> Parse:
     """Relation, subject, answers, perhaps a question."""
+    from sftcore.data.contents import parse_fact
+
     return _without_others(parse_fact, "fact", columns)
 
 
 def pairs(columns: Columns, labels: LabelWords) -> Parse:
     """Two texts, a label, perhaps a rationale."""
+    from sftcore.data.contents import label_numbers, parse_pair
+
     numbers = label_numbers(labels)
     return _without_others(lambda fields: parse_pair(fields, numbers), "pair", columns)
 
 
 def examples(columns: Columns, labels: LabelWords) -> Parse:
     """Prompts with completions, and chats, verbatim."""
+    from sftcore.data.examples import parse_example
+
     return lambda fields: parse_example(fields, columns)
 
 
@@ -56,6 +63,9 @@ def _without_others(
     parse: Callable[[Fields], Content], place: Literal["fact", "pair"], columns: Columns
 ) -> Callable[[Fields], Content]:
     """`parse` that refuses a row of which something is not read, unless that says nothing about training."""
+    from sftcore.data.metadata import leave_out
+    from sftcore.data.tables import OTHERS
+
     ids = frozenset(filter(None, [columns.id]))
     known = ids | FACT_NAMES if place == "fact" else ids
 
