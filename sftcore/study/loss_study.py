@@ -16,14 +16,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sftcore.amounts import counted
 from sftcore.data.selection_file import SELECTION
-from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_jsonl, read_object
-from sftcore.run_recipe import RECIPE, read_run_recipe
+from sftcore.run_recipe import read_run_recipe
 from sftcore.study.figures import HEIGHT_INCHES, INK, RULE, WIDTH_INCHES, legend_label, page_style, svg_of
 from sftcore.study.run_folder import SCORES, last_of_each_step
 from sftcore.study.study_figures import ARM_COLOURS
+from sftcore.study.table import Run, differing_keys, head_lines, read_table
 from sftcore.study.wording import flatten, format_setting, format_share
 
 ENDED = ("finished.json", "model", "adapter")  # any of them: training is over
@@ -58,46 +57,40 @@ def summarise_losses(folder: Path) -> dict[str, Any]:
     Raises:
         UserInputError: no run there has been trained.
     """
-    found = sorted(path.parent for path in folder.glob(f"*/{RECIPE}"))
-    trained = [
-        run for run in found if _rows(run / "metrics.jsonl") and any((run / n).exists() for n in ENDED)
+    table = read_table(folder, _read_run, needed="trained")
+    recipes = [run.recipe for run in table.runs]
+    axes = differing_keys(recipes, NO_SETTINGS, absent_differs=True)
+    runs = [
+        {"name": run.name, "settings": {key: run.recipe.get(key) for key in axes}, **run.metrics}
+        for run in table.runs
     ]
-    if not trained:
-        remedy = "let at least one run be trained"
-        raise UserInputError(Problem(what="no finished run of a study", where=str(folder), remedy=remedy))
-    recipes = [dict(flatten(read_run_recipe(run))) for run in trained]
-    axes = _differing_keys(recipes)
-    runs = [_summary(run, recipe, axes) for run, recipe in zip(trained, recipes, strict=True)]
     measured = [run for run in runs if run["lowest_valid_loss"] is not None]
     best = min(measured, key=lambda run: run["lowest_valid_loss"])["name"] if measured else None
     report = {
-        "name": folder.resolve().name,
+        "name": table.name,
         "model": " and ".join(dict.fromkeys(Path(str(recipe.get("model.path"))).name for recipe in recipes)),
         "num_runs": len(runs),
         "axes": axes,
         "runs": runs,
         "best": best,
-        "unfinished": [run.name for run in found if run not in trained],
+        "unfinished": [*table.unfinished],
     }
     return {**report, "verdict": _verdict(report)}
 
 
-def _differing_keys(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys in which recipes differ, in a recipe's order."""
-    keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in NO_SETTINGS)
-    return [key for key in keys if len({format_setting(recipe.get(key)) for recipe in recipes}) > 1]
-
-
-def _summary(run: Path, recipe: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
-    scores = run / SCORES.format("tuned")
-    return {
-        "name": run.name,
-        "settings": {key: recipe.get(key) for key in axes},
+def _read_run(run: Path) -> Run | str:
+    steps = _rows(run / "metrics.jsonl")
+    if not steps or not any((run / name).exists() for name in ENDED):
+        return "not trained"
+    file = run / SCORES.format("tuned")
+    scores = read_object(file, "accuracy") if file.is_file() else {}
+    metrics = {
         **losses_of(run),
-        "num_steps": _rows(run / "metrics.jsonl")[-1]["step"],
-        "accuracy": read_object(scores, "accuracy")["accuracy"] if scores.is_file() else None,
+        "num_steps": steps[-1]["step"],
+        "accuracy": scores.get("accuracy"),
         "valid": [{"step": row["step"], "loss": row["valid_loss"]} for row in _rows(run / "valid.jsonl")],
     }
+    return Run(name=run.name, recipe=dict(flatten(read_run_recipe(run))), scores=scores, metrics=metrics)
 
 
 def _verdict(report: Mapping[str, Any]) -> list[str]:
@@ -114,11 +107,7 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
 def loss_table(report: Mapping[str, Any]) -> str:
     """The runs as plain text, no trailing newline; * marks the lowest valid loss."""
     width = max(len(run["name"]) for run in report["runs"]) + 2
-    lines = [
-        f"{report['name']} ({report['model']}), {counted(report['num_runs'], 'run')}",
-        *report["verdict"],
-        "",
-    ]
+    lines = head_lines(report)
     lines.append(f"{'run':<{width}}{'last loss':>10}{'valid loss':>12}{'accuracy':>10}")
     for run in report["runs"]:
         mark = " *" if run["name"] == report["best"] else ""

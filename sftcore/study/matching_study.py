@@ -9,7 +9,6 @@ learning rate) are kept apart by a suffix with those keys rather than averaged, 
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,20 @@ from sftcore.amounts import counted
 from sftcore.data.rationales import MIN_REASONED_PAIRS
 from sftcore.data.selection_file import SELECTION, read_selection
 from sftcore.errors import Problem, UserInputError
-from sftcore.evaluate.score import MAIN_SPLIT, mean_interval, score, wilson_interval
+from sftcore.evaluate.score import MAIN_SPLIT, score, wilson_interval
 from sftcore.fsio import read_jsonl, read_object
-from sftcore.run_recipe import RECIPE, read_run_recipe
+from sftcore.run_recipe import read_run_recipe
 from sftcore.study.run_folder import PREDICTIONS, SCORES, summarise_training
+from sftcore.study.table import (
+    Run,
+    check_same_items,
+    differing_keys,
+    grouped,
+    pairwise,
+    read_table,
+    run_folders,
+    spread,
+)
 from sftcore.study.wording import flatten, format_setting, format_share
 
 METRICS = "metrics.jsonl"
@@ -36,30 +45,14 @@ REASONS = {"before": "reason before the label", "after": "label before the reaso
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MatchingRun:
-    """One finished run.
+class MatchingRun(Run):
+    """A run of text matching: `metrics` are `summarise_training` of its steps, `scores` hold `pairs`, too.
 
     Args:
-        recipe: dotted key -> value.
-        n: training pairs.
-        right: id of a test pair -> whether the tuned model was right.
-        scores: of the tuned model: `score`'s keys, and `pairs` as `pair_scores` gives it.
-        training: `summarise_training` of its steps.
         others: "base" and "fewshot" -> the same as `scores`, where evaluated.
     """
 
-    name: str
-    recipe: Mapping[str, Any]
-    n: int
-    right: Mapping[Any, bool]
-    scores: Mapping[str, Any]
-    training: Mapping[str, Any]
     others: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the test pairs."""
-        return float(self.scores["accuracy"])
 
     @property
     def wording(self) -> int:
@@ -69,39 +62,16 @@ class MatchingRun:
 
 def is_matching_study(folder: Path) -> bool:
     """Whether the first run in a study's folder is one of text matching."""
-    recipes = sorted(folder.glob(f"*/{RECIPE}"))
-    return bool(recipes) and read_run_recipe(recipes[0].parent).get("task") == "matching"
+    folders = run_folders(folder)
+    return bool(folders) and read_run_recipe(folders[0]).get("task") == "matching"
 
 
-def read_matching_runs(folder: Path) -> tuple[list[MatchingRun], dict[str, str]]:
-    """The finished runs in `folder`, and the name of each other one with what it lacks.
-
-    Raises:
-        UserInputError: no finished run, or runs with other test pairs than the first.
-    """
-    runs, unfinished = [], {}
-    for path in sorted(recipe.parent for recipe in folder.glob(f"*/{RECIPE}")):
-        needed = (METRICS, PREDICTIONS.format(TUNED), SCORES.format(TUNED))
-        missing = [name for name in needed if not (path / name).is_file()]
-        if (path / NOT_RUN).is_file():
-            unfinished[path.name] = f"{NOT_RUN_STATE}: {read_object(path / NOT_RUN, 'reason')['reason']}"
-        elif missing:
-            unfinished[path.name] = f"no {', '.join(missing)}"
-        else:
-            runs.append(_read_run(path))
-    if not runs:
-        remedy = "let at least one run be trained and evaluated"
-        raise UserInputError(Problem(what="no finished run of a study", where=str(folder), remedy=remedy))
-    for run in runs[1:]:
-        if run.right.keys() != runs[0].right.keys():
-            remedy = "evaluate all runs of a study on the same data.test"
-            where = f"{runs[0].name} and {run.name}"
-            what = "these runs were evaluated on different items"
-            raise UserInputError(Problem(what=what, where=where, remedy=remedy))
-    return runs, unfinished
-
-
-def _read_run(path: Path) -> MatchingRun:
+def _read_run(path: Path) -> MatchingRun | str:
+    if (path / NOT_RUN).is_file():
+        return f"{NOT_RUN_STATE}: {read_object(path / NOT_RUN, 'reason')['reason']}"
+    needed = (METRICS, PREDICTIONS.format(TUNED), SCORES.format(TUNED))
+    if missing := [name for name in needed if not (path / name).is_file()]:
+        return f"no {', '.join(missing)}"
     recipe = read_run_recipe(path)
     rows, scores = _evaluation(path, TUNED)
     training = summarise_training(read_jsonl(path / METRICS, appended=True)) or {}
@@ -110,9 +80,9 @@ def _read_run(path: Path) -> MatchingRun:
         name=path.name,
         recipe=dict(flatten(recipe)),
         n=len(read_selection(path)) if (path / SELECTION).is_file() else seen,
-        right={row["id"]: row["correct"] for row in rows if row["split"] == MAIN_SPLIT},
+        rows=rows,
         scores=scores,
-        training=training,
+        metrics=training,
         others={
             name: _evaluation(path, name)[1]
             for name in (BASE, FEW_SHOT)
@@ -136,24 +106,25 @@ def summarise_matching(folder: Path) -> dict[str, Any]:
     """Everything that the study's page says, as JSON values.
 
     Raises:
-        UserInputError: as `read_matching_runs`.
+        UserInputError: no finished run, or runs with other test pairs than the first.
     """
-    runs, unfinished = read_matching_runs(folder)
+    table = read_table(folder, _read_run, needed="trained and evaluated")
+    runs = table.runs
+    check_same_items(runs, [MAIN_SPLIT])
     arms = name_arms(runs)
-    grouped: dict[tuple[str, int, int], list[MatchingRun]] = {}
-    for run in sorted(runs, key=lambda r: (r.n, r.wording, r.name)):
-        grouped.setdefault((arms[run.name], run.n, run.wording), []).append(run)
+    ordered = sorted(runs, key=lambda r: (r.n, r.wording, r.name))
+    cells_of = grouped(ordered, lambda run: (arms[run.name], run.n, run.wording))
     majority = float(runs[0].scores["pairs"]["majority_accuracy"])
-    cells = [_cell(*key, group, majority) for key, group in sorted(grouped.items())]
-    comparisons = compare_arms(grouped)
+    cells = [_cell(*key, group, majority) for key, group in sorted(cells_of.items())]
+    comparisons = compare_arms(cells_of)
     sensitivity = prompt_sensitivity(cells)
     references = _references(runs, majority)
     return {
-        "name": folder.resolve().name,
+        "name": table.name,
         "model": ", ".join(sorted({_model_name(run.recipe) for run in runs})),
         "num_runs": len(runs),
-        "unfinished": unfinished,
-        "num_items": len(runs[0].right),
+        "unfinished": table.unfinished,
+        "num_items": runs[0].scores["n"],
         "references": references,
         "cells": cells,
         "comparisons": comparisons,
@@ -164,21 +135,11 @@ def summarise_matching(folder: Path) -> dict[str, Any]:
 
 def name_arms(runs: Sequence[MatchingRun]) -> dict[str, str]:
     """Run -> its arm in words; where runs of one arm differ in other keys, with those."""
-    groups: dict[str, list[MatchingRun]] = {}
-    for run in runs:
-        groups.setdefault(describe_arm(run.recipe), []).append(run)
     return {
-        run.name: describe_arm(run.recipe, _differing(group)) for group in groups.values() for run in group
+        run.name: describe_arm(run.recipe, sorted(differing_keys([r.recipe for r in group], NOT_ARMS)))
+        for group in grouped(runs, lambda run: describe_arm(run.recipe)).values()
+        for run in group
     }
-
-
-def _differing(runs: Sequence[MatchingRun]) -> list[str]:
-    """Dotted keys, but for those of sizes, draws and wordings, in which the runs' recipes differ."""
-    values: dict[str, set[str]] = {}
-    for run in runs:
-        for key, value in run.recipe.items():
-            values.setdefault(key, set()).add(format_setting(value))
-    return sorted(key for key, found in values.items() if len(found) > 1 and key not in NOT_ARMS)
 
 
 def describe_arm(recipe: Mapping[str, Any], differing: Iterable[str] = ()) -> str:
@@ -212,20 +173,19 @@ def _model_name(recipe: Mapping[str, Any]) -> str:
 
 def _cell(arm: str, n: int, wording: int, runs: Sequence[MatchingRun], majority: float) -> dict[str, Any]:
     """One point of a curve: a mean over draws, what it cost, what it brought."""
-    accuracies = [run.accuracy for run in runs]
-    num_items = len(runs[0].right)
-    mean = fmean(accuracies)
+    accuracy = spread([run.scores["accuracy"] for run in runs])
+    num_items, mean = runs[0].scores["n"], accuracy["mean"]
     low, high = wilson_interval(round(mean * num_items), num_items) or (None, None)
-    tokens = fmean(run.training.get("num_tokens", 0) for run in runs)
-    seconds = [run.training["seconds"] for run in runs if run.training.get("seconds") is not None]
-    samples = fmean(run.training.get("num_samples", 0) for run in runs)
+    tokens = fmean(run.metrics.get("num_tokens", 0) for run in runs)
+    seconds = [run.metrics["seconds"] for run in runs if run.metrics.get("seconds") is not None]
+    samples = fmean(run.metrics.get("num_samples", 0) for run in runs)
     points = 100 * (mean - majority)
     return {
         "arm": arm,
         "n": n,
         "wording": wording,
         "runs": [run.name for run in runs],
-        "accuracy": {"mean": mean, "low": min(accuracies), "high": max(accuracies), "draws": accuracies},
+        "accuracy": accuracy,
         "items_low": low,
         "items_high": high,
         "unparsable": fmean(run.scores["pairs"]["unparsable"] for run in runs) / num_items,
@@ -239,40 +199,14 @@ def _cell(arm: str, n: int, wording: int, runs: Sequence[MatchingRun], majority:
     }
 
 
-def compare_arms(grouped: Mapping[tuple[str, int, int], Sequence[MatchingRun]]) -> list[dict[str, Any]]:
-    """Every two arms at each size, both in their first wording; paired by test pair.
-
-    A pair's difference is the share of the first arm's draws that were right, minus the second's.
-
-    Returns:
-        `{n, first, second, difference, low, high, draws_overlap}`, shares; normal 95 % interval over the
-        test pairs, which says nothing of the luck of the draws.
-    """
-    found = []
-    sizes = sorted({n for _, n, wording in grouped if wording == 0})
-    for n in sizes:
-        arms = sorted({arm for arm, size, wording in grouped if (size, wording) == (n, 0)})
-        for first, second in itertools.combinations(arms, 2):
-            one, two = (_right_shares(grouped[arm, n, 0]) for arm in (first, second))
-            differences = [one[item] - two[item] for item in one]
-            middle, low, high = mean_interval(differences)
-            draws = [[run.accuracy for run in grouped[arm, n, 0]] for arm in (first, second)]
-            found.append(
-                {
-                    "n": n,
-                    "first": first,
-                    "second": second,
-                    "difference": middle,
-                    "low": low,
-                    "high": high,
-                    "draws_overlap": min(draws[0]) <= max(draws[1]) and min(draws[1]) <= max(draws[0]),
-                }
-            )
-    return found
-
-
-def _right_shares(runs: Sequence[MatchingRun]) -> dict[Any, float]:
-    return {item: fmean(float(run.right[item]) for run in runs) for item in runs[0].right}
+def compare_arms(cells: Mapping[tuple[str, int, int], Sequence[MatchingRun]]) -> list[dict[str, Any]]:
+    """Every two arms at each size `n`, both in their first wording: see `pairwise`."""
+    sizes = sorted({n for _, n, wording in cells if wording == 0})
+    return [
+        {"n": n, **part}
+        for n in sizes
+        for part in pairwise({arm: runs for (arm, *size), runs in cells.items() if size == [n, 0]})
+    ]
 
 
 def prompt_sensitivity(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -11,13 +11,14 @@ their spread says little, and the page says so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any
 
 from sftcore.amounts import counted
-from sftcore.evaluate.score import FEW_ITEMS, LEVELS, Z, mean_interval, score
+from sftcore.evaluate.score import FEW_ITEMS, LEVELS, score
 from sftcore.study.run_folder import count_levels
-from sftcore.study.study_runs import StudyFiles, StudyRun
+from sftcore.study.study_runs import LevelRun, StudyFiles
+from sftcore.study.table import grouped, interval, is_clear, right_shares, spread
 from sftcore.study.wording import format_share
 
 SPLITS = ("test", "ood")
@@ -25,7 +26,7 @@ SPLITS = ("test", "ood")
 
 def summarise_study(files: StudyFiles) -> dict[str, Any]:
     """Everything that the study's page says, as JSON values."""
-    groups = group_runs(files.runs)
+    groups = grouped(files.runs, lambda run: (run.variant, run.n, run.level))  # draws of a cell
     cells = [_cell(runs) for runs in groups.values()]
     diagonal = diagonal_effects(files.runs)
     best = best_cell(cells)
@@ -47,15 +48,7 @@ def summarise_study(files: StudyFiles) -> dict[str, Any]:
     }
 
 
-def group_runs(runs: Sequence[StudyRun]) -> dict[tuple[str, int, str], list[StudyRun]]:
-    """(variant, n, level) -> the runs of each cell, which differ by their draw."""
-    groups: dict[tuple[str, int, str], list[StudyRun]] = {}
-    for run in runs:
-        groups.setdefault((run.variant, run.n, run.level), []).append(run)
-    return groups
-
-
-def _cell(runs: Sequence[StudyRun]) -> dict[str, Any]:
+def _cell(runs: Sequence[LevelRun]) -> dict[str, Any]:
     drifts = [run.drift for run in runs if run.drift is not None]
     return {
         "adapter": runs[0].adapter,
@@ -68,7 +61,7 @@ def _cell(runs: Sequence[StudyRun]) -> dict[str, Any]:
     }
 
 
-def _cell_split(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
+def _cell_split(runs: Sequence[LevelRun], split: str) -> dict[str, Any] | None:
     scores = [run.scores["splits"].get(split) for run in runs]
     if not all(scores):
         return None
@@ -76,22 +69,22 @@ def _cell_split(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
     by_level = {
         str(level): {
             "n": scores[0]["by_level"][str(level)]["n"],
-            **_spread([part["by_level"][str(level)]["accuracy"] for part in scores]),
+            **spread([part["by_level"][str(level)]["accuracy"] for part in scores]),
         }
         for level in LEVELS
         if str(level) in scores[0]["by_level"]
     }
     return {
         "n": scores[0]["n"],
-        "accuracy": _spread([part["accuracy"] for part in scores]),
+        "accuracy": spread([part["accuracy"] for part in scores]),
         "constant": _constant(runs, split),
-        "mean_over_large_levels": _spread(means) if means else None,
+        "mean_over_large_levels": spread(means) if means else None,
         "levels_counted": levels_counted(scores[0]),
         "by_level": by_level,
     }
 
 
-def _constant(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
+def _constant(runs: Sequence[LevelRun], split: str) -> dict[str, Any] | None:
     """What each draw's most frequent answers get without a model, and what the models have over them.
 
     Returns:
@@ -109,11 +102,10 @@ def _constant(runs: Sequence[StudyRun], split: str) -> dict[str, Any] | None:
             if row["split"] == split:
                 gain = (float(row["correct"]) - float(right[row["id"]])) / len(runs)
                 differences[row["id"]] = differences.get(row["id"], 0.0) + gain
-    middle, low, high = mean_interval(list(differences.values()))
     return {
-        "accuracy": _spread([part["accuracy"] for part in scores]),
-        "mean_over_large_levels": _spread(means) if means else None,
-        "over": {"difference": middle, "low": low, "high": high},
+        "accuracy": spread([part["accuracy"] for part in scores]),
+        "mean_over_large_levels": spread(means) if means else None,
+        "over": interval(list(differences.values())),
     }
 
 
@@ -136,11 +128,6 @@ def mean_over_large_levels(part: Mapping[str, Any]) -> float | None:
     return fmean(accuracies) if accuracies else None
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, lowest, highest and all values of the draws."""
-    return {"mean": fmean(values), "low": min(values), "high": max(values), "draws": list(values)}
-
-
 def _by_split(scores: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("n", "accuracy", "low", "high", "by_level")
     return {
@@ -150,7 +137,7 @@ def _by_split(scores: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def diagonal_effects(runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
+def diagonal_effects(runs: Sequence[LevelRun]) -> list[dict[str, Any]]:
     """Does training on level i serve test level i best? Paired by item, for each size and test level.
 
     An item's difference is its share of right answers over the draws trained on its own level, minus the
@@ -171,31 +158,17 @@ def diagonal_effects(runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
     return effects
 
 
-def _paired(own: Sequence[StudyRun], others: Sequence[StudyRun], level: int) -> dict[str, Any] | None:
+def _paired(own: Sequence[LevelRun], others: Sequence[LevelRun], level: int) -> dict[str, Any] | None:
     items = [row["id"] for row in own[0].rows if row["split"] == SPLITS[0] and row.get("level") == level]
     if len(items) < FEW_ITEMS:
         return None
-    first, second = (_right_shares(runs) for runs in (own, others))
-    differences = [first[item] - second[item] for item in items]
-    middle, low, high = mean_interval(differences)
+    first, second = (right_shares(runs) for runs in (own, others))
     return {
         "num_items": len(items),
         "own": fmean(first[item] for item in items),
         "others": fmean(second[item] for item in items),
-        "difference": middle,
-        "low": low,
-        "high": high,
+        **interval([first[item] - second[item] for item in items]),
     }
-
-
-def _right_shares(runs: Sequence[StudyRun]) -> dict[Any, float]:
-    """Test item -> share of the runs that got it right."""
-    counts: dict[Any, int] = {}
-    for run in runs:
-        for row in run.rows:
-            if row["split"] == SPLITS[0]:
-                counts[row["id"]] = counts.get(row["id"], 0) + row["correct"]
-    return {item: count / len(runs) for item, count in counts.items()}
 
 
 def best_cell(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -260,15 +233,7 @@ def explained_by_constant(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         for cell in cells
         if (constant := cell["splits"].get(SPLITS[0], {}).get("constant")) is not None
     ]
-    wider = NormalDist().inv_cdf(1 - 0.025 / max(1, len(found))) / Z
-    return [
-        {
-            **_named(cell),
-            **over,
-            "clear": over["difference"] - wider * (over["difference"] - over["low"]) > 0,
-        }
-        for cell, over in found
-    ]
+    return [{**_named(cell), **over, "clear": is_clear(over, comparisons=len(found))} for cell, over in found]
 
 
 def constant_verdict(cells: Sequence[Mapping[str, Any]]) -> list[str]:

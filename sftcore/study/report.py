@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from sftcore.amounts import counted, duration
 from sftcore.data.selection_file import SELECTION
 from sftcore.evaluate.constant import constant_rows, over_constant
 from sftcore.evaluate.score import FEW_ITEMS, MAIN_SPLIT, paired_change, score, side_by_side
@@ -37,18 +35,13 @@ from sftcore.study.run_folder import (
     read_run,
     summarise_training,
 )
+from sftcore.study.templates import render
 from sftcore.study.wording import (
     describe,
     flatten,
-    format_interval,
-    format_points,
     format_relation,
-    format_setting,
-    format_share,
-    format_value,
     list_notes,
     terminal_table,
-    tie_numbers,
 )
 
 QUOTAS = {"gained": 3, "lost": 2, "both right": 1, "both wrong": 2, "right": 4, "wrong": 4}
@@ -223,38 +216,20 @@ def _evenly_spaced(items: Sequence[dict[str, Any]], count: int) -> list[dict[str
 
 
 def render_page(report: Mapping[str, Any], files: RunFiles) -> str:
-    """The HTML page: report.html (a jinja2 template that escapes everything) filled with `report`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "counted": counted,
-        "share": format_share,
-        "interval": format_interval,
-        "points": format_points,
-        "relation": format_relation,
-        "tie": tie_numbers,
-        "value": format_value,
-        "duration": duration,
-        "setting": format_setting,
-        "flat": flatten,
-    }
+    """The HTML page: report.html filled with `report`."""
     shown = next((split for split, block in report["splits"].items() if block["n"]), MAIN_SPLIT)
     rows = [_rows_of(files, model, shown) for model in MODELS]
-    return environment.get_template("report.html").render(
-        report=report,
-        figures={name: Markup(svg) for name, svg in _figures(report, files).items()},
-        examples=pick_examples(*rows),
-        examples_split=shown,
-        sections=_setting_sections(files.recipe),
-        missing=[(file, FILES[file], f"sftcore {maker_of(file)}") for file in report["missing"]],
-        sources=[(key, file, _how(key)) for key, file in report["sources"].items()],
-        few_items=FEW_ITEMS,
-    )
+    values = {
+        "report": report,
+        "figures": {name: Markup(svg) for name, svg in _figures(report, files).items()},
+        "examples": pick_examples(*rows),
+        "examples_split": shown,
+        "sections": _setting_sections(files.recipe),
+        "missing": [(file, FILES[file], f"sftcore {maker_of(file)}") for file in report["missing"]],
+        "sources": [(key, file, _how(key)) for key, file in report["sources"].items()],
+        "few_items": FEW_ITEMS,
+    }
+    return render("report.html", values)
 
 
 def _figures(report: Mapping[str, Any], files: RunFiles) -> dict[str, str]:

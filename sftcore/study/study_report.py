@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from sftcore.amounts import counted, duration
+from sftcore.amounts import counted
 from sftcore.evaluate.score import FEW_ITEMS
 from sftcore.fsio import atomic_file, write_json
 from sftcore.study.figures import levels_figure
@@ -33,13 +32,10 @@ from sftcore.study.qa_study import SPLITS, describe_set, summarise_study
 from sftcore.study.report import ReportResult
 from sftcore.study.study_figures import arm_curves, heat_map, size_curves
 from sftcore.study.study_runs import read_study_runs
+from sftcore.study.table import head_lines
+from sftcore.study.templates import render
 from sftcore.study.wording import (
-    flatten,
-    format_relation,
-    format_setting,
     format_share,
-    format_value,
-    tie_numbers,
 )
 
 MAX_LINES = 3  # of references in a figure; the table has them all
@@ -73,23 +69,19 @@ def render_matching(report: Mapping[str, Any]) -> str:
     cells = [cell for cell in report["cells"] if not cell["wording"]]
     references = [(part["name"], part["accuracy"]) for part in report["references"]]
     curves = arm_curves(cells, references=references[:MAX_LINES], name="arms") if cells else ""
-    return _environment().get_template("matching.html").render(report=report, curves=Markup(curves))
+    return render("matching.html", {"report": report, "curves": Markup(curves)})
 
 
 def render_losses(report: Mapping[str, Any]) -> str:
     """The HTML page of a study without selection."""
     curves = valid_figure(report["runs"], best=report["best"]) if report["best"] else ""
-    template = _environment().get_template("losses.html")
-    return template.render(report=report, curves=Markup(curves), max_named=MAX_NAMED)
+    values = {"report": report, "curves": Markup(curves), "max_named": MAX_NAMED}
+    return render("losses.html", values, loss=format_loss)
 
 
 def matching_table(report: Mapping[str, Any]) -> str:
     """The main numbers of a study of text matching as plain text, no trailing newline."""
-    lines = [
-        f"{report['name']} ({report['model']}), {counted(report['num_runs'], 'run')}",
-        *report["verdict"],
-        "",
-    ]
+    lines = head_lines(report)
     for cell in report["cells"]:
         wording = f", wording {cell['wording']}" if cell["wording"] else ""
         name = f"{cell['arm']}{wording}, {counted(cell['n'], 'pair')}"
@@ -102,43 +94,17 @@ def matching_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "counted": counted,
-        "share": format_share,
-        "relation": format_relation,
-        "tie": tie_numbers,
-        "value": format_value,
-        "duration": duration,
-        "setting": format_setting,
-        "flat": flatten,
-        "set": describe_set,
-        "loss": format_loss,
-    }
-    return environment
-
-
 def render_study(report: Mapping[str, Any]) -> str:
     """The HTML page of a study of memory levels."""
-    return (
-        _environment()
-        .get_template("study.html")
-        .render(
-            report=report,
-            figures={name: (title, Markup(svg)) for name, (title, svg) in _figures(report).items()},
-            few_items=FEW_ITEMS,
-            splits={
-                split: TITLES[split] for split in SPLITS if any(split in c["splits"] for c in report["cells"])
-            },
-        )
-    )
+    values = {
+        "report": report,
+        "figures": {name: (title, Markup(svg)) for name, (title, svg) in _figures(report).items()},
+        "few_items": FEW_ITEMS,
+        "splits": {
+            split: TITLES[split] for split in SPLITS if any(split in c["splits"] for c in report["cells"])
+        },
+    }
+    return render("study.html", values, set=describe_set)
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -182,11 +148,7 @@ def _scale(cells: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 def study_table(report: Mapping[str, Any]) -> str:
     """The study's main numbers as plain text, no trailing newline."""
-    lines = [
-        f"{report['name']} ({report['model']}), {counted(report['num_runs'], 'run')}",
-        *report["verdict"],
-        "",
-    ]
+    lines = head_lines(report)
     width = 4 + max(len(describe_set(cell)) for cell in report["cells"])
     for cell in report["cells"]:
         parts = [

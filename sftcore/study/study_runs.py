@@ -23,6 +23,7 @@ from sftcore.fsio import read_jsonl, read_object
 from sftcore.knowledge.level_files import LEVELS_MANIFEST
 from sftcore.run_recipe import RECIPE, read_run_recipe
 from sftcore.study.run_folder import PREDICTIONS
+from sftcore.study.table import Run, StudyTable, check_same_items, differing_keys, read_table, run_folders
 from sftcore.study.wording import flatten, format_setting
 
 MIXED, DIVIDED = "mixed", "divided"  # of several levels, as many as come, or equal shares
@@ -40,56 +41,53 @@ NO_AXES = (  # of a recipe: what a draw is, what a cell's size and levels tell, 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StudyRun:
-    """One finished run.
+class LevelRun(Run):
+    """A run that was trained on facts of chosen memory levels; `metrics` are of eval/drift.json.
 
     Args:
-        name: its folder's.
-        n: training facts.
         level: memory level that they are from, "0".."4", or several, as `name_levels` has it.
-        draw: number of the draw.
-        adapter: "none" or the adapter's kind.
-        settings: dotted key -> value of the recipe, where that may set runs of the same size and level apart.
-        variant: `adapter` and those `settings` in which the study's runs differ, in words; "" if nothing.
+        variant: the adapter and those settings in which the study's runs differ, in words; "" if nothing.
         model: fingerprint of the base model, or its path where the levels don't tell.
-        rows: of eval/tuned/predictions.jsonl.
-        scores: `score` of them.
         constant: of its splits, what always giving a relation's most frequent selected answer gets: rows.
-        drift: mean KL of first tokens in nats, if measured.
-        drift_level: of the facts that it was measured on.
     """
 
-    name: str
-    n: int
     level: str
-    draw: int
-    adapter: str
-    settings: Mapping[str, Any]
     variant: str = ""
     model: str
-    rows: Sequence[Mapping[str, Any]]
-    scores: Mapping[str, Any]
     constant: Mapping[str, Sequence[Mapping[str, Any]]]
-    drift: float | None
-    drift_level: int | None
+
+    @property
+    def adapter(self) -> str:
+        """ "none" or the adapter's kind."""
+        return str(self.recipe.get(KIND, "none"))
+
+    @property
+    def draw(self) -> int:
+        """Number of the draw."""
+        return int(self.recipe.get("select.draw", 0))
+
+    @property
+    def drift(self) -> float | None:
+        """Mean KL of first tokens in nats, if measured."""
+        return self.metrics.get("mean_kl_nats")
+
+    @property
+    def drift_level(self) -> int | None:
+        """Of the facts that it was measured on."""
+        return self.metrics.get("level")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StudyFiles:
-    """A study.
+class StudyFiles(StudyTable[LevelRun]):
+    """A study: its table, in a fixed order, and what the runs share.
 
     Args:
-        runs: finished ones, in a fixed order.
-        unfinished: name -> what is missing.
         others: "base" and "fewshot" -> scores, where a run has them.
-        levels: rows of levels.jsonl, which the runs share.
+        levels: rows of levels.jsonl.
         probe: content of levels.manifest.json.
         recipe: of the first run.
     """
 
-    name: str
-    runs: Sequence[StudyRun]
-    unfinished: Mapping[str, str]
     others: Mapping[str, Mapping[str, Any]]
     levels: Sequence[Mapping[str, Any]]
     probe: Mapping[str, Any]
@@ -98,7 +96,7 @@ class StudyFiles:
 
 def is_study(folder: Path) -> bool:
     """Whether this is a folder of run folders rather than a run folder."""
-    return not (folder / RECIPE).is_file() and any(folder.glob(f"*/{RECIPE}"))
+    return not (folder / RECIPE).is_file() and bool(run_folders(folder))
 
 
 def read_study_runs(folder: Path) -> StudyFiles:
@@ -107,41 +105,42 @@ def read_study_runs(folder: Path) -> StudyFiles:
     Raises:
         UserInputError: no finished run; runs with other test items or another base model than the first.
     """
-    runs, unfinished, others = [], {}, {}
-    for run in sorted(path.parent for path in folder.glob(f"*/{RECIPE}")):
-        missing = [name for name in (SELECTION, PREDICTIONS.format("tuned")) if not (run / name).is_file()]
-        if missing:
-            unfinished[run.name] = f"no {', '.join(missing)}"
-            continue
-        runs.append((run, _read_run(run)))
-        for name in ("base", "fewshot"):
-            path = run / PREDICTIONS.format(name)
-            if path.is_file() and name not in others:
-                others[name] = score(read_jsonl(path), where=str(path))
-    if not runs:
-        remedy = "let at least one run be selected, trained and evaluated"
-        raise UserInputError(Problem(what="no finished run of a study", where=str(folder), remedy=remedy))
-    _check_comparable(runs)
-    first = runs[0][0]
-    variants = name_variants([run for _, run in runs])
-    named = (replace(run, variant=variants[run.name]) for _, run in runs)
+    table = read_table(folder, _read_run, needed="selected, trained and evaluated")
+    _check_one_model(table.runs)
+    check_same_items(table.runs, {row["split"] for run in table.runs for row in run.rows})
+    variants = name_variants(table.runs)
+    named = (replace(run, variant=variants[run.name]) for run in table.runs)
     ordered = sorted(named, key=lambda r: (r.variant, r.n, r.level, r.draw, r.name))
+    first = folder / table.runs[0].name
     return StudyFiles(
-        name=folder.resolve().name,
+        name=table.name,
         runs=ordered,
-        unfinished=unfinished,
-        others=others,
+        unfinished=table.unfinished,
+        others=_others([folder / run.name for run in table.runs]),
         levels=_optional(first / "levels.jsonl", read_jsonl, []),
         probe=_optional(first / LEVELS_MANIFEST, read_object, {}),
         recipe=read_run_recipe(first),
     )
 
 
+def _others(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Scores of the base model, and of it after solved examples, by the first run that has them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("base", "fewshot"):
+        files = [run / PREDICTIONS.format(name) for run in runs]
+        if file := next((file for file in files if file.is_file()), None):
+            found[name] = score(read_jsonl(file), where=str(file))
+    return found
+
+
 def _optional(path: Path, read: Any, default: Any) -> Any:
     return read(path) if path.is_file() else default
 
 
-def _read_run(run: Path) -> StudyRun:
+def _read_run(run: Path) -> LevelRun | str:
+    missing = [name for name in (SELECTION, PREDICTIONS.format("tuned")) if not (run / name).is_file()]
+    if missing:
+        return f"no {', '.join(missing)}"
     recipe = read_run_recipe(run)
     selection = read_selection(run)
     path = run / PREDICTIONS.format("tuned")
@@ -152,20 +151,16 @@ def _read_run(run: Path) -> StudyRun:
     if is_divided := select.get("balance") == "level":
         del settings["select.balance"]  # the level's name tells it
     found = _optional(run / LEVELS_MANIFEST, read_object, {}).get("model_fingerprint")
-    drift = _optional(run / DRIFT, read_object, {})
-    return StudyRun(
+    return LevelRun(
         name=run.name,
+        recipe=settings,
         n=len(selection),
         level=name_levels(wanted, is_divided=is_divided),
-        draw=select.get("draw", 0),
-        adapter=settings.get(KIND, "none"),
-        settings={key: value for key, value in settings.items() if key not in NO_AXES},
         model=str(found or settings.get("model.path")),
         rows=rows,
         scores=score(rows, where=str(path)),
         constant=_constant(selection, rows),
-        drift=drift.get("mean_kl_nats"),
-        drift_level=drift.get("level"),
+        metrics=_optional(run / DRIFT, read_object, {}),
     )
 
 
@@ -196,44 +191,21 @@ def name_levels(levels: Iterable[int], *, is_divided: bool = False) -> str:
     return f"{kind} {which}"
 
 
-def name_variants(runs: Sequence[StudyRun]) -> dict[str, str]:
-    """Run -> what sets it apart besides size, level and draw: its adapter, then keys in which recipes differ.
-
-    A key that some recipes lack (they are of an earlier version) is no difference by itself.
-    """
-    values: dict[str, set[str]] = {}
-    for run in runs:
-        for key, value in run.settings.items():
-            values.setdefault(key, set()).add(format_setting(value))
-    axes = sorted(key for key, found in values.items() if len(found) > 1)
+def name_variants(runs: Sequence[LevelRun]) -> dict[str, str]:
+    """Run -> what sets it apart besides size, level and draw: its adapter, then keys that differ."""
+    axes = sorted(differing_keys([run.recipe for run in runs], NO_AXES))
     return {
         run.name: ", ".join(
             [
                 *([run.adapter] if run.adapter != "none" else []),
-                *(f"{key} {format_setting(run.settings[key])}" for key in axes if key in run.settings),
+                *(f"{key} {format_setting(run.recipe[key])}" for key in axes if key in run.recipe),
             ]
         )
         for run in runs
     }
 
 
-def _check_comparable(runs: Sequence[tuple[Path, StudyRun]]) -> None:
-    _check_one_model([run for _, run in runs])
-    first, reference = runs[0][0], {(row["split"], row["id"]) for row in runs[0][1].rows}
-    problems = [
-        Problem(
-            what="these runs were evaluated on different items",
-            where=f"{first.name} and {path.name}",
-            remedy="evaluate all runs of a study on the same data.test and data.ood",
-        )
-        for path, run in runs[1:]
-        if {(row["split"], row["id"]) for row in run.rows} != reference
-    ]
-    if problems:
-        raise UserInputError(*problems[:3])
-
-
-def _check_one_model(runs: Sequence[StudyRun]) -> None:
+def _check_one_model(runs: Sequence[LevelRun]) -> None:
     """Refuse runs of several base models: their memory levels are not the same."""
     models: dict[str, list[str]] = {}
     for run in runs:
