@@ -37,6 +37,7 @@ from sftcore.sources import InlineTemplate as InlineTemplate
 from sftcore.sources import Source as Source
 from sftcore.tasks import TASKS
 from sftcore.tasks.task import Architecture
+from sftcore.tasks.template import DEFAULT_TEMPLATE
 
 DRAW_STRIDE = 1_000_003  # between the seeds of two draws
 
@@ -82,7 +83,7 @@ class DataSettings(Settings):
     valid: list[Source] = Field([], description="held-out sources whose loss is taken during training")
     test: list[Source] = Field([], description="held-out sources, in domain")
     ood: list[Source] = Field([], description="held-out sources, out of domain; reported apart")
-    template: str | InlineTemplate = Field("qa-plain", description="name in sftcore/assets, or inline")
+    template: str | InlineTemplate = Field(DEFAULT_TEMPLATE, description="name in sftcore/assets, or inline")
     max_length: Positive | None = Field(None, description="tokens; defaults to batch.capacity")
     overlength: Literal["reject", "trim_prompt", "error"] = Field(
         "reject", description="what to do with a sample over max_length; an answer is never cut"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +145,16 @@ def test_base_modules_and_help_need_no_torch():
 def test_no_folder_or_module_is_a_junk_drawer():
     words = {part for name in modules() for part in name.split(".")}
     assert not words & {"utils", "util", "common", "helpers", "helper", "misc", "manager"}
+
+
+def test_what_differs_by_task_or_kind_of_record_is_asked_of_it():
+    """Outside of sftcore/tasks/ nobody asks for a task's name, but commands that are for one task."""
+    commands = {"sftcore/stages/rationales.py", "launcher/starting.py", "sftcore/data/sniff.py"}
+    kinds = "(Fact|Pair|Completion|Chat)"
+    asks = re.compile(rf'\btask (==|!=|in) [("]|isinstance\([^)]*\b{kinds}\b|case {kinds}\(')
+    found = {
+        str(file.relative_to(ROOT))
+        for file in modules().values()
+        if "tasks" not in file.parts and asks.search(file.read_text(encoding="utf-8"))
+    }
+    assert found and found <= commands, "write a method of the task or of the kind: docs/extending.md"

@@ -17,7 +17,7 @@ from sftcore.tasks.formats import pairs
 from sftcore.tasks.kinds.content import Content
 from sftcore.tasks.kinds.pair import LANGUAGES, pair_in
 from sftcore.tasks.task import Architecture, Sections, Setting
-from sftcore.tasks.template import Placeholders
+from sftcore.tasks.template import DEFAULT_TEMPLATE, Placeholders
 
 formats = {"pairs": pairs}
 selects_by: Literal["labels"] = "labels"
@@ -30,7 +30,6 @@ placeholders: Placeholders | None = Placeholders(
 has_facts = False
 talks = False
 answers: Literal["labels"] = "labels"
-UNSET_TEMPLATE = "qa-plain"  # the default of `data.template`, which no pair fits into
 ARCHITECTURES: dict[str, Architecture] = {
     "generative": "decoder",
     "discriminative": "classifier",
@@ -58,7 +57,7 @@ def architecture(settings: MatchingSettings) -> Architecture:
 
 def templates(setting: Setting, settings: MatchingSettings) -> dict[str, Setting]:
     """`matching.prompt` in both languages, unless a template was given."""
-    if setting != UNSET_TEMPLATE:
+    if setting != DEFAULT_TEMPLATE:
         return {"any": setting}
     asks_why = settings.prompt == "complex" and settings.rationale != "none"
     kind = f"complex-{settings.rationale}" if asks_why else settings.prompt

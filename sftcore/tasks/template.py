@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+DEFAULT_TEMPLATE = "qa-plain"  # of `data.template`; a task that it doesn't fit has another in its place
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placeholders:

@@ -86,7 +86,7 @@ def test_the_command_prints_text_or_json_lines(tiny_model_folder, tmp_path, monk
 def test_wrong_input_is_named(tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     absent = sftcore("generate", "runs/absent", "--prompt", "x")
-    assert absent.returncode == 2 and "runs/absent: no run and no model here" in absent.stderr
+    assert absent.returncode == 2 and "runs/absent: no such folder" in absent.stderr
     both = sftcore("generate", str(tiny_model_folder), "--prompt", "x", "--file", "y")
     assert both.returncode == 2 and "exactly one of --prompt and --file" in both.stderr
     bad = [{"text": "x"}, {"prompt": 7}, {"messages": [{"role": "bot", "content": "x"}]}, {"messages": []}]
