@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
+from sftcore.data.ledger import printable
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_file
 
@@ -27,6 +28,7 @@ TELLS = {
     "matching": "do two texts mean the same?",
 }
 EPOCHS = 3
+NAME_LETTERS = 50
 
 
 def recipes(
@@ -60,17 +62,20 @@ def init(
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="the recipe; NAME-OF-DATA.yaml")] = None,
 ) -> None:
     """Write a recipe for a file of yours: columns are found by reading, each key is explained."""
-    from sftcore.data.sniff import guess_source
+    from sftcore.data.sniff import guess_source, require_rows
 
     target = to or Path(f"{_name_of(data)}.yaml")
     if target.exists():
         remedy = "give another name: --to FILE"
         raise UserInputError(Problem(what="a file of this name is there", where=str(target), remedy=remedy))
     guess = guess_source(data, kind)
+    if test:
+        require_rows(test, guess)
     text = _recipe_text(guess, data=data, test=test, model=model)
     with atomic_file(target) as handle:
         handle.write(text)
-    print(f"{target}: {guess.num_records} of the first {guess.num_rows} rows of {data} are {_noun(guess)}")
+    read = f"{guess.num_records} of the first {guess.num_rows} rows of {printable(str(data))}"
+    print(f"{target}: {read} are {_noun(guess)}")
     if guess.ignored:
         print(f"left out on purpose: {', '.join(guess.ignored)} (columns.ignore)")
     print(f"next: sftcore inspect {target}; sftcore plan {target}; sftcore train {target}")
@@ -78,7 +83,7 @@ def init(
 
 def _name_of(data: Path) -> str:
     stem = data.name.removesuffix(".gz").rsplit(".", 1)[0]
-    return re.sub(r"[^\w-]+", "-", stem).strip("-") or "mine"
+    return re.sub(r"[^\w-]+", "-", stem)[:NAME_LETTERS].strip("-") or "mine"
 
 
 def _noun(guess: Any) -> str:
@@ -90,8 +95,9 @@ def _noun(guess: Any) -> str:
 def _recipe_text(guess: Any, *, data: Path, test: Path | None, model: str) -> str:
     """The recipe, as a person would write it."""
     held_out = _source(guess, test) if test else ""
+    name = printable(data.name)
     lines = [
-        f"# For {data.name}: {guess.num_records} of its first {guess.num_rows} rows are {_noun(guess)}.",
+        f"# For {name}: {guess.num_records} of its first {guess.num_rows} rows are {_noun(guess)}.",
         "# All keys, defaults and values: docs/recipe.md, or `sftcore schema --markdown`.",
         f"name: {_scalar(_name_of(data))}    # the run goes to runs/NAME",
         f"model: {{path: {_scalar(model)}, dtype: auto}}    # a folder, or a hub name",

@@ -122,6 +122,8 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
         if start.startswith(magic):
             name, remedy = _office(path) or (name, remedy)
             raise damaged(path, f"this is {name}, not UTF-8 text", remedy=remedy)
+    if start and not start.strip(b"\0"):
+        raise damaged(path, "it begins with zeros only: a cut-off copy or download", remedy="fetch it again")
     if start[:PEEKED_BYTES].count(0) > ZEROS_OF_TEXT * len(start[:PEEKED_BYTES]):
         remedy = "convert it: iconv -f UTF-16LE -t UTF-8 (or UTF-16BE, UTF-32LE)"
         raise damaged(path, "this is UTF-16 or UTF-32 text without a mark, not UTF-8 text", remedy=remedy)
@@ -145,11 +147,11 @@ def text_lines(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[
 def whole_lines(path: Path, note: Note = ignore, span: Span = WHOLE) -> Iterator[str]:
     """The lines of a span with their ends, as in `text_lines`."""
     with read_errors_explained(path), open_binary(path) as handle:
+        if span.first_row == 1:
+            _refuse_foreign(path, handle.readline(PEEKED_BYTES))
         handle.seek(span.start)
         position = span.start
         for number, line in enumerate(handle, span.first_row):
-            if number == 1:
-                _refuse_foreign(path, line)
             yield _decoded(path, line, number=number, note=note)
             position += len(line)
             if span.end is not None and position >= span.end:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any
 
 from sftcore.data.contents import Chat
 from sftcore.data.ledger import Reason, Rejection
-from sftcore.data.records import RELATION_IN_NAME, Record, raw_rows, read_source
-from sftcore.data.rows import WHOLE, ignore
+from sftcore.data.records import RELATION_IN_NAME, Record, raw_rows, read_source, unusable_file
+from sftcore.data.rows import WHOLE, RawRow, ignore
 from sftcore.errors import Problem, UserInputError
+from sftcore.paths import file_fault
 from sftcore.settings import LabelWords
 from sftcore.sources import FIELDS_READ, PRESETS, Source
 
@@ -71,9 +72,10 @@ def guess_source(file: Path, kind: str | None = None) -> Guess:
     Raises:
         UserInputError: no such file, or no way in which a row was understood.
     """
-    if not file.is_file():
-        raise UserInputError(Problem(what="no such file", where="--data", got=str(file)))
-    names = _names_in(file)
+    if fault := file_fault(file):
+        raise UserInputError(Problem(what=fault, where="--data", got=str(file)))
+    first = _first_rows(file)
+    names = _names_in(first)
     best: Guess | None = None
     why: Counter[str] = Counter()
     for task, source in _ways(file, names):
@@ -84,8 +86,21 @@ def guess_source(file: Path, kind: str | None = None) -> Guess:
             best = guess
         why.update(str(rejection.reason) for rejection in rejections)
     if best is None or not best.num_records:
-        raise UserInputError(_nothing(file, names, why, kind))
+        raise UserInputError(*_nothing(file, first, why, kind))
     return best
+
+
+def require_rows(file: Path, guess: Guess) -> None:
+    """Refuse a file of which no row can be read as those of the guess were.
+
+    Raises:
+        UserInputError: with the reason.
+    """
+    if fault := file_fault(file):
+        raise UserInputError(Problem(what=fault, where="--test", got=str(file)))
+    source = Source.model_validate({**guess.source, "path": str(file)})
+    rows = read_source(source, split="test", labels=LabelWords())
+    next(row for row in rows if isinstance(row, Record))  # without any, the reader refuses the file
 
 
 def _is_of_kind(kind: str, task: str, source: dict[str, Any]) -> bool:
@@ -94,19 +109,20 @@ def _is_of_kind(kind: str, task: str, source: dict[str, Any]) -> bool:
     )
 
 
-def _names_in(file: Path) -> list[str]:
-    """Names of the fields of the first rows, in order; none for a table without a header."""
+def _first_rows(file: Path) -> list[Any] | UserInputError:
+    """The first rows as they stand in the file, or why it can't be read at all."""
     source = Source(format="jsonl", path=str(file), columns={"ignore": ["*"]})
-    rows: list[Any] = []
     try:
-        rows = [
-            row.value
-            for row in islice(raw_rows(source, file, LabelWords(), ignore, WHOLE), 20)
-            if not isinstance(row, Rejection)
-        ]
-    except UserInputError:
-        return []  # the ways of reading will say what is wrong
-    return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+        return list(islice(raw_rows(source, file, LabelWords(), ignore, WHOLE), 20))
+    except UserInputError as error:
+        return error
+
+
+def _names_in(first: list[Any] | UserInputError) -> list[str]:
+    """Names of the fields of the first rows, in order; none for a table without a header."""
+    rows = first if isinstance(first, list) else []
+    objects = [row.value for row in rows if isinstance(row, RawRow) and isinstance(row.value, dict)]
+    return list(dict.fromkeys(name for row in objects for name in row))
 
 
 def _ways(file: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -160,12 +176,24 @@ def _read(file: Path, source: dict[str, Any]) -> list[Record | Rejection]:
     return read
 
 
-def _nothing(file: Path, names: list[str], why: Counter[str], kind: str | None) -> Problem:
+def _nothing(
+    file: Path, first: list[Any] | UserInputError, why: Counter[str], kind: str | None
+) -> Sequence[Problem]:
+    """What is said of a file of which no row was understood."""
+    if isinstance(first, UserInputError):
+        return first.problems
+    if not first:
+        return [unusable_file(file, [])]
+    names = _names_in(first)
+    odd = [row for row in first if isinstance(row, Rejection)]
     found = f"fields: {', '.join(names[:20])}" if names else "no named fields"
+    if odd and not names:
+        found = str(odd[0])
     reasons = f" ({', '.join(f'{reason} {count}' for reason, count in why.most_common(3))})" if why else ""
-    return Problem(
+    problem = Problem(
         what=f"no row of it could be read as {kind or 'facts, pairs, chats, or prompts with completions'}",
         where=str(file),
         got=found + reasons,
         remedy="docs/data.md has the formats; other names of columns are given by `columns` of the source",
     )
+    return [problem]

@@ -119,6 +119,10 @@ def _make_muon(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
 
     causal_lm: Any = model.get_submodule("causal_lm")
     matrices = hidden_matrices(causal_lm)
+    if all(p.device.type == "cpu" for p in matrices):
+        # DeepSpeed compiles Muon's products; torch 2.13's code for CPUs gives NaN on AVX2 (where a matrix has
+        # no more rows than columns), writes past its memory on AVX-512, and takes a minute to be made
+        torch.compiler.set_stance("force_eager")
     chosen = {id(p) for p in matrices}
     for parameter in model.parameters():
         parameter.use_muon = id(parameter) in chosen  # type: ignore[attr-defined]  # DeepSpeed looks there

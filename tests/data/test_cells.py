@@ -137,7 +137,7 @@ def test_two_columns_of_one_name_are_refused(write, read):
         read("pairs", write("p.csv", "sentence1,sentence1,sentence2,label\na,b,c,1\n"))
     with pytest.raises(UserInputError, match="names two columns alike"):
         read("jsonl", write("c.csv", "prompt,prompt,completion\na,b,c\n"))
-    other = "sentence1,sentence2,label,note,note\na,b,1,x,y\n"  # not asked for
+    other = "sentence1,sentence2,label,genre,genre\na,b,1,x,y\n"  # not asked for
     assert len(read("pairs", write("q.csv", other))[0]) == 1
 
 

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import tracemalloc
 import zipfile
 
 import pytest
@@ -196,11 +197,24 @@ def archive(*names) -> bytes:
         ('{"a": "x"}\n{"a": "y"}'.encode("utf-16-le"), "UTF-16 or UTF-32 text without a mark.*\n.*iconv"),
         ('{"a": "北京"}\n'.encode("utf-16-be"), "UTF-16 or UTF-32 text without a mark"),
         ('{"a": 1}'.encode("utf-32-le"), "UTF-16 or UTF-32 text without a mark"),
+        (bytes(10**5), "it begins with zeros only"),
     ],
 )
 def test_files_of_other_programs_and_text_without_a_mark_are_named(write, data, message):
     with pytest.raises(UserInputError, match=message):
         list(text_lines(write("a.jsonl", data)))
+
+
+def test_a_file_of_zeros_is_refused_without_reading_it_whole(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.truncate(2**28)
+    tracemalloc.start()
+    with pytest.raises(UserInputError, match="zeros only"):
+        list(text_lines(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_a_single_nul_costs_its_row_only(write):

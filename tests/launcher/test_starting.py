@@ -112,6 +112,38 @@ def test_wrong_input_is_one_message_and_no_file(tmp_path, monkeypatch):
     assert "a file of this name is there" in invoke("init", "--data", "facts.jsonl", "--model", "m", code=2)
 
 
+FAULTS = {  # file -> what it holds (None: a folder), the reason that is told
+    "folder": (None, "this is a folder, not a file"),
+    "empty.jsonl": (b"", "the file holds no rows"),
+    "zeros.csv": (b"\0" * 5000, "it begins with zeros only"),
+    "torn.parquet": (b"PAR1" + bytes(range(256)), "not a Parquet file"),
+    "bytes.jsonl": (bytes(range(256)), "bytes.jsonl:1: unreadable_line"),
+    "lists.jsonl": (b"[1, 2]\n", "no named fields"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_file_that_cannot_be_read_is_told_its_own_reason(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, reason = FAULTS[name]
+    Path(name).mkdir() if content is None else Path(name).write_bytes(content)
+    write_lines(Path("facts.jsonl"), [FACT])
+    for files in (["--data", name], ["--data", "facts.jsonl", "--test", name]):
+        said = invoke("init", *files, "--model", "m", code=2)
+        assert reason in said or (files[-2] == "--test" and name in said)
+    assert list(tmp_path.glob("*.yaml")) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["two\nname: b.jsonl", "n" * 240 + ".jsonl", "it's: #x, {y}.jsonl", "a[1].jsonl"]
+)
+def test_any_name_of_a_file_gives_a_recipe_that_reads_it(name, tmp_path, monkeypatch, tiny_model_folder):
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path(name), [FACT])
+    invoke("init", "--data", name, "--model", str(tiny_model_folder), "--to", "mine.yaml")
+    assert load_recipe(Path("mine.yaml")).data.train[0].path == str(Path(name).resolve())
+
+
 def test_recipes_are_listed_and_printed():
     listed = invoke("recipes").splitlines()
     assert [line.split()[0] for line in listed] == sorted(file.stem for file in RECIPES.glob("*.yaml"))
