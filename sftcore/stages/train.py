@@ -327,9 +327,7 @@ def _resume(engine: Engine, checkpoint: Path | None, schedule: Schedule, *, rest
         return 0
     state = read_state(checkpoint)
     if not restart:
-        check_resumable(
-            checkpoint, state, plan_fingerprint=schedule.fingerprint, plan_settings=plan_settings(schedule)
-        )
+        check_resumable(checkpoint, state, schedule=schedule, plan_settings=plan_settings(schedule))
     with (
         only_tensors_unpickled(checkpoint),
         _unfit_explained(checkpoint),

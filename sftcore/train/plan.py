@@ -16,12 +16,17 @@ from sftcore.batching.schedule import CostCoefficients, Schedule
 from sftcore.config import DataSettings, Recipe
 from sftcore.data.store import TokenStore
 from sftcore.errors import Problem, UserInputError
+from sftcore.objectives import objective_of
 
 
 def make_schedule(
     recipe: Recipe, store: TokenStore, *, world: int, cost: CostCoefficients | None = None
 ) -> Schedule:
-    """The plan of a run: a pure function of the store's lengths and the recipe."""
+    """The plan of a run: a pure function of the store's lengths and the recipe.
+
+    Raises:
+        UserInputError: a source that is mixed has no samples, or samples that must share a pack can't.
+    """
     return Schedule(
         lengths=store.lengths,
         num_trained=store.num_trained,
@@ -34,6 +39,7 @@ def make_schedule(
         cost=cost,
         sources=store.sources,
         source_counts=source_counts(recipe.data, store),
+        units=objective_of(recipe).units(recipe, store),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sftcore.batching.schedule import Schedule
 from sftcore.errors import Problem, UserInputError
 from sftcore.train.checkpoint import COMMITTED, MANIFEST, STATE, STEP, TrainState, checkpoints_of
 
@@ -42,14 +43,15 @@ def why_no_checkpoint(path: Path, run: Path) -> str:
 
 
 def check_resumable(
-    folder: Path, state: TrainState, *, plan_fingerprint: str, plan_settings: dict[str, Any]
+    folder: Path, state: TrainState, *, schedule: Schedule, plan_settings: dict[str, Any]
 ) -> None:
     """Refuse a checkpoint of another plan; warn of another thread count.
 
     Raises:
         UserInputError: this run can't go on from that checkpoint; the settings that differ are named.
     """
-    if state.plan_fingerprint != plan_fingerprint:
+    known = state.plan_fingerprint
+    if known != schedule.fingerprint and known != schedule.earlier_fingerprint:
         now = json.loads(json.dumps(plan_settings))
         differing = {key: (value, now.get(key)) for key, value in state.plan_settings.items()}
         differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
