@@ -8,16 +8,23 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_tokenizers import build_bpe
 
+from launcher.training import train_recipe
 from sftcore.config import Recipe
 from sftcore.data.filters import FILTERS
 from sftcore.data.ledger import Ledger, Reason
 from sftcore.data.prepare import load_records, prepare_store
 from sftcore.data.prompts import Prompter, PromptOptions
+from sftcore.fsio import read_jsonl
 from sftcore.knowledge.containment import AliasTable
+from sftcore.objectives import OBJECTIVES
+from sftcore.recipe import load_recipe
 from sftcore.tasks import TASKS
 from sftcore.tasks.task import Task
+from sftcore.train import observers
+from sftcore.train.rates import RATES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"`(sftcore/[\w/]+\.py)`:\n\n```python\n(.*?)```", PAGE, re.S))
@@ -49,7 +56,7 @@ def recipe_of(rows: list[dict], folder: Path, **values) -> Recipe:
 
 
 def test_each_file_of_the_page_is_short():
-    assert len(FILES) >= 2
+    assert len(FILES) >= 4
     for name, text in FILES.items():
         assert len(text.splitlines()) < MOST_LINES, name
 
@@ -84,3 +91,27 @@ def test_a_filter_of_ones_own_drops_rows_of_stores_and_of_records(module_of, mon
     kept = load_records(recipe, "train", Ledger())
     assert store.ids == [record.id for record in kept] == ["rows:1", "rows:2", "rows:3", "rows:4"]
     assert store.manifest["rejected_by_reason"] == {"contradictory_label": 4}
+
+
+def test_an_objective_a_rate_and_an_observer_of_ones_own_are_in_a_run(
+    module_of, monkeypatch, tiny_recipe, caplog
+):
+    """Eight steps: no dropout in the first four."""
+    module = module_of("sftcore/objectives/dropstage.py")
+    monkeypatch.setitem(OBJECTIVES, "dropstage", module.Dropstage)
+    monkeypatch.setitem(RATES, "dropout", module.dropout)
+    slowest = module_of("sftcore/train/slowest.py").Slowest()
+    monkeypatch.setattr(observers, "Profiler", lambda folder: slowest)  # in the place of one
+    for name, objective in (("with", "dropstage"), ("without", "auto")):
+        recipe = tiny_recipe | {"name": name, "objective": {"name": objective}}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        with caplog.at_level("INFO"):
+            train_recipe(
+                load_recipe(Path(f"{name}.yaml")), debug=observers.DebugOptions(profile=name == "with")
+            )
+    rows, plain = (read_jsonl(Path("runs") / name / "metrics.jsonl") for name in ("with", "without"))
+    assert [row["dropout"] for row in rows] == [0.0] * 4 + [0.3] * 4
+    assert [row["num_targets"] for row in rows] == [row["num_trained_tokens"] for row in plain]
+    same = [row["loss"] == other["loss"] for row, other in zip(rows, plain, strict=True)]
+    assert same == [True] * 4 + [False] * 4
+    assert slowest.seconds > 0 and "is the slowest so far" in caplog.text
