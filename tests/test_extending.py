@@ -11,7 +11,6 @@ import pytest
 import yaml
 from tiny_tokenizers import build_bpe
 
-from launcher.training import train_recipe
 from sftcore.config import Recipe
 from sftcore.data.filters import FILTERS
 from sftcore.data.ledger import Ledger, Reason
@@ -21,6 +20,7 @@ from sftcore.fsio import read_jsonl
 from sftcore.knowledge.containment import AliasTable
 from sftcore.objectives import OBJECTIVES
 from sftcore.recipe import load_recipe
+from sftcore.stages.train import train_recipe
 from sftcore.tasks import TASKS
 from sftcore.tasks.task import Task
 from sftcore.train import observers

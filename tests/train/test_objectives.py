@@ -10,12 +10,12 @@ import torch
 from launching import ROOT, run_cells, start_ranks, steps, wait_for_all, weights, weights_hash, write_recipe
 from transformers import AutoModelForCausalLM
 
-from launcher.stages import prepare
 from sftcore.config import Recipe
 from sftcore.data.seam import UNTRAINED
 from sftcore.errors import UserInputError
 from sftcore.objectives import OBJECTIVES, objective_of
 from sftcore.recipe import load_recipe
+from sftcore.stages.prepare import prepare
 from sftcore.train.metrics import StepMetrics
 
 # a rank that trains with an objective of its own, and writes the loss of each sample before it exports
@@ -23,8 +23,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from launcher import training
-from launcher.stages import prepare
+from sftcore.stages import train as training
+from sftcore.stages.prepare import prepare
 from sftcore import dist
 from sftcore.objectives import OBJECTIVES
 from sftcore.objectives.next_token import NextToken
