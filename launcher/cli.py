@@ -20,7 +20,6 @@ from typing import Annotated
 import typer
 
 from launcher.attempts import begin_stage
-from launcher.given import require_folder
 from launcher.job_commands import evaluate, load, probe, run_shared, study, submit
 from launcher.options import (
     MAX_RANKS,
@@ -42,6 +41,7 @@ from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, EnoughSteps, Problem, UserInputError
 from sftcore.log import setup_logging
+from sftcore.runs.given import require_folder
 from sftcore.stages.stage import STAGES, commands
 from sftcore.train.stopping import WITH_INTERRUPT, end_on_stop
 
@@ -275,13 +275,9 @@ def restore(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="run or study folder", metavar="DIR")]) -> None:
     """Write report.html and report.json of a run, or of a folder of runs, and print the table."""
-    from sftcore.study.report import write_report
-    from sftcore.study.study_report import write_study_report
-    from sftcore.study.study_runs import is_study
-
     require_folder(folder, "report")
     begin_stage(folder, "report")
-    result = write_study_report(folder) if is_study(folder) else write_report(folder)
+    result = STAGES["report"].run(folder)
     print(result.table)
     print(f"\n{result.html_path}")
 

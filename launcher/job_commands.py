@@ -8,7 +8,6 @@ Trade-off: apart from cli.py only so that each file can be read at a sitting; cl
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.attempts import begin_stage
-from launcher.given import require_run
 from launcher.options import MAX_SHARDS, Changes, DryRun, Nodes, Place, Ranks, RecipePath, Shares, Slurm
 from sftcore.config import Recipe
-from sftcore.errors import Problem, UserInputError
-from sftcore.hub import require_hub
-from sftcore.paths import folder_fault
-from sftcore.recipe import load_recipe
-from sftcore.run_recipe import RECIPE, check_beside_recipe, read_run_recipe
-from sftcore.runs.claim import with_run
-from sftcore.runs.settle import settle
+from sftcore.runs.load import load_recipe
 from sftcore.shares import share_of
 from sftcore.stages.stage import STAGES, Stage
 
@@ -212,21 +204,6 @@ def load(
         UserInputError: what is wrong with the recipe, or with the run folder; no folder for the run.
         MissingEnvironmentError: it runs here, and its model is neither here nor to be had.
     """
-    is_run = os.path.isdir(path)  # which no odd path makes raise
-    if is_run:
-        require_run(path)
-        read_run_recipe(path)  # refuses other folders, and recipes that were damaged
-    recipe = load_recipe(path / RECIPE if is_run else path, overrides)
-    run = run or (str(path) if is_run else None)
-    folder = Path(run) if run else recipe.run_folder
-    if fault := folder_fault(folder):
-        what, remedy = f"can't be a run folder: {fault}", "choose another: --run DIR"
-        raise UserInputError(Problem(what=what, where=str(folder), remedy=remedy))
-    recipe = with_run(recipe, run)
-    if not is_run:
-        check_beside_recipe(recipe.run_folder, [path])
-    on = machines.on if machines else "debug"
-    if on != "slurm":
-        require_hub([recipe])
+    where = machines.on if machines else "debug"
     has_gpu = has_gpu or (machines is not None and machines.has_gpus)
-    return settle(recipe, on=on, has_gpu=has_gpu, resume=resume)
+    return load_recipe(path, overrides or (), run=run, on=where, has_gpu=has_gpu, resume=resume)

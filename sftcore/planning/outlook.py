@@ -36,7 +36,7 @@ from sftcore.precision import dtype_of
 from sftcore.recipe import deepspeed_file
 from sftcore.stages.held_out import check_scorable
 from sftcore.stages.prepare import prepare
-from sftcore.train.devices import Device
+from sftcore.train.devices import Device, device_here
 from sftcore.train.ds_config import read_ds_config
 from sftcore.train.engine import check_engine, may_have_async_io
 from sftcore.train.fit import Place, best_choice, configuration_name, list_choices, what_would_fit
@@ -46,6 +46,21 @@ from sftcore.train.tracking import check_tracker
 
 Row = dict[str, Any]
 MAX_FULL_LR = 5e-5  # full fine-tuning takes 1e-6 to 5e-5, LoRA about ten times as much (arXiv 2405.09673)
+
+
+def plan(recipe: Recipe, *, world: int = 1, device: Device | None = None, mfu: float = 0.4) -> Row:
+    """Steps, packs, predicted memory and hours, and under "outlook" what fits and what won't train.
+
+    Args:
+        world: number of ranks.
+        device: of each rank (`sftcore.train.devices.choose_device`); None: as this machine's.
+        mfu: the share of its peak that training will reach.
+
+    Raises:
+        UserInputError, MissingEnvironmentError: as `look_ahead`.
+    """
+    described, outlook, _ = look_ahead(recipe, world=world, device=device or device_here(), mfu=mfu)
+    return {**described, "outlook": outlook}
 
 
 def look_ahead(recipe: Recipe, *, world: int, device: Device, mfu: float) -> tuple[Row, Row, SftError | None]:

@@ -71,7 +71,19 @@ def generate_text(folder: Path, prompt: str, settings: Settings) -> str:
     """
     if has_surrogates(prompt):
         raise UserInputError(Problem(what="this is not UTF-8 text", where="--prompt", got=prompt))
-    return _complete(_found(folder), [prompt], settings)[0]
+    return generate(folder, [prompt], settings)[0]
+
+
+def generate(folder: Path | str, prompts: Sequence[str], settings: Settings | None = None) -> list[str]:
+    """The completions of prompts.
+
+    Args:
+        folder: of a run, or of a model.
+
+    Raises:
+        UserInputError: as `generate_text`.
+    """
+    return _complete(_found(Path(folder)), prompts, settings or Settings())
 
 
 def generate_rows(folder: Path, file: Path, settings: Settings) -> list[dict[str, Any]]:

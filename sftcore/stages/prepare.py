@@ -48,6 +48,7 @@ from sftcore.tasks import TASKS
 
 log = logging.getLogger("sftcore.stages")
 MEASURED = ("train", "test", "ood")
+Selection = dict[str, tuple[str, ...] | None]  # id -> other answers to train
 
 
 def prepare(
@@ -94,13 +95,27 @@ def write_check(recipe: Recipe, store: TokenStore) -> str:
     return f"{text}\n\n{run / 'check.png'}"
 
 
-def _chosen(recipe: Recipe) -> dict[str, tuple[str, ...] | None] | None:
+def _chosen(recipe: Recipe) -> Selection | None:
+    return None if recipe.select is None else select(recipe)
+
+
+def select(recipe: Recipe) -> Selection:
+    """Draw the records that are trained on; RUN/selection.jsonl lists them.
+
+    Returns:
+        by id, the answers that are trained, None where they are the record's own.
+
+    Raises:
+        UserInputError: the recipe selects nothing; or no levels yet, those of another model or of other
+            facts, or too few of them.
+    """
     if recipe.select is None:
-        return None
+        remedy = "give it, such as select: {levels: [2], n: 60}; without it all records are trained on"
+        raise UserInputError(Problem(what="nothing to select by", where="select", remedy=remedy))
     return CHOOSE[TASKS[recipe.task].selects_by](recipe)
 
 
-def draw(recipe: Recipe) -> dict[str, tuple[str, ...] | None]:
+def _draw(recipe: Recipe) -> Selection:
     """Draw training pairs, balanced over labels if so asked; RUN/selection.jsonl lists them."""
     records = load_records(recipe, "train", Ledger())
     chosen = draw_selected(records, recipe.select, seed=recipe.seed)
@@ -111,11 +126,11 @@ def draw(recipe: Recipe) -> dict[str, tuple[str, ...] | None]:
     return dict.fromkeys(record.id for record in chosen)
 
 
-def select(recipe: Recipe) -> list[FactLevel]:
-    """Draw the training facts by memory level; RUN/selection.jsonl lists them.
+def select_by_level(recipe: Recipe) -> list[FactLevel]:
+    """Draw training facts by memory level; RUN/selection.jsonl lists them.
 
     Raises:
-        UserInputError: no levels yet, those of another model or of other facts, or too few of them.
+        UserInputError: as `select`.
     """
     assert recipe.select is not None and recipe.select.balance != "label"
     run = recipe.run_folder
@@ -146,17 +161,12 @@ def _permuted(settings: SelectSettings, chosen: list[FactLevel], *, seed: int) -
     return permuted
 
 
-def _of_levels(recipe: Recipe) -> dict[str, tuple[str, ...] | None]:
-    """Ids of the selected facts, with the answers to train if they are not the facts' own."""
-    assert recipe.select is not None
-    are_own = recipe.select.answers == "own"
-    return {fact.id: None if are_own else fact.answers for fact in select(recipe)}
+def _by_level(recipe: Recipe) -> Selection:
+    are_own = recipe.select is not None and recipe.select.answers == "own"
+    return {fact.id: None if are_own else fact.answers for fact in select_by_level(recipe)}
 
 
-CHOOSE: dict[str, Callable[[Recipe], dict[str, tuple[str, ...] | None]]] = {
-    "levels": _of_levels,
-    "labels": draw,
-}  # by `Task.selects_by`
+CHOOSE: dict[str, Callable[[Recipe], Selection]] = {"levels": _by_level, "labels": _draw}  # by `selects_by`
 
 
 def _tell_levels(wanted: list[int], chosen: list[FactLevel]) -> None:

@@ -173,7 +173,7 @@ ROWS = (
     ),
     Stage(
         name="report",
-        run=Named("sftcore.study.report:write_report"),
+        run=Named("sftcore.stages.report:report"),
         files=("report.*",),
         under_other_keys="ignored",
         takes="folder",

@@ -17,7 +17,8 @@ from sftcore.fsio import read_json, read_jsonl, write_json
 from sftcore.knowledge.containment import AliasRow, AliasTable
 from sftcore.recipe import load_recipe
 from sftcore.stages.evaluate import evaluate
-from sftcore.stages.prepare import probe, select
+from sftcore.stages.prepare import probe
+from sftcore.stages.prepare import select_by_level as select
 from sftcore.stages.whole_run import _files_identity, _probe_once, is_finished, shared_name
 
 LEVELS = Path("runs/tiny/levels.jsonl")
