@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from launcher.attempts import begin_stage
-from launcher.job_commands import evaluate, load, probe, run_shared, study, submit
+from launcher.job_commands import evaluate, load, probe, run_shared, stage_command, study, submit
 from launcher.options import (
     MAX_RANKS,
     Changes,
@@ -314,6 +314,10 @@ def _refuse(on: str, **options: bool | int | None) -> None:
 
 for command in (init, recipes, generate, inspect, schema, probe, evaluate, study, submit):
     app.command()(spread(command))
+OWN = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
+for stage in STAGES.values():
+    if stage.has_command and stage.name not in OWN:
+        app.command(stage.name, help=stage.run.__doc__)(spread(stage_command(stage)))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ Trade-off: apart from cli.py only so that each file can be read at a sitting; cl
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -207,3 +208,23 @@ def load(
     where = machines.on if machines else "debug"
     has_gpu = has_gpu or (machines is not None and machines.has_gpus)
     return load_recipe(path, overrides or (), run=run, on=where, has_gpu=has_gpu, resume=resume)
+
+
+def stage_command(stage: Stage) -> Callable[..., object]:
+    """The command of a stage that has none of its own making: it prints the result."""
+
+    def alone(recipe: RecipePath, changes: Changes) -> None:
+        loaded = load(recipe, changes.set_, changes.run)
+        begin_stage(loaded.run_folder, stage.name)
+        print(stage.run(loaded))
+
+    def shared(
+        recipe: RecipePath, place: Place, dry_run: DryRun = False, *, shares: Shares, changes: Changes
+    ) -> None:
+        machines = place.machines()
+        loaded = load(recipe, changes.set_, changes.run, machines=machines)
+        result = run_shared(stage, loaded, shares, machines=machines, dry_run=dry_run)
+        if result is not None:
+            print(result)
+
+    return shared if stage.share else alone

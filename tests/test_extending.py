@@ -5,21 +5,30 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from tiny_tokenizers import build_bpe
+from typer.testing import CliRunner
 
+from launcher.job_commands import stage_command
+from launcher.options import spread
+from launcher.slurm import Resources, recipe_jobs
 from sftcore.config import Recipe
 from sftcore.data.filters import FILTERS
 from sftcore.data.ledger import Ledger, Reason
 from sftcore.data.prepare import load_records, prepare_store
 from sftcore.data.prompts import Prompter, PromptOptions
+from sftcore.errors import UserInputError
 from sftcore.fsio import read_jsonl
 from sftcore.knowledge.containment import AliasTable
 from sftcore.objectives import OBJECTIVES
 from sftcore.recipe import load_recipe
+from sftcore.runs.claim import claim
+from sftcore.stages.stage import STAGES, Named, Stage
 from sftcore.stages.train import train_recipe
 from sftcore.tasks import TASKS
 from sftcore.tasks.task import Task
@@ -115,3 +124,25 @@ def test_an_objective_a_rate_and_an_observer_of_ones_own_are_in_a_run(
     same = [row["loss"] == other["loss"] for row, other in zip(rows, plain, strict=True)]
     assert same == [True] * 4 + [False] * 4
     assert slowest.seconds > 0 and "is the slowest so far" in caplog.text
+
+
+def test_a_stage_of_ones_own_is_a_command_a_job_and_an_owner_of_its_files(
+    module_of, monkeypatch, tiny_recipe
+):
+    module = module_of("sftcore/stages/longest.py")
+    monkeypatch.setitem(sys.modules, "sftcore.stages.longest", module)
+    row = eval(re.search(r"```python\n(Stage\(.*?)```", PAGE, re.S)[1], {"Stage": Stage, "Named": Named})
+    monkeypatch.setitem(STAGES, "longest", row)
+    app = typer.Typer()
+    app.command()(spread(stage_command(row)))
+    path = Path("tiny.yaml")
+    path.write_text(yaml.safe_dump(tiny_recipe), encoding="utf-8")
+    said = CliRunner().invoke(app, [str(path)])
+    listed = json.loads(Path("runs/tiny/longest.json").read_text())
+    assert said.exit_code == 0 and str(listed) in said.output and len(listed) == 3
+    recipe = load_recipe(path)
+    assert set(listed) <= {record.id for record in load_records(recipe, "train", Ledger())}
+    assert [job.name for job in recipe_jobs(recipe, Resources(options={}), num_shards=2)][-1] == "longest"
+    with pytest.raises(UserInputError, match="another data.template"):
+        claim(recipe.run_folder, load_recipe(path, ["data.template=qa-instruct"]))
+    claim(recipe.run_folder, load_recipe(path, ["train.epochs=7"]))
