@@ -9,7 +9,7 @@ and completions are right only where the whole reply is.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sftcore.config import EvaluateSettings
@@ -29,7 +29,6 @@ def predict(
     prompter: Prompter,
     settings: EvaluateSettings,
     *,
-    levels: Mapping[tuple[str, str], int],
     examples: Sequence[Record] = (),
     share: Share = WHOLE,
 ) -> list[dict[str, Any]]:
@@ -37,7 +36,6 @@ def predict(
 
     Args:
         records: each can be scored (`reject_unscorable`).
-        levels: memory level by split and id; items without one get no `level`.
         examples: solved before each prompt (few-shot); then only a completion's first paragraph counts.
     """
     replies = [reply if isinstance(reply, Reply) else None for reply in replies_of(records, prompter)]
@@ -68,12 +66,14 @@ def predict(
             "prediction": texts[i],
             "split": records[i].split,
             **records[i].content.graded(texts[i], replies[i], form=prompter.form, aliases=aliases),
-            **_level(records[i], levels),
         }
         for i in sorted(texts)
     ]
 
 
-def _level(record: Record, levels: Mapping[tuple[str, str], int]) -> dict[str, int]:
-    key = (record.split, record.id)
-    return {"level": levels[key]} if key in levels else {}
+def with_levels(
+    rows: Iterable[dict[str, Any]], levels: Mapping[tuple[str, str], int]
+) -> list[dict[str, Any]]:
+    """Rows of predictions with the `level` of each item that has one, by split and id."""
+    keyed = (((row["split"], row["id"]), row) for row in rows)
+    return [{**row, "level": levels[key]} if key in levels else row for key, row in keyed]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,10 @@ class Probe:
         seed: of the sampling.
         model_fingerprint: whose memory it is.
         dtype: in which the model is held.
-        relations: by id.
+        relations: by id; the shipped ones, and those of a file, as `load_relations` has them.
+
+    Raises:
+        UserInputError: a record is not a fact, or its relation has too few templates.
     """
 
     records: Sequence[Record]
@@ -67,36 +70,10 @@ class Probe:
     seed: int
     model_fingerprint: str
     dtype: str
-    relations: Mapping[str, Relation]
+    relations: Mapping[str, Relation] = field(default_factory=load_relations)
 
-    @classmethod
-    def of(
-        cls,
-        records: Sequence[Record],
-        tokenizer: Any,
-        settings: ProbeSettings,
-        *,
-        seed: int,
-        model_fingerprint: str,
-        dtype: str,
-        relations: Path | None = None,
-    ) -> Probe:
-        """A probe with the shipped relations and, if given, those of a file.
-
-        Raises:
-            UserInputError: a record is not a fact, its relation has too few templates, or the file is bad.
-        """
-        probe = cls(
-            records=records,
-            tokenizer=tokenizer,
-            settings=settings,
-            seed=seed,
-            model_fingerprint=model_fingerprint,
-            dtype=dtype,
-            relations=load_relations(relations),
-        )
-        probe.trials()
-        return probe
+    def __post_init__(self) -> None:
+        self.trials()  # refuses what has none
 
     def trials(self) -> list[Trial]:
         """Every fact in every wording."""

@@ -27,6 +27,7 @@ from sftcore.catalogue import folder_of
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import atomic_folder, disk_errors_explained, sha256_of_file, write_json
 from sftcore.hub import why_unreachable
+from sftcore.model.identity import CODE, TERMS, TOKENIZERS
 from sftcore.model.origin import ORIGIN
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def _pull_from_hub(name: str, folder: Path) -> None:
         raise MissingEnvironmentError(
             Problem(what=f"can't pull from the hub: {why}", got=name, remedy=remedy)
         )
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "README.md", *TOKENIZERS, *CODE, *TERMS]
     try:
         with atomic_folder(folder) as temporary:
             snapshot_download(name, local_dir=temporary, allow_patterns=patterns)

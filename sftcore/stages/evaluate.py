@@ -36,7 +36,7 @@ from sftcore.evaluate.drift import (
     summarise_drift,
 )
 from sftcore.evaluate.few_shot import choose_examples
-from sftcore.evaluate.generate import predict
+from sftcore.evaluate.generate import predict, with_levels
 from sftcore.evaluate.pairs import has_learnt_labels, judge_pairs, pair_rows
 from sftcore.evaluate.score import CODE_VERSION, score
 from sftcore.fsio import (
@@ -307,15 +307,15 @@ def _predict(task: _Task, share: Share) -> list[dict[str, Any]]:
         quantised = recipe.adapter.kind == "qlora" and is_adapter(Path(task.folder))
         verdicts = judge_pairs(recipe, task.folder, records, task.prompter, quantised=quantised, share=share)
         return pair_rows(records, verdicts, task.prompter)
-    return predict(
+    rows = predict(
         records,
         OwnGenerator(_load_evaluated(recipe, task.folder), items.tokenizer),
         task.prompter,
         recipe.evaluate,
-        levels=items.levels,
         examples=task.examples,
         share=share,
     )
+    return with_levels(rows, items.levels)
 
 
 def _load_evaluated(recipe: Recipe, folder: str) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_folder
 from sftcore.model.adapters import is_adapter
 from sftcore.model.code import local_folder
-from sftcore.model.identity import base_of
+from sftcore.model.identity import CODE, TERMS, base_of
 from sftcore.model.merge import merge_adapter
 from sftcore.model.weight_files import check_unchanged
 from sftcore.recipe import changed
@@ -47,7 +47,7 @@ def export_run(run: Path, to: Path, *, merge: bool) -> None:
     if not is_adapter(result):
         remedy = "leave --merge out"
         raise UserInputError(Problem(what="this run trained all weights", where=str(run), remedy=remedy))
-    base = local_folder(base_of(result), ("*.json", "*.safetensors", "*.py"))
+    base = local_folder(base_of(result), ("*.json", "*.safetensors", *CODE, *TERMS))
     settings = recipe.model.model_copy(update={"path": str(base)})
     quantised = recipe.adapter.kind == "qlora"
     merge_adapter(

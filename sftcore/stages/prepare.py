@@ -39,6 +39,7 @@ from sftcore.knowledge.levels import FactLevel, level_counts
 from sftcore.knowledge.permute import num_kept, permuted_answers
 from sftcore.knowledge.probe import Probe, probe_facts, probe_shard
 from sftcore.knowledge.selection import select_facts
+from sftcore.knowledge.templates import load_relations
 from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 from sftcore.precision import dtype_of
@@ -218,14 +219,14 @@ def _load_for_probe(recipe: Recipe) -> Any:
 
 def _probe(recipe: Recipe, run: Path) -> Probe:
     relations = recipe.data.relations
-    return Probe.of(
-        usable_records(recipe, run, *MEASURED),
-        recipe_tokenizer(recipe),
-        recipe.probe,
+    return Probe(
+        records=usable_records(recipe, run, *MEASURED),
+        tokenizer=recipe_tokenizer(recipe),
+        settings=recipe.probe,
         seed=recipe.seed,
         model_fingerprint=fingerprint_model(recipe.model.path),
         dtype=dtype_of(recipe.model),
-        relations=Path(relations) if relations else None,
+        relations=load_relations(Path(relations) if relations else None),
     )
 
 

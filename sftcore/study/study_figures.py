@@ -64,10 +64,10 @@ def heat_map(cells: Sequence[Mapping[str, Any]], *, split: str, scale: tuple[flo
         for y, row in enumerate(rows):
             for x, level in enumerate(columns):
                 cell = parts[row]["by_level"][level]
-                _draw_cell(axes, x, y, cell["mean"], cell["n"], scale, is_diagonal=row == level)
+                _draw_cell(axes, (x, y), cell["mean"], cell["n"], scale, is_diagonal=row == level)
             if parts[row]["mean_over_large_levels"]:
                 _draw_cell(
-                    axes, len(columns) + 0.25, y, parts[row]["mean_over_large_levels"]["mean"], None, scale
+                    axes, (len(columns) + 0.25, y), parts[row]["mean_over_large_levels"]["mean"], None, scale
                 )
         counts = [f"level {c}\nn = {parts[rows[0]]['by_level'][c]['n']:,}" for c in columns]
         _finish_map(axes, rows, [*counts, "mean over\nlevels"], len(columns))
@@ -93,15 +93,14 @@ def _row_styles(cells: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]
 
 def _draw_cell(
     axes: Axes,
-    x: float,
-    y: int,
+    spot: tuple[float, int],
     share: float,
     n: int | None,
     scale: tuple[float, float],
     *,
     is_diagonal: bool = False,
 ) -> None:
-    is_few = n is not None and n < FEW_ITEMS
+    (x, y), is_few = spot, n is not None and n < FEW_ITEMS
     place = (share - scale[0]) / max(scale[1] - scale[0], 1e-9)
     box = Rectangle(
         (x - 0.47, y - 0.45),

@@ -31,7 +31,7 @@ from sftcore.model.adapter_files import ADAPTER_WEIGHTS
 from sftcore.model.adapters import write_adapter
 from sftcore.model.classifier import CLASSIFIER_FILE, take_classifier
 from sftcore.model.code import copy_code, local_folder
-from sftcore.model.identity import GENERATION_CONFIG
+from sftcore.model.identity import CODE, GENERATION_CONFIG
 from sftcore.model.weights import SHARD_BYTES, model_folder, shards_of, write_shards
 from sftcore.precision import dtype_of
 from sftcore.settings import MATCHING_FILE
@@ -41,7 +41,6 @@ from sftcore.train.model_card import write_card
 from sftcore.train.reload import Trained, check_export, check_files, digest_of, fits_again, observe
 
 log = logging.getLogger(__name__)
-CODE_FILES = ("*.py", "*.json")
 Named = tuple[str, torch.Tensor]
 
 
@@ -96,7 +95,7 @@ def _write_texts(engine: Engine, tokenizer: Any, recipe: Recipe, *, config: Any,
             _end_texts_with_turns(folder / GENERATION_CONFIG, tokenizer)
     tokenizer.save_pretrained(folder)
     if recipe.model.trust_remote_code:
-        copy_code(local_folder(recipe.model.path, CODE_FILES), folder)
+        copy_code(local_folder(recipe.model.path, (*CODE, "*.json")), folder)
     if TASKS[recipe.task].answers == "labels":
         write_json(folder / MATCHING_FILE, _what_inference_needs(recipe))
 

@@ -188,7 +188,14 @@ def test_levels_by_likelihood_say_so_and_count_expected_hits(parts, tiny_model_f
         id="f", split="train", file="x", row=1, content=Fact(relation="P19", subject="Ann", answers=("Rome",))
     )
     fingerprint = fingerprint_model(str(tiny_model_folder))
-    probe = Probe.of([record], tokenizer, settings, seed=1, model_fingerprint=fingerprint, dtype="float32")
+    probe = Probe(
+        records=[record],
+        tokenizer=tokenizer,
+        settings=settings,
+        seed=1,
+        model_fingerprint=fingerprint,
+        dtype="float32",
+    )
     level = probe_facts(probe, lambda: OwnGenerator(*parts), run=tmp_path)[0]
     prompts = [trial.prompt for trial in probe.trials()]
     names = [["Rome", "the Rome"]] * 2

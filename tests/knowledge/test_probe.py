@@ -55,10 +55,10 @@ def parts(tiny_model_folder):
 
 def make_probe(parts, records=None, settings=SETTINGS, dtype="float32") -> Probe:
     _, tokenizer, folder = parts
-    return Probe.of(
-        records or facts(),
-        tokenizer,
-        settings,
+    return Probe(
+        records=records or facts(),
+        tokenizer=tokenizer,
+        settings=settings,
         seed=SEED,
         model_fingerprint=fingerprint_model(folder),
         dtype=dtype,
