@@ -1,27 +1,26 @@
 """`sftcore quickstart`: raw facts -> memory levels -> 48 samples -> a trained model -> a report.
 
 In: nothing but this package and a package index. Out: a run folder with report.html.
-Invariant: it is the ordinary path (a recipe and its stages); nothing here trains, probes or scores by
-itself.
+Invariant: it is the ordinary path (a recipe and the table of its stages); nothing here trains, probes or
+scores by itself.
 Trade-off: a probe of 4 templates x 5 samples instead of 21 x 10, 20 trials a fact instead of 210: levels of
 single facts are rough, and the report says so.
 """
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from sftcore.amounts import counted
+from sftcore.config import Recipe
 from sftcore.model.cost import measure_recipe
 from sftcore.model.pull import pull_model
 from sftcore.planning.preflight import describe_plan, plan_table
-from sftcore.recipe import load_recipe
-from sftcore.runs.claim import with_run
-from sftcore.runs.settle import settle
-from sftcore.stages.evaluate import evaluate
-from sftcore.stages.prepare import describe_levels, prepare, probe
-from sftcore.stages.train import train_recipe
-from sftcore.study.report import write_report
+from sftcore.runs.load import load_recipe
+from sftcore.stages.prepare import describe_levels
+from sftcore.stages.stage import wanted
 from sftcore.train.devices import device_here
 from sftcore.train.plan import make_schedule
 
@@ -30,28 +29,44 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 def run_quickstart(out: Path, model: str) -> None:
     """Run the whole story into `out`; a second call reuses what is there."""
-    _say(1, "pull the model")
+    numbers = count(1)
+    _say(next(numbers), "pull the model")
     folder = pull_model(model)
-    recipe = settle(with_run(load_recipe(RECIPE, [f"model.path={folder.resolve()}"]), str(out)))
-    _say(2, f"probe what it remembers ({recipe.probe.templates} templates x {recipe.probe.samples} samples)")
-    print(describe_levels(probe(recipe)))
-    assert recipe.select is not None
-    _say(
-        3, f"draw {recipe.select.n} facts of levels {recipe.select.levels}, balanced over relations; tokenise"
-    )
-    _, store = prepare(recipe)
-    print(f"{counted(len(store), 'sample')} in {store.folder}")
-    _say(4, "plan")
+    recipe = load_recipe(RECIPE, [f"model.path={folder.resolve()}"], run=out)
+    titles = _titles(recipe)
+    for stage in wanted(recipe):
+        if not stage.has_command:
+            continue
+        _say(next(numbers), titles[stage.name])
+        result = stage.run(recipe if stage.takes == "recipe" else recipe.run_folder)
+        if stage.name == "probe":
+            print(describe_levels(result))
+        if stage.name == "prepare":
+            _, store = result
+            print(f"{counted(len(store), 'sample')} in {store.folder}")
+            _say(next(numbers), "plan")
+            _show_plan(recipe, store)
+        if stage.name == "report":
+            print(result.table)
+            print(f"\nopen {result.html_path.resolve()}")
+
+
+def _titles(recipe: Recipe) -> dict[str, str]:
+    """What each stage does, by its name."""
+    select, probe = recipe.select, recipe.probe
+    assert select is not None
+    return {
+        "probe": f"probe what it remembers ({probe.templates} templates x {probe.samples} samples)",
+        "prepare": f"draw {select.n} facts of levels {select.levels}, balanced over relations; tokenise",
+        "train": "train (all weights, DeepSpeed, this process)",
+        "evaluate": "evaluate base and trained model on facts whose subjects were not trained",
+        "report": "report",
+    }
+
+
+def _show_plan(recipe: Recipe, store: Any) -> None:
     schedule = make_schedule(recipe, store, world=1, cost=measure_recipe(recipe).coefficients)
     print(plan_table(describe_plan(recipe, store, schedule, device_here())))
-    _say(5, "train (all weights, DeepSpeed, this process)")
-    train_recipe(recipe)
-    _say(6, "evaluate base and trained model on facts whose subjects were not trained")
-    evaluate(recipe)
-    _say(7, "report")
-    result = write_report(recipe.run_folder)
-    print(result.table)
-    print(f"\nopen {result.html_path.resolve()}")
 
 
 def _say(number: int, text: str) -> None:
