@@ -55,6 +55,7 @@ from sftcore.model.identity import fingerprint_model
 from sftcore.model.load import load_for_decoding
 from sftcore.model.weight_files import check_unchanged
 from sftcore.precision import dtype_of
+from sftcore.recipe import changed
 from sftcore.runs.claim import open_run, record_seconds
 from sftcore.settings import MatchingSettings
 from sftcore.shares import SHARDS, WHOLE, Share, Vouched, shard_folders, share_done, whole_set
@@ -248,7 +249,7 @@ def _few_shot_tasks(items: _Items) -> list[_Task]:
 
 def _after_examples(items: _Items, settings: MatchingSettings) -> _Items:
     """The same pairs after examples; what gets too long is listed in RUN/ledger.fewshot.jsonl."""
-    recipe, ledger = items.recipe.model_copy(update={"matching": settings}), Ledger()
+    recipe, ledger = changed(items.recipe, matching=settings), Ledger()
     records = fitting(recipe, recipe.model.path, items.tokenizer)(items.records, ledger)
     if ledger.num_rejected:
         ledger.write(items.run / "ledger.fewshot.jsonl")
