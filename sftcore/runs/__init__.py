@@ -1,0 +1,1 @@
+"""Who owns a run folder, what it holds, and when it is finished."""
