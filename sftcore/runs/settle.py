@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftcore.runs.claim import owner_of
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import read_object
 from sftcore.recipe import changed
+from sftcore.runs.claim import owner_of
 
 if TYPE_CHECKING:
     from sftcore.study.grid import StudyRun
