@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from launching import BIN, run, run_cells, steps, weights, write_recipe
 
+from sftcore.batching.schedule import Schedule
 from sftcore.errors import UserInputError
 from sftcore.fsio import write_json
 from sftcore.recipe import load_recipe
 from sftcore.stages.train import train_recipe
+from sftcore.train.checkpoint import TrainState
+from sftcore.train.resumable import check_resumable
 
 SIZES = {
     "full0": {"deepspeed": "zero0"},
@@ -117,3 +120,19 @@ def test_a_full_disk_ends_all_ranks_with_its_message(tiny_recipe, tmp_path):
         assert again.returncode == 0, (again.stdout + again.stderr)[-3000:]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_checkpoint_that_names_its_plan_as_earlier_versions_did_goes_on():
+    def plan(lengths: list[int]) -> Schedule:
+        trained = [1] * len(lengths)
+        return Schedule(
+            lengths=lengths, num_trained=trained, capacity=8, seed=1, epochs=1, world=1, samples_per_step=2
+        )
+
+    schedule = plan([3, 1, 2])
+    known = {"step": 1, "epoch": 0, "world_size": 1, "num_threads": 1, "plan_settings": {"seed": 1}}
+    for name in (schedule.fingerprint, schedule.earlier_fingerprint):
+        state = TrainState(plan_fingerprint=name, **known)
+        check_resumable(Path("step-000001"), state, schedule=schedule, plan_settings={"seed": 1})
+        with pytest.raises(UserInputError, match="belongs to another plan"):
+            check_resumable(Path("step-000001"), state, schedule=plan([3, 2, 1]), plan_settings={"seed": 1})
