@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from sftcore.data.hygiene import Hashes, RowHashes, judge_hashes, repeated
 from sftcore.data.ledger import (
+    DETAIL_CHARACTERS,
     LISTED_ALTERATIONS_PER_KIND,
     Alteration,
     Change,
@@ -213,7 +214,7 @@ def _rejections(rows: pa.Table, file: str, outcomes: Outcomes) -> Iterator[Rejec
             row=rows["row"][i].as_py(),
             reason=reason,
             excerpt=printable(rows["id"][i].as_py()),
-            detail=printable(rows["detail"][i].as_py()) if is_refusal else "",
+            detail=printable(rows["detail"][i].as_py(), DETAIL_CHARACTERS) if is_refusal else "",
         )
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sftcore.amounts import counted
 from sftcore.data.chat import SYSTEM_ROLES, ChatRefused, ChatRenderer, last_answer_only, without_system
 from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
-from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
+from sftcore.data.ledger import DETAIL_CHARACTERS, Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.rationales import Order, compose_answer
 from sftcore.data.records import Record
 from sftcore.data.rows import ignore
@@ -375,7 +375,7 @@ class Prompter:
                 row=record.row,
                 reason=result.reason,
                 excerpt=printable(record.id),
-                detail=printable(result.detail),
+                detail=printable(result.detail, DETAIL_CHARACTERS),
             )
         note = ledger.alter if ledger else ignore
         for change in result.changes:

@@ -15,6 +15,8 @@ from functools import cached_property
 from sftcore.data.contents import Chat, Completion, Content, Fact, Pair
 from sftcore.data.tokens import Codec
 
+THOUGHTS = frozenset(["<think>", "</think>"])  # of Qwen3 and DeepSeek-R1: added tokens, not special ones
+
 
 class SpecialTokens:
     """Finds the special tokens of one tokenizer in texts.
@@ -27,6 +29,7 @@ class SpecialTokens:
 
     def __init__(self, codec: Codec, own: Collection[str] = (), more: Collection[str] = ()) -> None:
         names = codec.tokenizer.convert_ids_to_tokens(sorted(codec.special_ids))
+        self._thoughts = THOUGHTS - set(names)
         self._names = sorted({*names, *more} - set(own), key=len, reverse=True)
         self._first_characters = sorted({name[0] for name in self._names})
 
@@ -51,7 +54,11 @@ class SpecialTokens:
     def find_in_chat(self, chat: Chat) -> tuple[str, str] | None:
         """The first special token in a turn of `chat`, with the turn's role."""
         for turn in chat.messages:
-            if (token := self.find(turn.content)) is not None:
+            text = turn.content
+            if turn.role == "assistant":  # its thoughts are content, of which the tokens are made, too
+                for token_of_thought in self._thoughts:
+                    text = text.replace(token_of_thought, "\n")
+            if (token := self.find(text)) is not None:
                 return token, turn.role
         return None
 
