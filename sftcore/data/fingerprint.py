@@ -21,7 +21,7 @@ from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import fingerprint_of, sha256_of_file
 from sftcore.recipe import source_files
 
-CODE_VERSION = 8  # raise it when the same inputs give other samples, or other parts
+CODE_VERSION = 9  # raise it when the same inputs give other samples, or other parts
 Digest = Callable[[Path], str]
 
 
