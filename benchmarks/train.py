@@ -177,9 +177,12 @@ def draw(reports: list[dict], path: Path) -> None:
     """Speed and peak memory of the systems, and the parts of our step, one group of bars per report."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = Figure(figsize=(17, 5), layout="constrained")
     speed, memory, parts = figure.subplots(1, 3)
-    names = [f"{r['model']}\n{r['samples_per_step']} a step{_in_float32(r)}" for r in reports]
+    names = [
+        r["model"].replace("-", "-\n", 1) + f"\n{r['samples_per_step']} a step{_in_float32(r)}"
+        for r in reports
+    ]
     for panel, quantity in ((speed, _samples_per_second), (memory, _peak_gigabytes)):
         for number, (system, colour) in enumerate(zip(SYSTEMS, COLOURS, strict=True)):
             there = [(i, r["systems"][system]) for i, r in enumerate(reports) if system in r["systems"]]
@@ -204,7 +207,7 @@ def draw(reports: list[dict], path: Path) -> None:
 
 
 def _in_float32(report: dict) -> str:
-    return f"\nfloat32, {report['cpu_capability']}" if report.get("dtype") == "float32" else ""
+    return f"\nfloat32,\n{report['cpu_capability']}" if report.get("dtype") == "float32" else ""
 
 
 def _samples_per_second(system: dict) -> float:

@@ -89,10 +89,12 @@ def misfits(errors: Iterable[Any]) -> list[Misfit]:
 
 def _location(error: Mapping[str, Any]) -> tuple[str | int, ...]:
     """The key's place, without pydantic's names of the forms that it was tried as."""
-    *above, last = error["loc"] or ("",)
+    if not error["loc"]:
+        return ()  # the whole
+    *above, last = error["loc"]
     is_key = error["type"] == UNKNOWN or not isinstance(last, str) or not FORM.fullmatch(last)
     parts = [part for part in above if not (isinstance(part, str) and FORM.fullmatch(part))]
-    return (*parts, *([last] if is_key and last != "" else []))
+    return (*parts, *([last] if is_key else []))
 
 
 def _misfit(location: tuple[str | int, ...], found: list[Any]) -> Misfit:

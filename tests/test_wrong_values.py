@@ -62,6 +62,13 @@ def test_what_a_key_takes_is_said_in_our_words(recipe, override, got, allowed):
     assert said.endswith("do: `sftcore schema --markdown` prints all keys with what they take")
 
 
+@pytest.mark.parametrize("override", [".=1", "=1", "train.=1", ".=a\0b"])
+def test_a_key_without_a_name_is_unknown_or_no_override(recipe, override):
+    assert any(
+        words in told(recipe, override) for words in ("unknown key", "an override is written a.b=value")
+    )
+
+
 def test_a_number_as_a_name_is_to_be_quoted_and_what_lacks_is_named(recipe):
     said = told(recipe, "name=3")
     assert said.endswith("got: 3\n    allowed: text\n    do: put it in quotes, so that it is text")

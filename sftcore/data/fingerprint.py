@@ -22,7 +22,7 @@ from sftcore.fsio import fingerprint_of, sha256_of_file
 from sftcore.recipe import source_files
 from sftcore.tasks import TASKS
 
-CODE_VERSION = 8  # raise it when the same inputs give other samples, or other parts
+CODE_VERSION = 9  # raise it when the same inputs give other samples, or other parts
 Digest = Callable[[Path], str]
 Wanted = Mapping[str, tuple[str, ...] | None]  # id -> answers to train, None: its own
 

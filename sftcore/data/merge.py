@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sftcore.data.filters import COMPARED, Columns, Hashes, filter_columns
 from sftcore.data.filters.columns import REASONS, repeated
 from sftcore.data.ledger import (
+    DETAIL_CHARACTERS,
     LISTED_ALTERATIONS_PER_KIND,
     Alteration,
     Change,
@@ -225,7 +226,7 @@ def _rejections(
             row=rows["row"][i].as_py(),
             reason=reason,
             excerpt=printable(rows["id"][i].as_py()),
-            detail=printable(rows["detail"][i].as_py()) if is_refusal else "",
+            detail=printable(rows["detail"][i].as_py(), DETAIL_CHARACTERS) if is_refusal else "",
         )
 
 

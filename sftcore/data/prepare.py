@@ -316,7 +316,8 @@ def _merge(order: _Order, parts: Sequence[Part], asked: Hashes) -> None:
         if only is not None and (missing := _not_offered(parts, outcomes, only)):
             raise _NeverAStore(_not_found(missing))
         if not num_samples:
-            raise _NeverAStore(Problem(what="no row became a training sample", where="data.train"))
+            why = ledger.problem(frozenset(Reason), num_rows=ledger.num_rows_read, max_fraction=1).got
+            raise _NeverAStore(Problem(what="no row became a training sample", where="data.train", got=why))
     except UserInputError as error:
         path = order.cache_root / f"{order.fingerprint}.ledger.jsonl"
         raise _with_ledger(error, ledger, path) from error

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sftcore.amounts import counted
 from sftcore.data.chat import ChatRefused, ChatRenderer, last_answer_only, without_system
-from sftcore.data.ledger import Alteration, Change, Ledger, Reason, Rejection, printable
+from sftcore.data.ledger import DETAIL_CHARACTERS, Alteration, Change, Ledger, Reason, Rejection, printable
 from sftcore.data.records import Record
 from sftcore.data.rows import ignore
 from sftcore.data.seam import Draft, Encoded, alters_answer, encode_classified, encode_drafts, encode_joined
@@ -318,7 +318,7 @@ class Prompter:
                 row=record.row,
                 reason=result.reason,
                 excerpt=printable(record.id),
-                detail=printable(result.detail),
+                detail=printable(result.detail, DETAIL_CHARACTERS),
             )
         note = ledger.alter if ledger else ignore
         for change in result.changes:

@@ -16,6 +16,8 @@ from sftcore.data.tokens import Codec
 from sftcore.tasks.kinds.chat import Chat
 from sftcore.tasks.kinds.content import Content
 
+THOUGHTS = frozenset(["<think>", "</think>"])  # of Qwen3 and DeepSeek-R1: added tokens, not special ones
+
 
 class SpecialTokens:
     """Finds the special tokens of one tokenizer in texts.
@@ -28,6 +30,7 @@ class SpecialTokens:
 
     def __init__(self, codec: Codec, own: Collection[str] = (), more: Collection[str] = ()) -> None:
         names = codec.tokenizer.convert_ids_to_tokens(sorted(codec.special_ids))
+        self._thoughts = THOUGHTS - set(names)
         self._names = sorted({*names, *more} - set(own), key=len, reverse=True)
         self._first_characters = sorted({name[0] for name in self._names})
 
@@ -52,6 +55,10 @@ class SpecialTokens:
     def find_in_chat(self, chat: Chat) -> tuple[str, str] | None:
         """The first special token in a turn of `chat`, with the turn's role."""
         for turn in chat.messages:
-            if (token := self.find(turn.content)) is not None:
+            text = turn.content
+            if turn.role == "assistant":  # its thoughts are content, of which the tokens are made, too
+                for token_of_thought in self._thoughts:
+                    text = text.replace(token_of_thought, "\n")
+            if (token := self.find(text)) is not None:
                 return token, turn.role
         return None

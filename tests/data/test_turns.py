@@ -277,6 +277,30 @@ def test_added_tokens_that_the_template_writes_are_forged_in_a_text(chatml, toke
         assert chatml.decode(found.ids[start:end]) == answer + "<|im_end|>"
 
 
+@pytest.mark.parametrize(("special", "role"), [(False, "assistant"), (True, "assistant"), (False, "user")])
+def test_thoughts_whose_marks_are_added_tokens_are_an_answers_content(
+    chatml, make_prompter, record_of, special, role
+):
+    """As in Qwen3 and DeepSeek-R1: the template writes `<think>`, an added token that is not special."""
+    from tokenizers import AddedToken
+
+    chatml.add_tokens([AddedToken(mark, special=special) for mark in ("<think>", "</think>")])
+    chatml.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    said = "<think>\nHm.\n</think>\n\nyes"
+    turns = [HI | {"content": said}, YO] if role == "user" else [HI, YO | {"content": said}]
+    chat = Chat(messages=tuple(Message(**turn) for turn in turns))
+    found = make_prompter(chatml, task="chat").sample(record_of(chat))
+    if special or role == "user":
+        assert isinstance(found, Rejection) and found.reason is Reason.SPECIAL_TOKEN
+        return
+    ids = [label for label in found.labels if label >= 0]
+    assert chatml.decode(ids) == "Hm.\n</think>\n\nyes<|im_end|>"
+    assert chatml.convert_tokens_to_ids("</think>") in ids
+
+
 @pytest.mark.parametrize("turn", [1, 0])
 def test_added_tokens_that_are_not_called_special_forge_a_turn_too(chatml, make_prompter, record_of, turn):
     from tokenizers import AddedToken
