@@ -1,8 +1,8 @@
 """Attempts of a Slurm job: how often it began where it still is; and what its ranks agreed on.
 
-In: `python -m launcher.attempts begin|end RECIPE ...` with worker.py's arguments, SLURM_JOB_ID, SFTCORE_WORLD
-(number of ranks) and SFTCORE_CODE (srun's exit code); in jobs of stage.sbatch, SFTCORE_STAGE_JOB. Out:
-RUN/attempts.jsonl; the agreed exit code.
+In: `python -m sftcore.launcher.attempts begin|end RECIPE ...` with worker.py's arguments, SLURM_JOB_ID,
+SFTCORE_WORLD (number of ranks) and SFTCORE_CODE (srun's exit code); in jobs of stage.sbatch,
+SFTCORE_STAGE_JOB. Out: RUN/attempts.jsonl; the agreed exit code.
 Invariant: a job is queued again without end only while every attempt leaves more on disk than the one before:
 a newer checkpoint, or a stage's finished parts.
 Trade-off: an attempt that was killed on its way to the first checkpoint counts as one without progress, so
@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.ranks import agreed_code, forget_codes, read_codes, worker_parser
 from sftcore.errors import EXIT_DONE, Problem, SftError, TrainingFailed, UserInputError
 from sftcore.fsio import append_jsonl, read_jsonl
+from sftcore.launcher.ranks import agreed_code, forget_codes, read_codes, worker_parser
 from sftcore.recipe import load_recipe
 from sftcore.runs.claim import with_run
 from sftcore.stages.stage import STAGES

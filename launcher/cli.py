@@ -19,9 +19,12 @@ from typing import Annotated
 
 import typer
 
-from launcher.attempts import begin_stage
-from launcher.job_commands import evaluate, load, probe, run_shared, stage_command, study, submit
-from launcher.options import (
+from sftcore.amounts import counted
+from sftcore.config import Recipe
+from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, EnoughSteps, Problem, UserInputError
+from sftcore.launcher.attempts import begin_stage
+from sftcore.launcher.job_commands import evaluate, load, probe, run_shared, stage_command, study, submit
+from sftcore.launcher.options import (
     MAX_RANKS,
     Changes,
     Debugging,
@@ -34,12 +37,9 @@ from launcher.options import (
     TrainPlace,
     spread,
 )
-from launcher.show_commands import generate, inspect, schema
-from launcher.starting import init, recipes
-from launcher.terminal import run_command
-from sftcore.amounts import counted
-from sftcore.config import Recipe
-from sftcore.errors import EXIT_DONE, EXIT_ENVIRONMENT, EnoughSteps, Problem, UserInputError
+from sftcore.launcher.show_commands import generate, inspect, schema
+from sftcore.launcher.starting import init, recipes
+from sftcore.launcher.terminal import run_command
 from sftcore.log import setup_logging
 from sftcore.runs.given import require_folder
 from sftcore.stages.stage import STAGES, commands
@@ -64,7 +64,7 @@ def quickstart(
     model: Annotated[str, typer.Option(help="smollm2-135m or gemma3-270m")] = "smollm2-135m",
 ) -> None:
     """The whole story on this machine: pull, probe, select, train, evaluate, report. No account, no GPU."""
-    from launcher.quickstart import run_quickstart
+    from sftcore.launcher.quickstart import run_quickstart
 
     run_quickstart(out, model)
 
@@ -75,8 +75,8 @@ def doctor(
     run: Annotated[Path, typer.Option(metavar="DIR", help="where runs go")] = Path("runs"),
 ) -> None:
     """What this machine and environment can and can't run, with the remedy; exit code 3 if it can't train."""
-    from launcher.doctor import as_json as findings_as_json
-    from launcher.doctor import examine, is_able, line_of
+    from sftcore.launcher.doctor import as_json as findings_as_json
+    from sftcore.launcher.doctor import examine, is_able, line_of
 
     findings = []
     for finding in examine(run):
@@ -173,7 +173,7 @@ def train(
     machines = place.machines()
     loaded = load(recipe, changes.set_, changes.run, machines=machines, resume=start.resume)
     if place.on != "debug":
-        from launcher.ways_in import train_elsewhere
+        from sftcore.launcher.ways_in import train_elsewhere
 
         _refuse(place.on, **asdict(debug) | {"max_steps": None})
         more = ["--resume", start.resume, *(["--restart-schedule"] if start.restart_schedule else [])]
@@ -297,7 +297,7 @@ def run(
     machines = Place(on="node", ranks=ranks).machines()
     loaded = load(recipe, changes.set_, changes.run)
     begin_stage(loaded.run_folder, "run", shared=shared)
-    from launcher.ways_in import train_by_ranks
+    from sftcore.launcher.ways_in import train_by_ranks
     from sftcore.stages.whole_run import run_whole
 
     is_alone = ranks == Ranks() or machines.require_ranks() == 1

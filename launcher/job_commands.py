@@ -16,15 +16,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.attempts import begin_stage
-from launcher.options import MAX_SHARDS, Changes, DryRun, Nodes, Place, Ranks, RecipePath, Shares, Slurm
 from sftcore.config import Recipe
+from sftcore.launcher.attempts import begin_stage
+from sftcore.launcher.options import (
+    MAX_SHARDS,
+    Changes,
+    DryRun,
+    Nodes,
+    Place,
+    Ranks,
+    RecipePath,
+    Shares,
+    Slurm,
+)
 from sftcore.runs.load import load_recipe
 from sftcore.shares import share_of
 from sftcore.stages.stage import STAGES, Stage
 
 if TYPE_CHECKING:
-    from launcher.ways_in import Machines
+    from sftcore.launcher.ways_in import Machines
 
 
 def probe(
@@ -72,7 +82,7 @@ def run_shared(
         machines: whose processes do the shares; None or "debug": this process does the whole.
         options: of the stage.
     """
-    from launcher.shares import run_shares
+    from sftcore.launcher.shares import run_shares
 
     begin_stage(recipe.run_folder, stage.name)
     if shares.shard is not None:
@@ -108,7 +118,7 @@ def submit(
     changes: Changes,
 ) -> None:
     """Submit a whole run to Slurm: probe, prepare, train, evaluate, report, each after the one before."""
-    from launcher.ways_in import submit_whole
+    from sftcore.launcher.ways_in import submit_whole
 
     machines = Place(on="slurm", nodes=where.nodes, ranks=where.ranks, slurm=where.slurm).machines()
     loaded = load(recipe, changes.set_, changes.run, machines=machines)
@@ -137,7 +147,7 @@ class StudyPlace:
 
     def machines(self, on: str) -> Machines:
         """As `machines_of` checks it."""
-        from launcher.ways_in import STUDY_WAYS, machines_of
+        from sftcore.launcher.ways_in import STUDY_WAYS, machines_of
 
         return machines_of(
             on,
@@ -168,8 +178,8 @@ def study(
     run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="if not runs/NAME")] = None,
 ) -> None:
     """Run a grid of recipes, each on one machine; finished runs are skipped, failed ones don't stop it."""
-    from launcher.study import conclude as conclude_study
-    from launcher.study import load_study, run_here, run_number, status_table, submit_study
+    from sftcore.launcher.study import conclude as conclude_study
+    from sftcore.launcher.study import load_study, run_here, run_number, status_table, submit_study
 
     machines = place.machines(on)
     loaded = load_study(study, run, machines=machines, rank_options=place.rank_options())

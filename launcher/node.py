@@ -26,10 +26,10 @@ from pathlib import Path
 
 import psutil
 
-from launcher.hosts import signal_workers
-from launcher.ranks import LOGS, agreed_code, forget_codes, listed_pids, living_workers, read_codes
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, EXIT_STOPPED, MissingEnvironmentError, Problem, UserInputError
+from sftcore.launcher.hosts import signal_workers
+from sftcore.launcher.ranks import LOGS, agreed_code, forget_codes, listed_pids, living_workers, read_codes
 from sftcore.train.stopping import WITH_INTERRUPT, handling
 
 log = logging.getLogger("sftcore.node")

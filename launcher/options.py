@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from launcher.ways_in import Machines
+    from sftcore.launcher.ways_in import Machines
 
 MAX_RANKS, MAX_SHARDS = 100_000, 10_000  # larger numbers are slips of the hand
 RecipePath = Annotated[
@@ -103,7 +103,7 @@ class Place:
         Raises:
             UserInputError: options that the way in can't honour.
         """
-        from launcher.ways_in import machines_of
+        from sftcore.launcher.ways_in import machines_of
 
         return machines_of(
             self.on,

@@ -32,7 +32,7 @@ from sftcore.errors import (
 PIDS, LOGS = "run.pids", "logs"
 FIRST_PORT, NUM_PORTS = 20000, 10000  # below the ports that Linux hands out by itself (32768 and up)
 GRAVITY = (EXIT_USER_INPUT, EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_RANK_LOST, EXIT_STOPPED, EXIT_DONE)
-WORKERS = ("worker.py", "launcher.worker")
+WORKERS = ("worker.py", "sftcore.launcher.worker")
 
 
 def worker_parser() -> argparse.ArgumentParser:

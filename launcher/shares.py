@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launcher.slurm import shared_stage, submit_recipe
-from launcher.ways_in import Machines, scripts_of
 from sftcore.amounts import counted
 from sftcore.config import Recipe
 from sftcore.errors import (
@@ -29,6 +27,8 @@ from sftcore.errors import (
     error_of_code,
 )
 from sftcore.fsio import tail_of
+from sftcore.launcher.slurm import shared_stage, submit_recipe
+from sftcore.launcher.ways_in import Machines, scripts_of
 from sftcore.runs.claim import open_run, with_run
 from sftcore.train.stopping import WITH_INTERRUPT, handling
 
@@ -79,7 +79,7 @@ def _run_processes(command: str, lines: Sequence[Sequence[str]], logs: Path, *, 
                 environment = {"OMP_NUM_THREADS": threads, **os.environ}
                 if has_gpus:
                     environment["CUDA_VISIBLE_DEVICES"] = _gpu(number)
-                start = [sys.executable, "-m", "launcher.cli", *line]
+                start = [sys.executable, "-m", "sftcore.launcher.cli", *line]
                 with open(files[number], "ab") as output:
                     processes.append(subprocess.Popen(start, stdout=output, stderr=output, env=environment))
             log.info("%s in %s; their output: %s", command, counted(len(lines), "process"), logs)

@@ -15,11 +15,11 @@ from typing import Annotated
 
 import typer
 
-from launcher.job_commands import load
-from launcher.options import Changes, RecipePath
 from sftcore.config import Recipe
 from sftcore.errors import Problem, UserInputError
 from sftcore.fsio import atomic_file
+from sftcore.launcher.job_commands import load
+from sftcore.launcher.options import Changes, RecipePath
 from sftcore.reference import recipe_reference
 from sftcore.runs.given import require_folder
 from sftcore.settings import LOWEST_TEMPERATURE, MAX_COUNT

@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.notice import SIGNAL, notice_seconds, with_notice
 from sftcore.config import Recipe
 from sftcore.errors import MissingEnvironmentError, Problem, UserInputError
 from sftcore.fsio import atomic_file
+from sftcore.launcher.notice import SIGNAL, notice_seconds, with_notice
 from sftcore.runs.claim import open_run
 from sftcore.stages.stage import Stage, wanted
 

@@ -22,8 +22,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from launcher.notice import longest_notice, with_notice
-from launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
 from sftcore.amounts import counted, duration
 from sftcore.errors import (
     EXIT_DONE,
@@ -37,6 +35,8 @@ from sftcore.errors import (
 )
 from sftcore.fsio import atomic_file, is_locked, read_object, tail_of, write_json
 from sftcore.hub import require_hub
+from sftcore.launcher.notice import longest_notice, with_notice
+from sftcore.launcher.slurm import Resources, describe_jobs, stage_job, submit_chain
 from sftcore.recipe import dump_recipe
 from sftcore.runs.claim import FINISHED
 from sftcore.runs.settle import settle_runs
@@ -48,7 +48,7 @@ from sftcore.study.study_report import write_study_report
 from sftcore.train.stopping import WITH_INTERRUPT, handling
 
 if TYPE_CHECKING:
-    from launcher.ways_in import Machines
+    from sftcore.launcher.ways_in import Machines
 
 log = logging.getLogger("sftcore.study")
 FAILED = "failed.json"
@@ -220,7 +220,7 @@ def run_one(study: Study, run: StudyRun) -> int:
     """Run one in its own process; returns its exit code, which failed.json keeps if it isn't 0 or 75."""
     log_file = study.log_file(run)
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "launcher.cli", "run", str(study.recipe_file(run))]
+    command = [sys.executable, "-m", "sftcore.launcher.cli", "run", str(study.recipe_file(run))]
     command += ["--shared", str(study.folder / "shared"), *study.rank_options]
     with open(log_file, "ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)

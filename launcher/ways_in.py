@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.hosts import check_hosts, read_hostfile
-from launcher.node import node_command, train_on_node
-from launcher.slurm import Job, Resources, recipe_jobs, submit_recipe, train_job
 from sftcore.config import Recipe
 from sftcore.errors import EXIT_DONE, Problem, UserInputError, error_of_code
+from sftcore.launcher.hosts import check_hosts, read_hostfile
+from sftcore.launcher.node import node_command, train_on_node
+from sftcore.launcher.slurm import Job, Resources, recipe_jobs, submit_recipe, train_job
 from sftcore.model.weight_files import check_weight_files
 from sftcore.runs.claim import open_run, with_run
 

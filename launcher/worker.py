@@ -17,8 +17,6 @@ import sys
 from contextlib import nullcontext
 from types import FrameType
 
-from launcher.ranks import listed_pid, redirect_output, slurm_rank_variables, worker_parser, write_code
-from launcher.terminal import allow_open_files, explained, prepare_streams
 from sftcore.config import Recipe
 from sftcore.errors import (
     EXIT_DONE,
@@ -30,6 +28,14 @@ from sftcore.errors import (
     SftError,
 )
 from sftcore.hub import require_hub
+from sftcore.launcher.ranks import (
+    listed_pid,
+    redirect_output,
+    slurm_rank_variables,
+    worker_parser,
+    write_code,
+)
+from sftcore.launcher.terminal import allow_open_files, explained, prepare_streams
 from sftcore.log import setup_logging
 from sftcore.recipe import load_recipe
 from sftcore.runs.claim import with_run

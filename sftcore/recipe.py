@@ -31,7 +31,7 @@ from sftcore.wrong_values import UNKNOWN, Misfit, misfits
 from sftcore.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 
 ASSETS = Path(__file__).parent / "assets"
-DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+DS_CONFIGS = Path(__file__).parent / "ds_configs"
 ASSET_PREFIX = "assets:"
 HUB_PREFIX = "hub:"
 WHOLE_STEP = "batch.samples_per_step (of the whole step, over all ranks)"

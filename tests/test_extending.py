@@ -14,9 +14,6 @@ import yaml
 from tiny_tokenizers import build_bpe
 from typer.testing import CliRunner
 
-from launcher.job_commands import stage_command
-from launcher.options import spread
-from launcher.slurm import Resources, recipe_jobs
 from sftcore.config import Recipe
 from sftcore.data.filters import FILTERS
 from sftcore.data.ledger import Ledger, Reason
@@ -25,6 +22,9 @@ from sftcore.data.prompts import Prompter, PromptOptions
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_jsonl
 from sftcore.knowledge.containment import AliasTable
+from sftcore.launcher.job_commands import stage_command
+from sftcore.launcher.options import spread
+from sftcore.launcher.slurm import Resources, recipe_jobs
 from sftcore.objectives import OBJECTIVES
 from sftcore.recipe import load_recipe
 from sftcore.runs.claim import claim

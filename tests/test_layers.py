@@ -67,7 +67,7 @@ ORDER = [  # a module imports from its own group or an earlier one
     "sftcore.planning.preflight",
     "sftcore.stages",
     "sftcore.planning",
-    "launcher",
+    "sftcore.launcher",
 ]
 TORCH_FREE = [
     "sftcore.display",
@@ -90,9 +90,10 @@ DEEPSPEED_IMPORTERS = {
 
 
 def modules() -> dict[str, Path]:
-    files = [f for top in ("sftcore", "launcher") for f in sorted((ROOT / top).rglob("*.py"))]
+    files = {f: f.relative_to(ROOT) for f in sorted((ROOT / "sftcore").rglob("*.py"))}
+    files |= {f: "sftcore" / f.relative_to(ROOT) for f in sorted((ROOT / "launcher").rglob("*.py"))}
     return {
-        str(f.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): f for f in files
+        str(name.with_suffix("")).replace("/", ".").removesuffix(".__init__"): f for f, name in files.items()
     }
 
 
@@ -138,7 +139,7 @@ def test_only_the_modules_around_the_engine_import_deepspeed():
 
 
 def test_base_modules_and_help_need_no_torch():
-    code = f"import sys, {', '.join(TORCH_FREE)}, launcher.cli; sys.exit('torch' in sys.modules)"
+    code = f"import sys, {', '.join(TORCH_FREE)}, sftcore.launcher.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -11,8 +11,8 @@ import pytest
 import typer
 import yaml
 
-from launcher.cli import app
 from sftcore.config import Recipe
+from sftcore.launcher.cli import app
 from sftcore.recipe import DS_CONFIGS
 
 ROOT = Path(__file__).parent.parent

@@ -33,7 +33,7 @@ LEASE = "lease.json"
 WATCH_SECONDS, LEASE_SECONDS = 1.0, 5.0
 TAKE_OVER_SECONDS = 120.0  # NFS gives a lost client's locks away after 90 s (Linux knfsd's default lease)
 ORPHAN_SECONDS = 300.0  # from the launcher's death: time for a last step and a save
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "sftcore", "launcher.cli")
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "sftcore", "sftcore.launcher.cli")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

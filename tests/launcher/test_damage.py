@@ -13,11 +13,11 @@ from launcher_commands import save, sftcore
 from launching import weights_hash
 from tiny import write_lines
 
-from launcher.cli import app
-from launcher.terminal import explained
 from sftcore.errors import SftError, UserInputError
 from sftcore.fsio import read_json, read_jsonl, write_json
 from sftcore.knowledge.level_files import read_levels
+from sftcore.launcher.cli import app
+from sftcore.launcher.terminal import explained
 from sftcore.model.weight_files import check_unchanged, check_weight_files, write_checksums
 from sftcore.recipe import load_recipe
 from sftcore.settings import CHECKSUMS
@@ -214,7 +214,7 @@ def test_damaged_predictions_are_made_again(finished):
 
 
 def test_damaged_attempts_are_put_aside(tmp_path):
-    from launcher.attempts import begin_attempt
+    from sftcore.launcher.attempts import begin_attempt
 
     environment = {"SLURM_JOB_ID": "7", "SFTCORE_RETRIES": "1"}
     path = tmp_path / "attempts.jsonl"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from launching import BIN, run
 
-from launcher import doctor
-from launcher.doctor import BROKEN, MISSING, OK, Finding, is_able, line_of
+from sftcore.launcher import doctor
+from sftcore.launcher.doctor import BROKEN, MISSING, OK, Finding, is_able, line_of
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from launcher_commands import save, sftcore
 
-from launcher.job_commands import load
 from sftcore.errors import UserInputError
 from sftcore.fsio import atomic_file, atomic_folder, write_json
+from sftcore.launcher.job_commands import load
 from sftcore.recipe import load_recipe
 from sftcore.run_recipe import SEAL, WRITTEN, check_free_for_run, read_run_recipe
 from sftcore.runs.claim import claim, open_run, sweep

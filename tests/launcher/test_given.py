@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from launcher_commands import save
 
-from launcher.cli import app
-from launcher.terminal import explained
 from sftcore.errors import UserInputError
+from sftcore.launcher.cli import app
+from sftcore.launcher.terminal import explained
 
 PAIRS = ("--pairs", "train.jsonl")
 

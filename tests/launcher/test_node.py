@@ -21,10 +21,10 @@ from launching import (
     write_recipe,
 )
 
-from launcher.hosts import read_hostfile
-from launcher.node import node_command
-from launcher.ranks import agreed_code, first_host, living_workers, slurm_rank_variables
 from sftcore.errors import UserInputError
+from sftcore.launcher.hosts import read_hostfile
+from sftcore.launcher.node import node_command
+from sftcore.launcher.ranks import agreed_code, first_host, living_workers, slurm_rank_variables
 
 LONG = {"train": {"epochs": 1000}, "checkpoint": {"save_every_steps": 100000}}
 ON_NODE = ("--on", "node", "--ranks-per-node", "2")

@@ -12,8 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from launcher.options import Place, Ranks, Shares, Slurm, spread
 from sftcore.errors import UserInputError
+from sftcore.launcher.options import Place, Ranks, Shares, Slurm, spread
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from launcher.cli import app
-from launcher.study import load_study
 from sftcore import precision
 from sftcore.config import ModelSettings
 from sftcore.errors import UserInputError
+from sftcore.launcher.cli import app
+from sftcore.launcher.study import load_study
 from sftcore.model.load import load_for_decoding
 from sftcore.recipe import load_recipe
 from sftcore.runs.settle import check_dtype, settle, settle_runs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from launcher import quickstart
+from sftcore.launcher import quickstart
 
 
 def test_seven_steps_in_their_order_end_with_a_report(

@@ -13,10 +13,10 @@ from launcher_commands import save, sftcore
 from tiny import SUBJECTS, write_lines
 from tiny_bert import write_bert
 
-from launcher.shares import _run_processes
 from sftcore.config import Recipe
 from sftcore.errors import SftError, UserInputError
 from sftcore.fsio import read_json
+from sftcore.launcher.shares import _run_processes
 from sftcore.recipe import load_recipe
 from sftcore.shares import Share, share_of
 from sftcore.stages.evaluate import evaluate, evaluate_share
@@ -107,7 +107,7 @@ def test_the_exit_code_of_a_share_is_handed_on(tmp_path, code, again):
     with pytest.MonkeyPatch.context() as patch:
         start = [sys.executable, "-c", ends]
         own = SimpleNamespace(Popen=lambda line, **how: subprocess.Popen([*start, line[-1]], **how))
-        patch.setattr("launcher.shares.subprocess", own)
+        patch.setattr("sftcore.launcher.shares.subprocess", own)
         with pytest.raises(SftError, match="what it said") as caught:
             _run_processes("probe", [["0"], ["1"]], tmp_path, has_gpus=False)
     assert caught.value.exit_code == code and "process 1 of 2" in str(caught.value)

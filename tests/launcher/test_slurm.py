@@ -14,11 +14,11 @@ from launcher_commands import sftcore
 from launching import run_cells, steps, write_recipe
 from warm import BIN
 
-from launcher.attempts import begin_attempt
-from launcher.notice import notice_seconds, with_notice
-from launcher.slurm import TEMPLATES, Resources, fill_in, recipe_jobs, train_job
 from sftcore.errors import TrainingFailed, UserInputError
 from sftcore.fsio import read_jsonl
+from sftcore.launcher.attempts import begin_attempt
+from sftcore.launcher.notice import notice_seconds, with_notice
+from sftcore.launcher.slurm import TEMPLATES, Resources, fill_in, recipe_jobs, train_job
 from sftcore.recipe import load_recipe
 from sftcore.train.checkpoint import newest_usable
 

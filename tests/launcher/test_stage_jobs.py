@@ -50,7 +50,7 @@ def test_a_warning_to_one_job_of_an_array_queues_that_one_again(tmp_path, monkey
     wait_for(lambda: cluster.state(array) == "")
     restarts = [[line.split()[1] for line in file.read_text().splitlines()] for file in said]
     assert restarts == [["0", "1"] if number == warned else ["0"] for number in range(3)]
-    line = f"-m launcher.cli probe RECIPE --shard {warned}/3"
+    line = f"-m sftcore.launcher.cli probe RECIPE --shard {warned}/3"
     assert [text.split(" ", 2)[2] for text in said[warned].read_text().splitlines()] == [line, line]
 
 

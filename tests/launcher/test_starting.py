@@ -9,10 +9,10 @@ import pytest
 from tiny import write_lines
 from typer.testing import CliRunner
 
-from launcher.cli import app
-from launcher.starting import RECIPES
 from sftcore.data.sniff import guess_source
 from sftcore.errors import UserInputError
+from sftcore.launcher.cli import app
+from sftcore.launcher.starting import RECIPES
 from sftcore.recipe import load_recipe
 from sftcore.sources import Source
 

@@ -15,9 +15,9 @@ from launcher_commands import save, sftcore
 from tiny import SUBJECTS, write_lines
 from warm import BIN, Process
 
-from launcher.attempts import begin_stage, work_done
 from sftcore.errors import TrainingFailed
 from sftcore.fsio import read_jsonl
+from sftcore.launcher.attempts import begin_stage, work_done
 from sftcore.train.stopping import handling
 
 ROOT = Path(__file__).parent.parent.parent
@@ -182,6 +182,6 @@ def test_a_rank_that_cannot_import_a_package_leaves_the_environments_code(tiny_r
     assert done.returncode == 3 and "libcudart.so.13" in done.stderr and "sftcore doctor" in done.stderr
     assert Path("runs/tiny/logs/rank-0.exit").read_text() == "3\n"
     environment |= {"SFTCORE_WORLD": "2", "SFTCORE_CODE": "143"}
-    command = [sys.executable, "-m", "launcher.attempts", "end", path]
+    command = [sys.executable, "-m", "sftcore.launcher.attempts", "end", path]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert told.stdout == "3\n", "the other rank was killed"

@@ -17,12 +17,12 @@ from launching import BIN, ENVIRONMENT, run
 from tiny import write_lines
 from warm import Process
 
-from launcher.notice import notice_seconds
-from launcher.slurm import Job, Resources
-from launcher.study import conclude, load_study, state_of, status_table, submit_study, summarise
-from launcher.ways_in import Machines, train_by_ranks
 from sftcore.errors import RankLost, SftError, StoppedOnRequest, UserInputError
 from sftcore.fsio import folder_lock, read_jsonl
+from sftcore.launcher.notice import notice_seconds
+from sftcore.launcher.slurm import Job, Resources
+from sftcore.launcher.study import conclude, load_study, state_of, status_table, submit_study, summarise
+from sftcore.launcher.ways_in import Machines, train_by_ranks
 from sftcore.stages.whole_run import run_whole, too_few_reasons
 
 ALL_LEVELS = [0, 1, 2, 3, 4]
@@ -216,7 +216,7 @@ def test_a_studys_notice_is_that_of_the_run_that_needs_the_longest(tiny_recipe, 
         submitted.append(jobs)
         return ["41", "42"]
 
-    monkeypatch.setattr("launcher.study.submit_chain", submit)
+    monkeypatch.setattr("sftcore.launcher.study.submit_chain", submit)
     loaded = load_study(Path(write_study(tiny_recipe, grid={"batch.capacity": [2048, 10**8]})))
     needed = [notice_seconds(run.recipe, has_gpus=False) for run in loaded.runs]
     assert needed[0] == 180 < needed[1] < 3600
@@ -267,7 +267,7 @@ def test_a_study_has_ways_of_its_own(tiny_recipe, way):
 
 @pytest.mark.parametrize(("code", "kind"), [(75, StoppedOnRequest), (69, RankLost), (3, None), (134, None)])
 def test_the_exit_code_of_a_runs_ranks_comes_back_as_an_error(tiny_recipe, monkeypatch, code, kind):
-    monkeypatch.setattr("launcher.ways_in.train_elsewhere", lambda *_, **__: code)
+    monkeypatch.setattr("sftcore.launcher.ways_in.train_elsewhere", lambda *_, **__: code)
     recipe = load_study(Path(write_study(tiny_recipe, grid={"train.epochs": [1]}))).runs[0].recipe
     machines = Machines(on="node", ranks_per_node=2)
     with pytest.raises(kind or SftError, match=f"2 ranks ended with {code}; see .*logs") as caught:

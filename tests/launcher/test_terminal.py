@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher import terminal
-from launcher.job_commands import load
 from sftcore.errors import MissingEnvironmentError, UserInputError
+from sftcore.launcher import terminal
+from sftcore.launcher.job_commands import load
 from sftcore.log import log, setup_logging
 
-CLI = [sys.executable, "-m", "launcher.cli"]
+CLI = [sys.executable, "-m", "sftcore.launcher.cli"]
 ROOT = Path(__file__).parent.parent.parent
 
 

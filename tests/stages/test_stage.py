@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.slurm import Resources, recipe_jobs
 from sftcore.errors import UserInputError
+from sftcore.launcher.slurm import Resources, recipe_jobs
 from sftcore.recipe import load_recipe
 from sftcore.runs.claim import claim
 from sftcore.stages import stage as table
@@ -27,7 +27,7 @@ def test_each_row_names_functions_that_exist():
 
 
 def test_each_stage_is_done_by_a_command_of_the_program():
-    from launcher.cli import app
+    from sftcore.launcher.cli import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert set(commands()) <= names and len(commands()) == 5

@@ -14,9 +14,9 @@ import pytest
 import torch
 from launching import run_cells, steps, weights_hash, write_recipe
 
-from launcher.attempts import newest_step
 from sftcore.errors import UserInputError
 from sftcore.fsio import read_json, write_json
+from sftcore.launcher.attempts import newest_step
 from sftcore.recipe import load_recipe
 from sftcore.stages.train import train_recipe
 from sftcore.train.checkpoint import (

@@ -23,7 +23,7 @@ GPU = Device(name="H", is_gpu=True, memory_bytes=10**9)
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from launcher import worker
+from sftcore.launcher import worker
 from sftcore.train import loop
 earlier = loop.Engine.rehearse
 def limited(self, batch):

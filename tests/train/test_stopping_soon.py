@@ -179,7 +179,7 @@ def test_a_valid_loss_that_is_not_finite_is_no_lowest_and_ends_no_patience(tiny_
 @pytest.mark.slow
 def test_of_two_ranks_of_which_one_hangs_the_run_ends_as_hung(tiny_recipe):
     """One ends with 1 and leaves it; before, none did, and the job was queued again as if one was lost."""
-    from launcher.ranks import agreed_code, read_codes
+    from sftcore.launcher.ranks import agreed_code, read_codes
 
     path = write_recipe(tiny_recipe, "hung", train={"epochs": 50, "hang_seconds": 12})
     script = (
@@ -210,7 +210,7 @@ def test_however_a_rank_ends_itself_it_leaves_its_code(tmp_path):
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from launcher.ranks import write_code\n"
+        "from sftcore.launcher.ranks import write_code\n"
         "from sftcore.train import watchdog\n"
         "from sftcore.train.stopping import StopRequest, WITH_INTERRUPT, end_on_stop, leave_codes_with\n"
         "import signal\n"
