@@ -183,7 +183,7 @@ def test_a_classifier_whose_pad_is_an_ordinary_token_is_no_other(tmp_path, pad, 
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     matching = {"task": "matching", "matching": {"mode": "discriminative"}}
     recipe = recipe_for(tmp_path, data={"train": [{"format": "pairs", "path": "x"}]}, **matching)
-    model = load_classifier_for_training(recipe).causal_lm
+    model = load_classifier_for_training(recipe)
     assert model.config.get_text_config().pad_token_id == pad
     monkeypatch.setattr(proof, "probe_ids", lambda config, n: torch.arange(1, n + 1) * 7 % config.vocab_size)
     refusal = pytest.raises(UserInputError, match="changes its logits") if pad == 35 else nullcontext()
