@@ -101,9 +101,8 @@ def test_the_wheel_trains_on_a_node_and_writes_batch_scripts(installed, tiny_rec
     assert trained.returncode == 0, (trained.stdout + trained.stderr)[-3000:]
     assert Path("runs/wheel/model/model.safetensors").is_file()
     assert len(Path("runs/wheel/metrics.jsonl").read_text().splitlines()) == 8  # 2 epochs of 16 / 4
-    written = run(
-        installed, here, "sftcore", "train", "wheel.yaml", "--run", "other", "--on", "slurm", "--dry-run"
-    )
+    cluster = ("--on", "slurm", "--ranks-per-node", "2", "--run", "other", "--dry-run")
+    written = run(installed, here, "sftcore", "train", "wheel.yaml", *cluster)
     assert written.returncode == 0, written.stderr
     assert "-m sftcore.launcher.worker" in written.stdout and "#SBATCH" in written.stdout
 
