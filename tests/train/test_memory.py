@@ -26,10 +26,10 @@ from pathlib import Path
 from sftcore.launcher import worker
 from sftcore.train import loop
 earlier = loop.Engine.rehearse
-def limited(self, batch):
+def limited(self, batch, **options):
     used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000, resource.RLIM_INFINITY))
-    earlier(self, batch)
+    earlier(self, batch, **options)
 loop.Engine.rehearse = limited
 sys.exit(worker.main(sys.argv[1:]))
 """
