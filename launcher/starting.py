@@ -71,6 +71,9 @@ def init(
     guess = guess_source(data, kind)
     if test:
         require_rows(test, guess)
+    is_here = target.resolve().parent == Path.cwd()  # else a file of this name next to the recipe would win
+    if not is_here:
+        data, test = data.resolve(), test and test.resolve()
     text = _recipe_text(guess, data=data, test=test, model=model)
     with atomic_file(target) as handle:
         handle.write(text)

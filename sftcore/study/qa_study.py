@@ -248,7 +248,7 @@ def constant_verdict(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Always answering with the relation's most frequent training answer, without a model, gets "
         f"{format_share(min(constants))} to {format_share(max(constants))} of the items in domain. "
         f"{clear} of {len(found)} training sets are clearly above their own constant (95 %, corrected for "
-        f"{len(found)} comparisons); for the others that rule is explanation enough."
+        f"{len(found)} comparisons); the others can't be told from that rule."
     ]
 
 

@@ -54,11 +54,11 @@ def describe_constant(constant: Mapping[str, Any]) -> str:
     rule = f"{format_share(constant['accuracy'])} [{100 * constant['low']:.1f}, {100 * constant['high']:.1f}]"
     points = f"{100 * over['difference']:+.1f} points [{100 * over['low']:.1f}, {100 * over['high']:.1f}]"
     verdict = (
-        "no more than the constant explains"
+        "not clearly more than the constant"
         if over["p_value"] >= SIGNIFICANT
-        else "more than the constant explains"
+        else "clearly more than the constant"
         if over["difference"] > 0
-        else "less than the constant gets"
+        else "clearly less than the constant"
     )
     return (
         f"Always answering with the relation's most frequent training answer gets {rule}; the trained model "

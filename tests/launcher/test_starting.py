@@ -88,6 +88,15 @@ def test_a_table_without_a_header_and_shipped_files_are_known(tmp_path):
     assert guess_source(named).source == {"format": "entityquestions"}
 
 
+def test_a_recipe_elsewhere_names_the_file_that_was_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("other").mkdir()
+    for folder in (".", "other"):
+        write_lines(Path(folder) / "facts.jsonl", [FACT])
+    invoke("init", "--data", "facts.jsonl", "--model", "m", "--to", "other/x.yaml")
+    assert load_recipe(Path("other/x.yaml")).data.train[0].path == str(tmp_path / "facts.jsonl")
+
+
 def test_what_it_writes_plans(tmp_path, monkeypatch, tiny_model_folder):
     monkeypatch.chdir(tmp_path)
     for name, first in (("some answers", 0), ("others", 50)):
